@@ -1,0 +1,55 @@
+"""What an adapter is, apart from its weights. Standard library only, so that recipes load without torch."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Omega = Literal["rslora", "lora"]
+Method = Literal["remix", "mixlora"]
+Scope = Literal["block", "module"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A pool of `pool_size` (n) LoRAs of rank `rank` (r), `active` (k) of them in use per position.
+
+    `method`: `remix` gives every active LoRA the same constant weight omega; `mixlora` weights the
+    active ones by a renormalised softmax (times k * omega, so that the total weight is the same).
+    `scope`: `block` places one router on each module that holds targets (an FFN) and lets it read that
+    module's input; `module` gives each adapted linear its own router.
+    """
+
+    pool_size: int = 8
+    active: int = 4
+    rank: int = 8
+    omega: Omega = "rslora"
+    target_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    dropout: float = 0.0
+    method: Method = "remix"
+    scope: Scope = "block"
+    router_init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.pool_size < 1 or self.rank < 1:
+            raise ValueError(
+                f"pool_size ({self.pool_size}) and rank ({self.rank}) must be 1 or more"
+            )
+        if not 1 <= self.active <= self.pool_size:
+            raise ValueError(f"active ({self.active}) must lie between 1 and pool_size ({self.pool_size})")
+
+    @property
+    def scale(self) -> float:
+        """omega, the constant weight of an active LoRA: 2/(k r), or 2/sqrt(k r) for `rslora`."""
+        total_rank = self.active * self.rank
+        return 2 / math.sqrt(total_rank) if self.omega == "rslora" else 2 / total_rank
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"target_modules": list(self.target_modules)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":
+        """Inverse of `to_dict`. Raises ValueError for an unknown or missing key."""
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"adapter config keys differ: {sorted(set(values) ^ names)}")
+        return cls(**(values | {"target_modules": tuple(values["target_modules"])}))

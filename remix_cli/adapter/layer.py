@@ -1,0 +1,136 @@
+"""The two modules of a routed adapter: a pool of LoRAs on one linear layer, and the router that serves it.
+
+Shapes: B sequences, T positions, D_in and D_out widths of the linear, n LoRAs of rank r, k of them active.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remix_cli.adapter import routing
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.trace import Decision, RoutingState, Trace
+
+
+class Router(nn.Module):
+    """Scores the n LoRAs of a pool for each position: logits = P x / ||x||, P (n, D) in float32.
+
+    The input is scaled to unit length, so that neither the residual stream's growth over the layers nor
+    the model's width changes how fast the router learns, and the initial logits have the standard
+    deviation `router_init_std` everywhere. x is detached for ReMix: given the selection the loss does not
+    depend on P, and the score's gradient with respect to x is noise for the LoRAs below.
+    """
+
+    def __init__(self, name: str, index: int, width: int, config: AdapterConfig, state: RoutingState):
+        super().__init__()
+        self.name = name
+        self.index = index  # position of this router's slice in the drawn noise
+        self.config = config
+        self.local = False  # True: no attention follows, so a choice at s changes only the loss at s
+        self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32))
+        self._state = state
+        self.selected: Tensor | None = None  # weights of the block being computed, (B, T, n)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        values = torch.randn(self.weight.shape, generator=generator) * self.config.router_init_std
+        with torch.no_grad():
+            self.weight.copy_(values)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores before the softmax, (..., n) float32 (float64 for a float64 model), for x (..., D)."""
+        direction = self._direction(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(direction, self.weight.to(direction.dtype))
+
+    @staticmethod
+    def _direction(x: Tensor) -> Tensor:
+        """x / ||x||, in float32 or wider."""
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+    @torch.no_grad()
+    def add_gradient(self, x: Tensor, logits_gradient: Tensor) -> None:
+        """Add to P's gradient that of a scalar whose gradient with respect to the logits of x is given.
+
+        x (..., D), logits_gradient (..., n). Closed form, so that no autograd graph has to keep x / ||x||
+        of every router and selection until the losses are known.
+        """
+        gradient = logits_gradient.flatten(0, -2).T @ self._direction(x).flatten(0, -2)
+        gradient = gradient.to(self.weight.dtype)
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights of the n LoRAs for each position, (B, T, n), following the current trace's mode."""
+        trace = self._state.trace
+        if trace is not None and trace.replay is not None:
+            return trace.replay.decisions[self.name].weights
+        if self.config.method == "mixlora":
+            return self._mixlora(x, trace)
+        with torch.set_grad_enabled(trace is not None and trace.straight_through and torch.is_grad_enabled()):
+            logits = self.logits(x.detach())
+        noise = None if trace is None or trace.noise is None else trace.noise[self.index]
+        scores = logits.detach() if noise is None else logits.detach() + noise
+        chosen = routing.top_k(scores, self.config.active)
+        mask = routing.selection_mask(chosen, self.config.pool_size)
+        weights = mask.to(logits.dtype) * self.config.scale
+        if trace is None:
+            return weights
+        if trace.straight_through:
+            pi = routing.inclusion_probabilities(logits, self.config.active)
+            weights = weights + self.config.scale * (pi - pi.detach())
+        elif trace.selection_grad and torch.is_grad_enabled():
+            weights.requires_grad_()
+        trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
+        return weights
+
+    def _mixlora(self, x: Tensor, trace: Trace | None) -> Tensor:
+        """Softmax over the k largest logits, times k * omega; exact gradients through the weights."""
+        logits = self.logits(x)
+        chosen = routing.top_k(logits, self.config.active)
+        share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
+        weights = torch.zeros_like(logits).scatter(-1, chosen, share)
+        if trace is not None:
+            trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
+        return weights
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear layer plus its pool: y = W x + sum_i w_i B_i A_i x, with the router's weights w.
+
+    The pool is stored stacked, `lora_A` (n r, D_in) and `lora_B` (D_out, n r), and the weights multiply
+    the rank-r activations: two products whatever n, and every LoRA gets a (possibly zero) gradient.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, router: Router):
+        super().__init__()
+        self.base_layer = base_layer
+        self.pool_size, self.rank = config.pool_size, config.rank
+        width_in, width_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
+        stacked = config.pool_size * config.rank
+        self.lora_A = nn.Parameter(torch.zeros(stacked, width_in, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(width_out, stacked, dtype=torch.float32))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.routes_itself = config.scope == "module"
+        if self.routes_itself:
+            self.router = router
+        else:  # owned by the block; kept out of this module's parameters
+            object.__setattr__(self, "router", router)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """A uniform as in LoRA's reference code, bound 1/sqrt(D_in); B zero, so training starts at the base."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        values = (torch.rand(self.lora_A.shape, generator=generator) * 2 - 1) * bound
+        with torch.no_grad():
+            self.lora_A.copy_(values)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x) if self.routes_itself else self.router.selected
+        if weights is None:
+            raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
+        y = self.base_layer(x)
+        # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64)
+        mixed = down.unflatten(-1, (self.pool_size, self.rank)) * weights.to(x.dtype).unsqueeze(-1)
+        return y + F.linear(mixed.flatten(-2), self.lora_B.to(x.dtype))  # (4, 512, D_out)

@@ -1,0 +1,205 @@
+"""Put a routed adapter on a model and take it off again."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.layer import RoutedLinear, Router
+from remix_cli.adapter.trace import RoutingState, Trace, selection_noise
+
+
+class TargetError(ValueError):
+    """A target name matches no linear layer of the model."""
+
+
+def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that `patterns` select, in the model's order.
+
+    A pattern is the end of a module's dotted name (`up_proj`, `mlp.up_proj`) or a regular expression for
+    the whole name. The output embedding is never a target. Raises TargetError, with the names the model
+    has, if a pattern selects nothing.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in linears if n == pattern or n.endswith(f".{pattern}") or _full_match(pattern, n)}
+        if not hits:
+            have = ", ".join(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in linears))
+            raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")
+        found |= hits
+    return [name for name in linears if name in found]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear and what quantisation libraries put in its place."""
+    return isinstance(module, nn.Linear) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    )
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is neither a module name nor a regular expression: {error}") from None
+
+
+class Adapter:
+    """A routed adapter in place on `model`: its parts by name, its parameters, and its traces."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig):
+        self.model = model
+        self.config = config
+        self.routers: dict[str, Router] = {}
+        self.linears: dict[str, RoutedLinear] = {}
+        self.state = RoutingState()
+        self._hooks: list[Any] = []
+
+    def tracing(self, trace: Trace) -> Any:
+        """Context: forward passes inside follow and fill `trace`."""
+        return self.state.tracing(trace)
+
+    def noise(self, seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
+        """Selection noise of one forward pass over rows (B,) of `length` positions."""
+        return selection_noise(seed, rows, length, len(self.routers), self.config.pool_size)
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        named = {}
+        for name, linear in self.linears.items():
+            named[f"{name}.lora_A"], named[f"{name}.lora_B"] = linear.lora_A, linear.lora_B
+        return named
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{name}.router": router.weight for name, router in self.routers.items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name: `<linear>.lora_A`, `<linear>.lora_B`, `<block>.router`."""
+        return self.lora_parameters() | self.router_parameters()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy `tensors` into the parameters. Raises ValueError for other names or shapes."""
+        own = self.parameters()
+        if own.keys() != tensors.keys():
+            missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+            raise ValueError(
+                f"adapter tensors do not fit the model: {len(missing)} missing (first: {missing[:1]}), "
+                f"{len(extra)} unexpected (first: {extra[:1]})"
+            )
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                shapes = f"{tuple(tensors[name].shape)} for {tuple(parameter.shape)}"
+                raise ValueError(f"adapter tensor {name} has another shape: {shapes}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Context: the base model alone, bit for bit."""
+        self._swap(base=True)
+        try:
+            yield
+        finally:
+            self._swap(base=False)
+
+    def _swap(self, base: bool) -> None:
+        for name, linear in self.linears.items():
+            _set_module(self.model, name, linear.base_layer if base else linear)
+
+    def remove(self) -> None:
+        """Restore the model as it was before `apply_adapter`."""
+        self._swap(base=True)
+        for hook in self._hooks:
+            hook.remove()
+        if self.config.scope == "block":
+            for name in self.routers:
+                del self.model.get_submodule(name).remix_router
+
+
+def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int, hidden_size: int | None = None) -> Adapter:
+    """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
+
+    `hidden_size` is the width of a block's input; by default the model config's. A and P are drawn from
+    `seed` alone. Raises TargetError if a target matches nothing.
+    """
+    targets = find_targets(model, config.target_modules)
+    model.requires_grad_(False)
+    adapter = Adapter(model, config)
+    last_layer = _last_layer_prefix(model)
+    for name in targets:
+        base = model.get_submodule(name)
+        if config.scope == "block":
+            owner = name.rpartition(".")[0]
+            width = hidden_size or _hidden_size(model)
+        else:
+            owner, width = name, int(base.in_features)  # type: ignore[arg-type]
+        router = adapter.routers.get(owner)
+        if router is None:
+            router = Router(owner, len(adapter.routers), width, config, adapter.state)
+            router.local = last_layer is not None
+            adapter.routers[owner] = router
+            if config.scope == "block":
+                adapter._hooks += _attach_to_block(model.get_submodule(owner), router)
+        router.local = router.local and last_layer is not None and _is_local(name, last_layer)
+        linear = RoutedLinear(base, config, router)
+        adapter.linears[name] = linear
+        _set_module(model, name, linear)
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        generator = torch.Generator().manual_seed(seed)
+        for part in [*adapter.linears.values(), *adapter.routers.values()]:
+            part.reset_parameters(generator)
+    for name, linear in adapter.linears.items():
+        where = next(linear.base_layer.parameters()).device
+        linear.to(where)
+        adapter.routers[name if config.scope == "module" else name.rpartition(".")[0]].to(where)
+    return adapter
+
+
+def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
+    """Let the router read the block's input and hold its choice while the block runs."""
+
+    def choose(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        router.selected = router(x)
+
+    def forget(_: nn.Module, args: tuple, output: Any) -> None:
+        router.selected = None
+
+    block.add_module("remix_router", router)
+    return [
+        block.register_forward_pre_hook(choose, with_kwargs=True),
+        block.register_forward_hook(forget, always_call=True),
+    ]
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
+def _last_layer_prefix(model: nn.Module) -> str | None:
+    """Dotted prefix of the last decoder layer: the last entry of the only list as long as the model is deep."""
+    config: Any = getattr(model, "config", None)
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return f"{lists[0]}.{len(model.get_submodule(lists[0])) - 1}." if len(lists) == 1 else None  # type: ignore[arg-type]
+
+
+def _is_local(name: str, last_layer: str) -> bool:
+    """Does nothing but its own position read this linear's output? True after the last attention's keys."""
+    if not name.startswith(last_layer):
+        return False
+    inside = name[len(last_layer) :]
+    return inside.startswith("mlp.") or inside.endswith((".q_proj", ".o_proj"))

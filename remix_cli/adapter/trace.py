@@ -1,0 +1,89 @@
+"""The one way in and out of the routers during a forward pass.
+
+A `Trace` says how the routers choose (draw with given noise, take the top k, repeat an earlier pass) and
+collects what they chose. Nothing is drawn inside a forward pass: the noise is fixed when the trace is made,
+so a recomputation under activation checkpointing repeats the same selections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from remix_cli.adapter.routing import fold, gumbel_noise
+
+
+@dataclass
+class Decision:
+    """What one router did in one forward pass."""
+
+    inputs: Tensor  # x, (B, T, D), detached: the router's gradient is formed from it once the losses are known
+    logits: Tensor  # (B, T, n) float32, detached
+    chosen: Tensor  # ids of the k active LoRAs, (B, T, k), in order of preference or of drawing
+    weights: Tensor  # what the pool was weighted by, (B, T, n)
+
+
+@dataclass
+class Trace:
+    """How the routers choose during one forward pass, and what they chose.
+
+    `noise` (routers, B, T, n): choose by the top k of logits + noise, that is, draw from q without
+    replacement; None: top k of the logits. `selection_grad`: let the backward pass leave dL/dz in each
+    decision's `weights.grad`. `straight_through`: gradients to the router through the inclusion
+    probabilities (biased). `replay`: repeat that trace's selections, recording nothing.
+    """
+
+    noise: Tensor | None = None
+    selection_grad: bool = False
+    straight_through: bool = False
+    replay: Trace | None = None
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+    def add(self, router: str, decision: Decision) -> None:
+        if router in self.decisions:
+            raise RuntimeError(f"router {router} ran twice under one trace; use one trace per forward pass")
+        self.decisions[router] = decision
+
+
+class RoutingState:
+    """The cell through which all routers of one adapter see the current trace."""
+
+    def __init__(self) -> None:
+        self.trace: Trace | None = None
+
+    @contextmanager
+    def tracing(self, trace: Trace) -> Iterator[Trace]:
+        """Run the forward passes inside under `trace`. Without one, routers take the top k and keep nothing."""
+        before, self.trace = self.trace, trace
+        try:
+            yield trace
+        finally:
+            self.trace = before
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` for torch.utils.checkpoint (non-reentrant): the recomputation replays this trace."""
+        if self.trace is None:
+            return nullcontext(), nullcontext()
+        return nullcontext(), self.tracing(Trace(replay=self.trace))
+
+
+def position_keys(seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
+    """One int64 key per position, (B, T), from whole numbers `seed`, row ids (B,) and the position index.
+
+    Give rows ids that are unique within a step, whatever rank or micro-batch they land in: the draws then
+    do not depend on how the batch was split.
+    """
+    key = torch.zeros_like(rows)
+    for part in seed:
+        key = fold(key, part)
+    positions = torch.arange(length, device=rows.device)
+    return fold(fold(key, rows).unsqueeze(-1), positions)
+
+
+def selection_noise(seed: tuple[int, ...], rows: Tensor, length: int, routers: int, pool_size: int) -> Tensor:
+    """The noise of one sampled forward pass, (routers, B, T, n) float32, for `Trace(noise=...)`."""
+    return gumbel_noise(position_keys(seed, rows, length), routers, pool_size)

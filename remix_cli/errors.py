@@ -1,0 +1,59 @@
+"""The ways in which a command may end, each with its exit code. Standard library only.
+
+0 done · 1 our bug · 2 bad recipe, data or flags, nothing written · 3 diverged · 4 storage ·
+5 artefact or checkpoint refused · 6 output folder in use · 7 sandbox missing · 130/143 interrupted.
+"""
+
+
+class RemixError(Exception):
+    """An error a user can act on. `problems` holds one line each: what, where, how to mend it."""
+
+    exit_code = 1
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class RecipeError(RemixError):
+    """The recipe or a flag is wrong; every problem found is listed at once."""
+
+    exit_code = 2
+
+
+class DataError(RemixError):
+    """The data cannot be used as the recipe says."""
+
+    exit_code = 2
+
+
+class DivergedError(RemixError):
+    """A loss, gradient or weight stopped being finite."""
+
+    exit_code = 3
+
+
+class StorageError(RemixError):
+    """The output could not be written."""
+
+    exit_code = 4
+
+
+class ArtefactError(RemixError):
+    """An adapter, checkpoint or run folder is damaged or does not belong to this base model."""
+
+    exit_code = 5
+
+
+class BusyError(RemixError):
+    """Another process works in the output folder."""
+
+    exit_code = 6
+
+
+class Interrupted(RemixError):
+    """A signal ended the run after a checkpoint was written."""
+
+    def __init__(self, signal_number: int, *problems: str):
+        super().__init__(*problems)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,118 @@
+"""The frozen base model: from a hub id, a folder or a GGUF file. And its losses, at supervised positions only."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from remix_cli.data.batches import Batch
+from remix_cli.errors import RecipeError
+from remix_cli.objective import token_losses
+from remix_cli.recipe.schema import Model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_config(model: Model) -> Any:
+    """The architecture without weights. Raises RecipeError if there is no such model."""
+    return _loading(model, lambda: AutoConfig.from_pretrained(**_where(model)))
+
+
+def load_tokenizer(model: Model) -> Any:
+    """Raises RecipeError if it cannot be found, or has no end token to learn to stop with."""
+    tokenizer = _loading(model, lambda: AutoTokenizer.from_pretrained(**_where(model)))
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"model.name_or_path: the tokenizer of {model.name_or_path} has no end-of-sequence token")
+    return tokenizer
+
+
+def load_model(model: Model, device: torch.device) -> Any:
+    """The base model on `device`, frozen, in evaluation mode. Raises RecipeError."""
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attn_implementation}
+    dequantise = getattr(transformers, "GgufConfig", None)  # transformers before 5.2x always dequantised
+    if model.name_or_path.endswith(".gguf") and dequantise is not None:
+        options["quantization_config"] = dequantise(dequantize=True)
+    with _quiet():
+        loaded = _loading(model, lambda: AutoModelForCausalLM.from_pretrained(**_where(model), **options))
+    loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32
+    return loaded.requires_grad_(False).eval()
+
+
+def skeleton(model: Model) -> Any:
+    """The model's modules without memory for weights: for target names and parameter counts."""
+    config = load_config(model)
+    with torch.device("meta"), _quiet():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def _where(model: Model) -> dict[str, Any]:
+    path = Path(model.name_or_path)
+    place: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if path.suffix == ".gguf":
+        return place | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return place | {"pretrained_model_name_or_path": model.name_or_path}
+
+
+def _loading(model: Model, load: Any) -> Any:
+    name = model.name_or_path
+    local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or name.startswith("models/")
+    if local and not Path(name).exists():
+        hint = "; `make model` fetches the demo model" if "SmolLM2-135M-Instruct" in name else ""
+        raise RecipeError(f"model.name_or_path: {name}: no such folder or file{hint}")
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise RecipeError(f"model.name_or_path: {name}: cannot be loaded: {reason}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading bars and advice of transformers would tear the progress display apart."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        transformers.utils.logging.enable_progress_bar()
+
+
+def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats at each logit's position, (B, T) float32, 0 where nothing is supervised.
+
+    The output layer sees the S supervised positions only: its input is gathered on the way in, so that the
+    (B, T, V) logits never exist, while the model's own code before and after it stays in charge.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[batch.positions].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]  # (S, V)
+    finally:
+        hook.remove()
+    losses = token_losses(logits, batch.targets)
+    flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)
+    return flat.view(batch.input_ids.shape)
+
+
+@torch.no_grad()
+def is_causal(model: nn.Module, vocabulary: int) -> bool:
+    """Do earlier logits ignore later tokens? Reward-to-go credit and unmasked right padding rest on it."""
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device).remainder(vocabulary).unsqueeze(0)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % vocabulary
+    first, second = (model(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
+    return bool(torch.equal(first, second))

@@ -1,0 +1,181 @@
+"""Every key a recipe may hold. Strict: no unknown key, no silent conversion, no value out of range.
+
+The descriptions are what `remix schema` prints and editors show. Defaults are stated here and nowhere else.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from remix_cli.adapter.config import AdapterConfig, Method, Omega, Scope
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Strict):
+    name_or_path: str = Field(description="Hub id, model folder, or .gguf file.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Type of the frozen weights and of the computation; adapters are always float32."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="Run modelling code that the model folder brings along.")
+
+
+class Adapter(Strict):
+    method: Method = Field(
+        "remix",
+        description="remix: constant weights, router by policy gradient. mixlora: renormalised softmax of the top k.",
+    )
+    pool_size: Positive = Field(8, description="n, LoRAs in each pool.")
+    active: Positive = Field(4, description="k, LoRAs in use for each token.")
+    rank: Positive = Field(8, description="r, rank of each LoRA.")
+    omega: Omega = Field("rslora", description="Weight of an active LoRA: 2/sqrt(k r) (rslora) or 2/(k r) (lora).")
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(
+        ["gate_proj", "up_proj", "down_proj"], description="Ends of module names, or regular expressions."
+    )
+    dropout: Share = 0.0
+
+    @field_validator("active")
+    @classmethod
+    def _active_fits(cls, active: int, info: ValidationInfo) -> int:
+        pool_size = info.data.get("pool_size", active)
+        if active > pool_size:
+            raise ValueError(f"k = {active} LoRAs cannot be active in a pool of n = {pool_size} (adapter.pool_size)")
+        return active
+
+
+class Router(Strict):
+    selections: Positive = Field(2, description="M, selections sampled for each batch; the baseline needs 2.")
+    estimator: Literal["paper", "rtg", "control_variate", "straight_through"] = Field(
+        "rtg", description="How the router's gradient is estimated. straight_through is biased; the others are not."
+    )
+    lora_gradient: Literal["mean", "one"] = Field(
+        "mean", description="LoRA gradient from all M selections, or from one (the others run without gradients)."
+    )
+    scope: Scope = Field("block", description="One router for each FFN block, or for each adapted module.")
+    learning_rate: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.1, description="The router's own; 0 freezes it. Its input has unit length, so this is width-independent."
+    )
+    init_std: Annotated[float, Field(ge=0, le=10)] = Field(0.02, description="Spread of the initial logits.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")
+
+
+class Source(Strict):
+    """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
+
+    path: str | None = Field(None, description="Hub id, or a local json, jsonl, csv or parquet file or folder.")
+    subset: str | None = Field(None, description="The hub data set's configuration, e.g. `main`.")
+    split: str = "train"
+    reasoning_gym: str | None = Field(None, description="A task of the reasoning-gym package, made on the fly.")
+    options: dict[str, Any] = Field({}, description="Options of the reasoning-gym task.")
+    size: Positive = Field(1000, description="How many reasoning-gym rows to make.")
+    seed: NonNegative = Field(0, description="Seed of the reasoning-gym rows; another seed gives other rows.")
+    format: Literal["prompt_completion", "messages", "gsm8k", "arc", "codealpaca"] = "prompt_completion"
+    prompt: str = Field("{prompt}", description="Template over the row's columns, for prompt_completion.")
+    completion: str = Field("{completion}", description="Template over the row's columns, for prompt_completion.")
+    task: str | None = Field(None, description="Name for statistics by task; by default made from the source.")
+    limit: Positive | None = Field(None, description="Use the first rows only.")
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="How often each row is seen in an epoch; 0.5 takes a new random half every epoch."
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.reasoning_gym is None):
+            raise ValueError("give either path or reasoning_gym")
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.task or self.reasoning_gym or (self.format if self.format != "prompt_completion" else "data")
+
+
+class Data(Strict):
+    train: Annotated[list[Source], Field(min_length=1)]
+    validation: list[Source] = Field([], description="Held-out rows; empty: cut from train.")
+    validation_fraction: Share = Field(0.05, description="Share of train held out when `validation` is empty.")
+    validation_limit: Positive = Field(512, description="At most so many held-out rows.")
+    max_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens; longer rows lose their end.")
+    use_chat_template: bool | None = Field(
+        None, description="Wrap prompts in the tokenizer's chat template; by default if it has one."
+    )
+
+
+class Train(Strict):
+    learning_rate: Rate = 1e-3
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = Field(None, description="Stop here, whatever num_train_epochs says.")
+    per_device_train_batch_size: Positive = 8
+    per_device_eval_batch_size: Positive = 16
+    gradient_accumulation_steps: Positive = 1
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    group_by_length: bool = Field(True, description="Batches of like length: less padding.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations; selections are replayed.")
+    logging_steps: Positive = 10
+    eval_steps: Positive | None = Field(None, description="Held-out loss every so many steps, and at the end.")
+    save_steps: Positive | None = Field(None, description="Checkpoint every so many steps, and at the end.")
+    save_total_limit: Positive = 2
+    report_to: Literal["none", "tensorboard"] = "none"
+
+
+class Task(Strict):
+    task: Literal["nll", "gsm8k"]
+    source: Source | None = Field(None, description="Rows to score; by default the recipe's held-out rows.")
+    limit: Positive | None = None
+    max_new_tokens: Positive = 256
+
+
+class Eval(Strict):
+    tasks: list[Task] = [Task(task="nll")]
+    batch_size: Positive = 16
+
+
+class Recipe(Strict):
+    """A whole run: what is trained on what, how, and where it is written."""
+
+    model: Model
+    adapter: Adapter = Adapter()
+    router: Router = Router()
+    data: Data
+    train: Train = Train()
+    eval: Eval = Eval()
+    output_dir: str
+    seed: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> Self:
+        routed = self.adapter.method == "remix" and self.router.learning_rate > 0
+        needs_baseline = routed and self.router.estimator != "straight_through"
+        if needs_baseline and self.router.selections < 2 and self.adapter.active < self.adapter.pool_size:
+            raise PydanticCustomError(
+                "conflict",
+                "M = {m}, but the estimator {estimator} compares selections and needs 2 or more "
+                "(or use router.estimator: straight_through, which is biased)",
+                {"m": self.router.selections, "estimator": self.router.estimator, "at": ("router", "selections")},
+            )
+        return self
+
+    def adapter_config(self) -> AdapterConfig:
+        a = self.adapter
+        return AdapterConfig(
+            pool_size=a.pool_size,
+            active=a.active,
+            rank=a.rank,
+            omega=a.omega,
+            target_modules=tuple(a.target_modules),
+            dropout=a.dropout,
+            method=a.method,
+            scope=self.router.scope,
+            router_init_std=self.router.init_std,
+        )
