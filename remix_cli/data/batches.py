@@ -26,13 +26,16 @@ class Batch:
     positions: Tensor  # (S,) where the logits of the targets stand in the flattened (B * T)
     targets: Tensor  # (S,) token ids; targets[j] follows position positions[j]
     rows: Tensor  # (B,) row ids, unique within the step over all ranks
+    first_row: int = 0  # rows[0], known without asking the device
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__}
-        return Batch(**moved)
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.first_row)
 
 
-def collate(rows: list[EncodedRow], first_id: int = 0) -> Batch:
+TENSORS = ("input_ids", "mask", "positions", "targets", "rows")
+
+
+def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
     """Pad on the right. Under a causal mask no real position can see the padding, so none needs masking."""
     length = max(len(row.input_ids) for row in rows)
     length = -(-length // 8) * 8  # kernels like multiples of 8
@@ -50,7 +53,8 @@ def collate(rows: list[EncodedRow], first_id: int = 0) -> Batch:
         mask=torch.from_numpy(mask),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(following.reshape(-1)[positions]),
-        rows=torch.arange(first_id, first_id + len(rows)),
+        rows=torch.arange(first_row, first_row + len(rows)),
+        first_row=first_row,
     )
 
 

@@ -1,0 +1,103 @@
+"""The run folder, and a finished run loaded back: what every verb but `train` starts from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remix_cli.adapter.patch import Adapter, apply_adapter
+from remix_cli.adapter.store import CONFIG_FILE, StoredAdapter, fingerprint, load_stored
+from remix_cli.data.encode import Encoder
+from remix_cli.errors import ArtefactError
+from remix_cli.models import load_model, load_tokenizer
+from remix_cli.recipe import Recipe, read_resolved
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what a run holds. `adapter/` is the last adapter, `best/` the one of lowest held-out loss."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def statistics(self) -> Path:
+        return self.path / "stats"
+
+    OWN = ("recipe.yaml", "adapter", "best", "checkpoints", "metrics.jsonl", "summary.json", "eval", "stats")
+
+
+@dataclass
+class LoadedRun:
+    """A run ready for inference: top-k routing, nothing trainable."""
+
+    folder: RunFolder
+    recipe: Recipe
+    stored: StoredAdapter
+    model: Any
+    tokenizer: Any
+    adapter: Adapter
+    encoder: Encoder
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_run(path: Path, *, best: bool = False, device: torch.device | None = None) -> LoadedRun:
+    """Load the recipe, base model and adapter of the run at `path`.
+
+    Raises ArtefactError if this is not a finished run or the adapter was trained on another base model.
+    """
+    folder = RunFolder(path)
+    where = folder.best if best else folder.adapter
+    if not folder.recipe.is_file():
+        raise ArtefactError(f"{path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
+    if not (where / CONFIG_FILE).is_file():
+        raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
+    recipe = read_resolved(folder.recipe)
+    stored = load_stored(where)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(recipe.model, device)
+    if fingerprint(model) != stored.base_fingerprint:
+        raise ArtefactError(
+            f"{where}: trained on another base model than {recipe.model.name_or_path} now holds; "
+            f"restore the {stored.base_model} it was trained on"
+        )
+    adapter = apply_adapter(model, stored.config, seed=0)
+    try:
+        adapter.load(stored.tensors)
+    except ValueError as error:
+        raise ArtefactError(f"{where}: {error}") from None
+    model.requires_grad_(False).eval()
+    tokenizer = load_tokenizer(recipe.model)
+    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
+    return LoadedRun(folder, recipe, stored, model, tokenizer, adapter, encoder)

@@ -1,0 +1,127 @@
+"""Durable training state: `checkpoints/step-NNNNNN/`, published by a rename, its manifest written last.
+
+Nothing random is saved because nothing needs to be: data order and draws are functions of (seed, step).
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from remix_cli.adapter.patch import Adapter
+from remix_cli.adapter.store import WEIGHTS_FILE, load_stored, save_adapter
+from remix_cli.errors import ArtefactError
+from remix_cli.storage import publish_folder, sha256, write_json
+
+FORMAT = 1
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass
+class TrainingState:
+    """Everything besides adapter and optimizer that a later step depends on."""
+
+    step: int = 0  # optimizer steps done
+    best_loss: float | None = None
+    best_step: int | None = None
+    coefficient: dict[str, float] = field(default_factory=dict)  # of the control variate
+    seconds: float = 0.0  # training time so far
+    tokens: int = 0
+
+
+def save_checkpoint(
+    folder: Path, state: TrainingState, adapter: Adapter, optimizer: torch.optim.Optimizer, identity: dict[str, str], keep: int
+) -> Path:
+    """Publish a checkpoint for `state.step` and only then remove the oldest beyond `keep`."""
+    target = folder / f"step-{state.step:06d}"
+    with publish_folder(target) as scratch:
+        save_adapter(scratch, adapter, **identity)
+        (scratch / OPTIMIZER_FILE).write_bytes(save(_flatten(optimizer, adapter), metadata={"format": "pt"}))
+        write_json(scratch / "state.json", asdict(state))
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
+        write_json(scratch / "manifest.json", {"format": FORMAT, "step": state.step, "files": files})
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def verify(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in one line; None if its manifest holds."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']}, this version reads {FORMAT}"
+        for name, expected in manifest["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "no manifest.json"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"manifest.json is damaged ({error})"
+    return None
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest verifies, and a line for each damaged one skipped.
+
+    Raises ArtefactError if there are checkpoints but none is valid: never a silent fresh start.
+    """
+    skipped = []
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
+        problem = verify(checkpoint)
+        if problem is None:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint}: {problem}")
+    if checkpoints:
+        raise ArtefactError(*skipped, f"{folder}: no valid checkpoint; start again with --overwrite")
+    return None, skipped
+
+
+def restore(checkpoint: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Load a verified checkpoint into adapter and optimizer. Raises ArtefactError."""
+    try:
+        adapter.load(load_stored(checkpoint).tensors)
+        _unflatten(load_file(checkpoint / OPTIMIZER_FILE), optimizer, adapter)
+        return TrainingState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ArtefactError(f"{checkpoint}: does not fit this run ({error})") from None
+
+
+def _flatten(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[str, Tensor]:
+    """Optimizer state as `<parameter>/<quantity>` tensors."""
+    named = adapter.parameters()
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in named.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _unflatten(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
+    named = adapter.parameters()
+    by_parameter: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for key, value in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        device = named[name].device
+        by_parameter[name][quantity] = value.to(device) if value.dim() or device.type != "cpu" else value
+    for name, parameter in named.items():
+        optimizer.state[parameter] = by_parameter[name]
+
+
+__all__ = ["WEIGHTS_FILE", "TrainingState", "list_checkpoints", "newest_valid", "restore", "save_checkpoint", "verify"]

@@ -1,0 +1,62 @@
+"""What a person sees: a live display on a terminal, plain lines in a log file. Only rank 0 prints."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingConsole:
+    """Context manager around a training run."""
+
+    def __init__(self, console: Console, total: int, start: int, main: bool):
+        self.console, self.total, self.main = console, total, main
+        self.step, self.begun, self.start = start, time.monotonic(), start
+        self.live: Progress | None = None
+        if main and console.is_terminal:
+            self.live = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+            )
+            self.bar = self.live.add_task("training", total=total, completed=start, note="")
+
+    def __enter__(self) -> "TrainingConsole":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.live.stop()
+
+    def advance(self, step: int, loss: float) -> None:
+        self.step = step
+        if self.live:
+            self.live.update(self.bar, completed=step, note=f"loss {loss:.4f}")
+
+    def line(self, text: str) -> None:
+        if self.main:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def log(self, m: dict[str, Any]) -> None:
+        """One line for a metrics record; fits 80 columns."""
+        if "eval_loss" in m:
+            best = " (best so far)" if m["best"] else ""
+            self.line(f"step {m['step']:>5}  held-out loss {m['eval_loss']:.4f}{best}")
+            return
+        left = (time.monotonic() - self.begun) / max(1, self.step - self.start) * (self.total - self.step)
+        self.line(
+            f"step {m['step']:>5}/{self.total}  loss {m['loss']:.4f}  H(q) {m['router_entropy']:.3f}  "
+            f"ESS {m['ess']:.2f}  {m['tokens_per_second']:,.0f} tok/s  {_clock(left)} left"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

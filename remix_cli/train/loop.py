@@ -1,0 +1,424 @@
+"""The training run: steps, held-out loss, checkpoints, signals.
+
+How it departs from a textbook loop: a step's gradient comes from M sampled passes (step.py); losses are
+divided by the step's supervised tokens over all micro-batches and ranks; router and LoRA gradients are
+clipped apart; data order and draws are functions of (seed, step), so a checkpoint holds no random state.
+"""
+
+import json
+import os
+import platform
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from rich.console import Console
+
+import remix_cli
+from remix_cli.adapter.patch import Adapter, apply_adapter
+from remix_cli.adapter.store import fingerprint, save_adapter
+from remix_cli.data.batches import collate, micro_batches
+from remix_cli.errors import DivergedError, Interrupted, RecipeError, StorageError
+from remix_cli.evaluate.nll import row_losses
+from remix_cli.models import is_causal, load_model
+from remix_cli.objective import ESTIMATORS, Coefficient
+from remix_cli.recipe import Recipe, read_resolved
+from remix_cli.recipe.loader import dump
+from remix_cli.runs import RunFolder
+from remix_cli.stats.parameters import count_parameters
+from remix_cli.storage import lock_folder, publish_folder, write_json, write_text
+from remix_cli.train import checkpoints, optim, prepare
+from remix_cli.train.checkpoints import TrainingState
+from remix_cli.train.console import TrainingConsole
+from remix_cli.train.step import MicroResult, accumulate_gradients
+
+MAY_CHANGE = {"output_dir", "eval"}  # recipe groups that a resumed run may set anew
+MAY_CHANGE_TRAIN = {"logging_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size"}
+
+
+def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Run `recipe` to its end and return the summary that is also written to the run folder.
+
+    Raises RecipeError, DataError, ArtefactError, BusyError, StorageError, DivergedError or Interrupted.
+    """
+    prepare.check_recipe(recipe)
+    prepare.check_output(recipe, resume=resume, overwrite=overwrite)
+    accelerator = Accelerator(
+        mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout())],
+    )
+    prepare.check_hardware(recipe, accelerator.device)
+    folder = RunFolder(Path(recipe.output_dir))
+    main = accelerator.is_main_process
+    with lock_folder(folder.path) if main else nullcontext():
+        if main and not resume:
+            prepare.clear_output(folder)
+        if resume:
+            _same_recipe(recipe, read_resolved(folder.recipe), folder)
+        run = _Run(recipe, accelerator, folder, console, resume)
+        return run.execute()
+
+
+def _timeout() -> Any:
+    from datetime import timedelta
+
+    return timedelta(minutes=30)  # rank 0 may tokenise or evaluate for a while
+
+
+def _same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
+    """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs."""
+
+    def flatten(value: Any, at: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{at}.{key}").items()}
+        return {at.removeprefix("."): value}
+
+    before, after = flatten(old.model_dump()), flatten(new.model_dump())
+    free = {f"train.{name}" for name in MAY_CHANGE_TRAIN}
+    changed = [
+        f"{key}: {after.get(key)!r}, but {folder.path} was begun with {before.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in free and key.split(".")[0] not in MAY_CHANGE
+    ]
+    if changed:
+        raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
+
+
+class _Signals:
+    """SIGTERM and the first Ctrl-C ask for a checkpoint and an orderly end; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> "_Signals":
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            os._exit(130)
+        self.received = number
+
+
+class _Run:
+    """One training run. `execute` is the plan; the methods below are its parts, in order of use."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, console: Console, resume: bool):
+        self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
+        self.main = accelerator.is_main_process
+        self.console = console
+        self.data = prepare.load_data(recipe, accelerator.num_processes)
+        self.total = self.data.total_steps(recipe)
+        self.model = load_model(recipe.model, accelerator.device)
+        self.identity = {
+            "base_model": recipe.model.name_or_path,
+            "base_dtype": recipe.model.dtype,
+            "base_fingerprint": fingerprint(self.model),
+        }
+        if not is_causal(self.model, len(self.data.tokenizer)):
+            raise RecipeError("model.name_or_path: later tokens change earlier logits; remix trains causal models only")
+        self.adapter: Adapter = apply_adapter(self.model, recipe.adapter_config(), seed=recipe.seed)
+        self.loras = list(self.adapter.lora_parameters().values())
+        self.routers = list(self.adapter.router_parameters().values())
+        if recipe.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self.adapter.state.checkpoint_contexts}
+            )
+        self.optimizer = optim.make_optimizer(self.adapter, recipe)
+        self.state = TrainingState()
+        if resume:
+            self._restore()
+        self.schedule = optim.make_schedule(self.optimizer, recipe, self.total)
+        for _ in range(self.state.step):
+            self.schedule.step()
+        self.prepared = accelerator.prepare(self.optimizer)
+        self.coefficient = Coefficient(**self.state.coefficient)
+        self.begun = time.monotonic() - self.state.seconds
+        self.window: list[tuple[float, float, int]] = []  # (entropy, ess, tokens) since the last log line
+        self.window_begun = time.monotonic()
+        self.epoch_plan: tuple[int, list] = (-1, [])
+        self.tracker: Any = None
+
+    def execute(self) -> dict[str, Any]:
+        if self.main:
+            write_text(self.folder.recipe, dump(self.recipe))
+            self._open_tracker()
+        with _Signals() as self.signals, TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view:
+            self._announce()
+            if self.state.step == 0:
+                self._evaluate()
+            self.model.train()
+            for step in range(self.state.step, self.total):
+                self._step(step)
+        self._write_adapter(self.folder.adapter)
+        return self._summary()
+
+    def _announce(self) -> None:
+        recipe, counts = self.recipe, count_parameters(self.adapter)
+        estimator = ESTIMATORS[recipe.router.estimator]
+        self.view.line(f"train     {self.data.train.describe()}")
+        self.view.line(f"held out  {self.data.validation.describe()}")
+        self.view.line(
+            f"adapter   {counts.trained:,} trained (A {counts.lora_a:,}, B {counts.lora_b:,}, router {counts.router:,}), "
+            f"{counts.active:,} active per token"
+        )
+        if recipe.adapter.method == "remix":
+            self.view.line(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
+        self.view.line(f"steps     {self.state.step} -> {self.total}, {self.data.plan.rows_per_step} rows each")
+
+    def _rows(self, step: int) -> Any:
+        epoch, index = divmod(step, self.data.plan.steps_per_epoch)
+        if self.epoch_plan[0] != epoch:
+            self.epoch_plan = (epoch, self.data.plan.epoch(epoch))
+        return self.epoch_plan[1][index]
+
+    def _step(self, step: int) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        begun = time.monotonic()
+        rows = self._rows(step)
+        scaler = accelerator.scaler
+        targets = int(self.data.train.target_counts[rows].sum())
+        size = recipe.train.per_device_train_batch_size
+        results: list[MicroResult] = []
+        tokens = 0
+        for first, part in micro_batches(
+            rows, self.data.train.lengths, size, accelerator.process_index, accelerator.num_processes
+        ):
+            batch = collate([self.data.train.rows[i] for i in part], first).to(accelerator.device)
+            results.append(
+                accumulate_gradients(
+                    self.model,
+                    self.adapter,
+                    batch,
+                    recipe.router,
+                    targets_in_step=targets,
+                    seed=(recipe.seed, step),
+                    beta=self.coefficient.beta,
+                    backward=accelerator.backward,
+                    loss_scale=scaler.get_scale() if scaler else 1.0,
+                )
+            )
+            tokens += int(self.data.train.lengths[part].sum())
+        optim.sum_over_ranks(accelerator, self.loras + self.routers)
+        sums = self._reduce(results, tokens)
+        self.prepared.step_was_skipped  # noqa: B018
+        accelerator.unscale_gradients(self.prepared)
+        norms = torch.stack(
+            [optim.clip(self.loras, recipe.train.max_grad_norm), optim.clip(self.routers, recipe.router.max_grad_norm)]
+        )
+        lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
+        loss, entropy, ess, decisions, variance, products, squares, all_tokens, stop = sums.tolist()
+        if not all(map(_finite, (loss, lora_norm, router_norm))) and scaler is None:
+            raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.prepared.step()
+        self.schedule.step()
+        self.prepared.zero_grad()
+        if recipe.router.estimator == "control_variate":
+            self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))
+        self._after_step(
+            step + 1,
+            {
+                "step": step + 1,
+                "epoch": round((step + 1) / self.data.plan.steps_per_epoch, 4),
+                "loss": loss,
+                "learning_rate": rates[0],
+                "router_learning_rate": rates[1],
+                "lora_grad_norm": lora_norm,
+                "router_grad_norm": router_norm,
+                "router_entropy": entropy / decisions,
+                "ess": ess / decisions,
+                "advantage_variance": variance,
+                "control_variate_beta": self.coefficient.beta,
+            },
+            int(all_tokens),
+            time.monotonic() - begun,
+            bool(stop),
+        )
+
+    def _reduce(self, results: list[MicroResult], tokens: int) -> torch.Tensor:
+        """(9,) float64 sums over micro-batches and ranks, still on the device."""
+        device = self.accelerator.device
+        total = torch.zeros(9, dtype=torch.float64, device=device)
+        for r in results:
+            parts = [r.loss, r.entropy, r.ess, r.decisions, r.advantage_variance, r.fit[0], r.fit[1]]
+            total[:7] += torch.stack([p.double() for p in parts])
+        total[7] = tokens
+        total[8] = float(self.signals.received)
+        return self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
+
+    def _divergence(self, step: int, rows: Any, loss: float, lora_norm: float, router_norm: float) -> str:
+        what = f"loss {loss:.4g}, LoRA gradient norm {lora_norm:.4g}, router gradient norm {router_norm:.4g}"
+        kept = checkpoints.list_checkpoints(self.folder.checkpoints)
+        where = f"last checkpoint: {kept[-1]}" if kept else "no checkpoint was due yet"
+        return (
+            f"diverged at step {step + 1}: {what}; training rows {sorted(map(int, rows))[:8]}...; "
+            f"nothing was updated; {where}; try a lower train.learning_rate"
+        )
+
+    def _after_step(self, done: int, record: dict[str, Any], tokens: int, seconds: float, stop: bool) -> None:
+        recipe = self.recipe
+        self.state.step = done
+        self.state.tokens += tokens
+        self.state.seconds = time.monotonic() - self.begun
+        self.window.append((seconds, tokens, 0))
+        self.view.advance(done, record["loss"])
+        last = done == self.total
+        if done % recipe.train.logging_steps == 0 or last:
+            spent = time.monotonic() - self.window_begun
+            record["tokens_per_second"] = sum(w[1] for w in self.window) / spent
+            record["step_seconds"] = spent / len(self.window)
+            record["peak_memory_gib"] = _peak_memory(self.accelerator.device)
+            self._record(record)
+            self.window, self.window_begun = [], time.monotonic()
+        every = recipe.train.eval_steps
+        if last or (every and done % every == 0):
+            self._evaluate()
+            self.model.train()
+            self.window_begun = time.monotonic()
+        every = recipe.train.save_steps
+        if last or stop or (every and done % every == 0):
+            self._save()
+        if stop and not last:
+            number = self.signals.received or signal.SIGTERM
+            raise Interrupted(
+                number, f"interrupted after step {done}; go on with: remix train {self.folder.recipe} --resume"
+            )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        try:
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.folder.metrics}: {error.strerror}") from error
+        self.view.log(record)
+        if self.tracker:
+            for key, value in record.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.tracker.add_scalar(key, value, record["step"])
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Held-out loss over all ranks; keeps the adapter of the lowest in `best/`."""
+        rows = self.data.validation.rows
+        if not rows:
+            return
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = row_losses(self.model, rows[rank::world], self.recipe.train.per_device_eval_batch_size)
+        sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
+        nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
+        loss = nats / tokens
+        if not _finite(loss):
+            raise DivergedError(f"held-out loss is {loss} after step {self.state.step}; try a lower train.learning_rate")
+        best = self.state.best_loss is None or loss < self.state.best_loss
+        if best:
+            self.state.best_loss, self.state.best_step = loss, self.state.step
+            if self.state.step:
+                self._write_adapter(self.folder.best)
+        self._record({"step": self.state.step, "eval_loss": loss, "eval_tokens": int(tokens), "best": best})
+
+    def _write_adapter(self, target: Path) -> None:
+        if not self.main:
+            return
+        for name, parameter in self.adapter.parameters().items():
+            if not torch.isfinite(parameter).all():
+                raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
+        with publish_folder(target) as scratch:
+            save_adapter(scratch, self.adapter, **self.identity)
+            self.data.tokenizer.save_pretrained(scratch)
+
+    def _save(self) -> None:
+        self.state.coefficient = {"products": self.coefficient.products, "squares": self.coefficient.squares}
+        if self.main:
+            checkpoints.save_checkpoint(
+                self.folder.checkpoints,
+                self.state,
+                self.adapter,
+                self.optimizer,
+                self.identity,
+                self.recipe.train.save_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        checkpoint, skipped = checkpoints.newest_valid(self.folder.checkpoints)
+        if self.main:
+            for line in skipped:
+                self.console.print(f"skipped a damaged checkpoint: {line}", highlight=False, soft_wrap=True)
+        if checkpoint is not None:
+            self.state = checkpoints.restore(checkpoint, self.adapter, self.optimizer)
+        if self.main and self.folder.metrics.exists():
+            lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= self.state.step and (checkpoint or _step_of(line) < 0)]
+            write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
+
+    def _open_tracker(self) -> None:
+        if self.recipe.train.report_to == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise RecipeError("train.report_to: tensorboard is not installed; pip install 'remix-cli[trackers]'") from None
+            self.tracker = SummaryWriter(str(self.folder.path / "tensorboard"))
+
+    def _summary(self) -> dict[str, Any]:
+        counts = count_parameters(self.adapter)
+        estimator = ESTIMATORS[self.recipe.router.estimator]
+        summary = {
+            "steps": self.state.step,
+            "best_eval_loss": self.state.best_loss,
+            "best_step": self.state.best_step,
+            "seconds": round(self.state.seconds, 3),
+            "tokens": self.state.tokens,
+            "parameters": counts.to_dict(),
+            "estimator": {"name": estimator.name, "unbiased": estimator.unbiased},
+            "processes": self.accelerator.num_processes,
+            "device": _device_name(self.accelerator.device),
+            "versions": {
+                "remix": remix_cli.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        if self.main:
+            if self.tracker:
+                self.tracker.close()
+            write_json(self.folder.summary, summary)
+        self.accelerator.wait_for_everyone()
+        return summary
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; a line cut off by a crash counts as beyond every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: what the allocator held at most on a GPU, the process's resident maximum on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

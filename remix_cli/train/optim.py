@@ -1,0 +1,50 @@
+"""Parameter groups, schedule, gradient reduction and clipping."""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from remix_cli.adapter.patch import Adapter
+from remix_cli.recipe.schema import Recipe
+
+
+def make_optimizer(adapter: Adapter, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with one group for the LoRAs and one, without weight decay, for the routers."""
+    loras, routers = list(adapter.lora_parameters().values()), list(adapter.router_parameters().values())
+    groups = [
+        {"params": loras, "lr": recipe.train.learning_rate, "weight_decay": recipe.train.weight_decay},
+        {"params": routers, "lr": recipe.router.learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
+    """A transformers schedule over optimizer steps; both groups share its shape."""
+    warmup = math.ceil(recipe.train.warmup_ratio * steps)
+    return get_scheduler(recipe.train.lr_scheduler_type, optimizer, warmup, steps)
+
+
+def sum_over_ranks(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over ranks, in one flat all-reduce a step.
+
+    The step has M backward passes and a router gradient formed without one, which is not what DDP's
+    reducer counts; adapters are small, so they stay replicated and are reduced once, here. Losses are
+    divided by the step's global target count, so the sum is the gradient.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "sum")
+    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = total.view_as(parameter).clone()
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the joint norm of these gradients down to `limit`; returns the norm before, not synchronised."""
+    return nn.utils.clip_grad_norm_(parameters, limit)
