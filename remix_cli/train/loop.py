@@ -60,8 +60,11 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
             prepare.clear_output(folder)
         if resume:
             _same_recipe(recipe, read_resolved(folder.recipe), folder)
-        run = _Run(recipe, accelerator, folder, console, resume)
-        return run.execute()
+        if resume and folder.summary.is_file():
+            if main:
+                console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
+            return json.loads(folder.summary.read_text(encoding="utf-8"))
+        return _Run(recipe, accelerator, folder, console, resume).execute()
 
 
 def _timeout() -> Any:
@@ -137,9 +140,7 @@ class _Run:
         self.state = TrainingState()
         if resume:
             self._restore()
-        self.schedule = optim.make_schedule(self.optimizer, recipe, self.total)
-        for _ in range(self.state.step):
-            self.schedule.step()
+        self.schedule = optim.make_schedule(recipe, self.total)
         self.prepared = accelerator.prepare(self.optimizer)
         self.coefficient = Coefficient(**self.state.coefficient)
         self.begun = time.monotonic() - self.state.seconds
@@ -157,6 +158,7 @@ class _Run:
             if self.state.step == 0:
                 self._evaluate()
             self.model.train()
+            self.window_begun = time.monotonic()
             for step in range(self.state.step, self.total):
                 self._step(step)
         self._write_adapter(self.folder.adapter)
@@ -210,7 +212,6 @@ class _Run:
             tokens += int(self.data.train.lengths[part].sum())
         optim.sum_over_ranks(accelerator, self.loras + self.routers)
         sums = self._reduce(results, tokens)
-        self.prepared.step_was_skipped  # noqa: B018
         accelerator.unscale_gradients(self.prepared)
         norms = torch.stack(
             [optim.clip(self.loras, recipe.train.max_grad_norm), optim.clip(self.routers, recipe.router.max_grad_norm)]
@@ -219,9 +220,10 @@ class _Run:
         loss, entropy, ess, decisions, variance, products, squares, all_tokens, stop = sums.tolist()
         if not all(map(_finite, (loss, lora_norm, router_norm))) and scaler is None:
             raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        rates = [base * self.schedule(step) for base in (recipe.train.learning_rate, recipe.router.learning_rate)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.prepared.step()
-        self.schedule.step()
         self.prepared.zero_grad()
         if recipe.router.estimator == "control_variate":
             self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))

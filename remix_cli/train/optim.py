@@ -1,7 +1,7 @@
 """Parameter groups, schedule, gradient reduction and clipping."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -22,10 +22,12 @@ def make_optimizer(adapter: Adapter, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
-    """A transformers schedule over optimizer steps; both groups share its shape."""
+def make_schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """The factor on both groups' learning rates at each step, counted from 0: a function, so nothing to restore."""
     warmup = math.ceil(recipe.train.warmup_ratio * steps)
-    return get_scheduler(recipe.train.lr_scheduler_type, optimizer, warmup, steps)
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = get_scheduler(recipe.train.lr_scheduler_type, stand_in, warmup, steps)
+    return schedule.lr_lambdas[0]
 
 
 def sum_over_ranks(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:

@@ -1,0 +1,248 @@
+"""The `remix` command. Each verb parses, calls one function and prints what it returned.
+
+Workers are imported inside the commands, so that `remix --help` needs neither torch nor half a second.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from remix_cli.errors import RemixError
+
+app = typer.Typer(
+    name="remix",
+    help="Finetune language models with routed mixtures of LoRAs (ReMix, arXiv 2603.10160).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, for example configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example train.max_steps=20 seed=1."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of `remix train`.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Best = Annotated[bool, typer.Option("--best", help="Use the adapter of lowest held-out loss, not the last.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest valid checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run that output_dir holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter as the recipe says.
+
+    On several GPUs: accelerate launch -m remix_cli train RECIPE
+    """
+    console = Console(stderr=as_json)
+    loaded = _recipe(recipe, overrides)
+    from remix_cli.train.loop import train as run_training
+
+    summary = run_training(loaded, console, resume=resume, overwrite=overwrite)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if as_json:
+        print(json.dumps(summary))
+        return
+    best = summary["best_eval_loss"]
+    console.print(
+        f"done: {summary['steps']} steps in {summary['seconds']:.0f} s"
+        + (f", best held-out loss {best:.4f} at step {summary['best_step']}" if best is not None else "")
+        + f"; adapter in {loaded.output_dir}/adapter",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    task: Annotated[list[str] | None, typer.Option(help="nll or gsm8k; by default the recipe's eval.tasks.")] = None,
+    data: Annotated[str | None, typer.Option(help="Score this file or hub data set instead of the recipe's rows.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
+    limit: Limit = None,
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Score a run: held-out loss, or GSM8K by greedy generation."""
+    from remix_cli.evaluate.run import evaluate as score
+    from remix_cli.evaluate.run import override_source
+    from remix_cli.runs import load_run
+    from remix_cli.stats.tables import eval_stamp, eval_table
+
+    console = Console(stderr=as_json)
+    loaded = load_run(run, best=best)
+    tasks = [override_source(t, data) for t in _tasks(loaded.recipe, task)]
+    with _Bars(console) as bars:
+        report, target = score(loaded, tasks, base=base, limit=limit, progress=bars.start)
+    if as_json:
+        print(json.dumps(report))
+        return
+    console.print(eval_table(report))
+    console.print(eval_stamp(report), highlight=False, soft_wrap=True)
+    console.print(f"written: {target} and one line per example beside it", highlight=False, soft_wrap=True)
+
+
+@app.command("route-stats")
+def route_stats(
+    run: RunPath,
+    data: Annotated[str | None, typer.Option(help="Rows in the recipe's first format; by default the held-out rows.")] = None,
+    limit: Limit = None,
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Show how the routers choose: entropy, effective support size, use of each LoRA."""
+    from remix_cli.errors import DataError
+    from remix_cli.evaluate.run import task_examples
+    from remix_cli.recipe import Task
+    from remix_cli.runs import load_run
+    from remix_cli.stats.routing import collect, report
+    from remix_cli.stats.tables import routing_legend, routing_table
+    from remix_cli.storage import write_json
+
+    console = Console(stderr=as_json)
+    loaded = load_run(run, best=best)
+    first = loaded.recipe.data.train[0]
+    source = first.model_copy(update={"path": data, "reasoning_gym": None, "limit": None}) if data else None
+    examples = task_examples(loaded.recipe, Task(task="nll", source=source))[:limit]
+    rows = loaded.encoder.encode_rows(examples).rows
+    if not rows:
+        raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
+    with _Bars(console) as bars:
+        blocks = collect(loaded, rows, loaded.recipe.eval.batch_size, bars.start("routing", len(rows)).advance)
+    result = report(loaded, len(rows), blocks)
+    write_json(loaded.folder.statistics / "routing.json", result)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console.print(routing_table(result))
+    console.print(routing_legend(result), highlight=False)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    form: Annotated[str, typer.Option("--format", help="peft-experts: n stock PEFT LoRAs and the router.")] = "peft-experts",
+    best: Best = False,
+) -> None:
+    """Write the adapter in another tool's format."""
+    from remix_cli.errors import ArtefactError, RecipeError
+    from remix_cli.runs import RunFolder
+
+    if form != "peft-experts":
+        raise RecipeError(f"--format: {form!r} is not known; use peft-experts")
+    folder = RunFolder(run)
+    if not folder.recipe.is_file():
+        raise ArtefactError(f"{run}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
+    from remix_cli.export.peft_experts import export_peft_experts
+
+    target = export_peft_experts(folder.best if best else folder.adapter, output)
+    Console().print(f"written: {target} (see its README.md for what it is and is not)", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe without training: keys, files, targets; show one row, parameters and memory."""
+    loaded = _recipe(recipe, overrides)
+    from remix_cli.train.preview import preview, print_preview
+
+    found = preview(loaded)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print_preview(found, Console())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from remix_cli.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Any:
+    from remix_cli.recipe import load_recipe
+
+    return load_recipe(path, overrides or [])
+
+
+def _tasks(recipe: Any, names: list[str] | None) -> list[Any]:
+    from remix_cli.errors import RecipeError
+    from remix_cli.recipe import Task
+
+    if not names:
+        return list(recipe.eval.tasks)
+    known = {task.task: task for task in recipe.eval.tasks}
+    unknown = [name for name in names if name not in ("nll", "gsm8k")]
+    if unknown:
+        raise RecipeError(f"--task: {unknown[0]!r} is not a task; use nll or gsm8k")
+    return [known.get(name) or Task(task=name) for name in names]  # type: ignore[arg-type]
+
+
+class _Bars:
+    """Progress bars on stderr, so that stdout stays for results; silent where stderr is no terminal."""
+
+    def __init__(self, console: Console):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> "_Bars":
+        if self.progress.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def start(self, name: str, total: int) -> "_Bar":
+        return _Bar(self.progress, self.progress.add_task(name, total=total))
+
+
+class _Bar:
+    def __init__(self, progress: Any, task: Any):
+        self.progress, self.task = progress, task
+
+    def advance(self, n: int) -> None:
+        self.progress.advance(self.task, n)
+
+
+def main() -> None:
+    """Entry point: every expected failure is one `error:` line and its documented exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments, prog_name="remix")
+    except RemixError as error:
+        if debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            for line in error.problems:
+                print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: unexpected {type(error).__name__}: {error} (a bug: run again with --debug and report it)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""GSM8K's answers: the number after `####` (strict) or the last number of the text (flexible)."""
+
+import re
+from decimal import Decimal, InvalidOperation
+
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+STRICT = re.compile(r"####\s*(-?\$?\d[\d,]*(?:\.\d+)?)")
+
+
+def strict_answer(text: str) -> Decimal | None:
+    """The number after the first `####`, None if there is none."""
+    found = STRICT.search(text)
+    return _number(found.group(1)) if found else None
+
+
+def flexible_answer(text: str) -> Decimal | None:
+    """The last number anywhere in the text, None if there is none."""
+    found = NUMBER.findall(text)
+    return _number(found[-1]) if found else None
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        return Decimal(text.replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None

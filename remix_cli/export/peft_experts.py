@@ -1,0 +1,79 @@
+"""`--format peft-experts`: every LoRA of the pool as a stock PEFT adapter, and the router as its own file.
+
+PEFT cannot route, so nothing of this folder is the trained model by itself: with all n LoRAs active at once
+it equals a pool with k = n, and with any fixed k of them it is one selection of the router's.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.store import StoredAdapter, load_stored
+from remix_cli.errors import RecipeError
+from remix_cli.storage import publish_folder
+
+README = """# LoRAs of a ReMix pool
+
+Made from a routed adapter by `remix export --format peft-experts`; base model `{base}`.
+
+- `lora-0` .. `lora-{last}`: stock PEFT adapters of rank {rank}, each scaled by omega = {scale:.6g}
+  (`lora_alpha` = omega * r). Any k of them, active together, are one selection of the router.
+- `router.safetensors`: for each block the matrix P, (n, D) float32. For a block's input x the trained model
+  activates the {active} LoRAs with the largest P x / ||x||, token by token.
+
+PEFT does not read the router, so loading one folder, or all of them, is NOT the trained model, which chooses
+{active} of {pool} for every token. `remix eval` and the library run it as trained.
+"""
+
+
+def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
+    """Write the folder `target`, whole or not at all. Raises ArtefactError, RecipeError, StorageError."""
+    if target.exists():
+        raise RecipeError(f"--output: {target} exists; choose a new folder")
+    stored = load_stored(adapter_folder)
+    if stored.config.method != "remix":
+        raise RecipeError(f"--format peft-experts: {stored.config.method} has no constant weight; only remix pools")
+    with publish_folder(target) as scratch:
+        for i in range(stored.config.pool_size):
+            _write_lora(scratch / f"lora-{i}", stored, i)
+        routers = {k: v for k, v in stored.tensors.items() if k.endswith(".router")}
+        save_file(routers, scratch / "router.safetensors", metadata={"format": "pt"})
+        (scratch / "README.md").write_text(_readme(stored), encoding="utf-8")
+    return target
+
+
+def _readme(stored: StoredAdapter) -> str:
+    c = stored.config
+    return README.format(
+        base=stored.base_model, last=c.pool_size - 1, rank=c.rank, scale=c.scale, active=c.active, pool=c.pool_size
+    )
+
+
+def _write_lora(folder: Path, stored: StoredAdapter, i: int) -> None:
+    config: AdapterConfig = stored.config
+    rows = slice(i * config.rank, (i + 1) * config.rank)
+    tensors, modules = {}, []
+    for name, tensor in stored.tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "lora_A":
+            tensors[f"base_model.model.{module}.lora_A.weight"] = tensor[rows].contiguous()
+            modules.append(module)
+        elif part == "lora_B":
+            tensors[f"base_model.model.{module}.lora_B.weight"] = tensor[:, rows].contiguous()
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": stored.base_model,
+        "r": config.rank,
+        "lora_alpha": config.scale * config.rank,
+        "lora_dropout": config.dropout,
+        "target_modules": modules,
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""`remix validate`: what a run would do, without weights and without writing anything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from remix_cli.data.encode import EncodedRow
+from remix_cli.objective import ESTIMATORS
+from remix_cli.recipe import Recipe
+from remix_cli.stats.parameters import ParameterCounts, count_parameters
+from remix_cli.stats.tables import parameter_table
+from remix_cli.train.prepare import check_recipe, load_data
+
+GIB = 2**30
+
+
+@dataclass
+class Preview:
+    recipe: Recipe
+    tokens: list[tuple[str, bool]]  # one row, token by token, with what is supervised
+    train: str
+    validation: str
+    steps: int
+    counts: ParameterCounts
+    memory: dict[str, float]  # GiB by what it is for
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "train": self.train,
+            "validation": self.validation,
+            "steps": self.steps,
+            "parameters": self.counts.to_dict(),
+            "memory_gib": self.memory,
+            "estimator": self.recipe.router.estimator,
+        }
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Raises RecipeError and DataError, as training would."""
+    adapter = check_recipe(recipe)
+    data = load_data(recipe)
+    row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
+    counts = count_parameters(adapter)
+    memory = estimate_memory(recipe, adapter.model.config.get_text_config(), counts, int(data.train.lengths.max()))
+    tokens = _pieces(data.tokenizer, row)
+    return Preview(
+        recipe, tokens, data.train.describe(), data.validation.describe(), data.total_steps(recipe), counts, memory
+    )
+
+
+def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
+    """Neighbouring tokens of one kind decoded together, so that multi-token characters stay whole."""
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for i in range(1, len(row.input_ids) + 1):
+        if i == len(row.input_ids) or row.supervised[i] != row.supervised[start]:
+            pieces.append((tokenizer.decode(row.input_ids[start:i]), bool(row.supervised[start])))
+            start = i
+    return pieces
+
+
+def estimate_memory(recipe: Recipe, config: Any, counts: ParameterCounts, longest: int) -> dict[str, float]:
+    """GiB on one device at the longest batch, by formula; an estimate, the frameworks' own overhead is left out."""
+    size = 4 if recipe.model.dtype == "float32" else 2
+    tokens = recipe.train.per_device_train_batch_size * longest
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", 4 * hidden)
+    stacked = recipe.adapter.pool_size * recipe.adapter.rank
+    kept = 10 * hidden + 5 * inner + 2 * 3 * stacked  # values a layer's backward pass needs, for each token
+    live_layers = 1 if recipe.train.gradient_checkpointing else layers
+    activations = tokens * (live_layers * kept + layers * hidden) * size
+    logits = tokens * config.vocab_size * (size + 8)
+    traces = recipe.router.selections * layers * tokens * hidden * size
+    parts = {
+        "base weights": counts.base * size,
+        "adapter, gradient, optimizer": counts.trained * 16,
+        "activations of one pass": activations,
+        "logits and loss": logits,
+        "router inputs of all selections": traces,
+    }
+    return {name: round(value / GIB, 3) for name, value in parts.items()}
+
+
+def print_preview(p: Preview, console: Console) -> None:
+    """Plain words first; supervised text is marked by brackets as well as by style."""
+    console.print(f"train     {p.train}", highlight=False)
+    console.print(f"held out  {p.validation}", highlight=False)
+    estimator = ESTIMATORS[p.recipe.router.estimator]
+    console.print(f"steps     {p.steps}", highlight=False)
+    if p.recipe.adapter.method == "remix":
+        console.print(f"router    {estimator.name}, M = {p.recipe.router.selections}: {estimator.summary}", highlight=False)
+    console.print("\nOne row as the model sees it; what it learns stands in «»:", highlight=False)
+    text = Text()
+    for piece, learnt in p.tokens:
+        text.append(f"«{piece}»" if learnt else piece, style="bold" if learnt else "dim")
+    console.print(text, soft_wrap=True)
+    console.print()
+    console.print(parameter_table(p.counts))
+    console.print("\nMemory on one device, estimated, GiB:", highlight=False)
+    for name, value in p.memory.items():
+        console.print(f"  {name:<34}{value:8.2f}", highlight=False)
+    console.print(f"  {'together':<34}{sum(p.memory.values()):8.2f}", highlight=False)
