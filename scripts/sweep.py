@@ -8,6 +8,7 @@ already listed is skipped, so the command can be repeated; runs still going at -
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ def one_run(recipe: Path, name: str, overrides: list[str], out: Path, test: str 
         "eval_loss": held[-1],
         "best_eval_loss": summary["best_eval_loss"],
         "train_loss": sum(m["loss"] for m in logged[-5:]) / len(logged[-5:]),
+        "peak_memory_gib": logged[-1]["peak_memory_gib"],
         "step_seconds": sorted(m["step_seconds"] for m in logged)[len(logged) // 2],
         "trained": summary["parameters"]["trained"],
         "entropy": logged[-1]["router_entropy"],
@@ -72,6 +74,9 @@ def worker(queue, recipe: Path, out: Path, shared: list[str], test: str | None) 
         except Exception as error:  # a failed variant is a result, too
             result = {"name": name, "overrides": overrides, "error": f"{type(error).__name__}: {error}"}
         result["seconds"] = time.monotonic() - begun
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the other processes need it
         with (out / "results.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
 

@@ -31,9 +31,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if self.pool_size < 1 or self.rank < 1:
-            raise ValueError(
-                f"pool_size ({self.pool_size}) and rank ({self.rank}) must be 1 or more"
-            )
+            raise ValueError(f"pool_size ({self.pool_size}) and rank ({self.rank}) must be 1 or more")
         if not 1 <= self.active <= self.pool_size:
             raise ValueError(f"active ({self.active}) must lie between 1 and pool_size ({self.pool_size})")
 

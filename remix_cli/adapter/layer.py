@@ -23,13 +23,15 @@ class Router(nn.Module):
     depend on P, and the score's gradient with respect to x is noise for the LoRAs below.
     """
 
-    def __init__(self, name: str, index: int, width: int, config: AdapterConfig, state: RoutingState):
+    def __init__(
+        self, name: str, index: int, width: int, config: AdapterConfig, state: RoutingState, device: torch.device
+    ):
         super().__init__()
         self.name = name
         self.index = index  # position of this router's slice in the drawn noise
         self.config = config
         self.local = False  # True: no attention follows, so a choice at s changes only the loss at s
-        self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32, device=device))
         self._state = state
         self.selected: Tensor | None = None  # weights of the block being computed, (B, T, n)
 
@@ -62,37 +64,39 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights of the n LoRAs for each position, (B, T, n), following the current trace's mode."""
-        trace = self._state.trace
-        if trace is not None and trace.replay is not None:
-            return trace.replay.decisions[self.name].weights
-        if self.config.method == "mixlora":
-            return self._mixlora(x, trace)
-        with torch.set_grad_enabled(trace is not None and trace.straight_through and torch.is_grad_enabled()):
-            logits = self.logits(x.detach())
-        noise = None if trace is None or trace.noise is None else trace.noise[self.index]
-        scores = logits.detach() if noise is None else logits.detach() + noise
-        chosen = routing.top_k(scores, self.config.active)
-        mask = routing.selection_mask(chosen, self.config.pool_size)
-        weights = mask.to(logits.dtype) * self.config.scale
-        if trace is None:
-            return weights
-        if trace.straight_through:
+        trace = self._state.trace or Trace()
+        recorded = trace.replay.decisions[self.name] if trace.replay else None
+        mode = trace.replay or trace
+        soft = self.config.method == "mixlora"
+        with torch.set_grad_enabled((soft or mode.straight_through) and torch.is_grad_enabled()):
+            logits = self.logits(x if soft else x.detach())
+        chosen = recorded.chosen if recorded else self._choose(logits.detach(), None if soft else mode.noise)
+        if soft:
+            weights = self._softmax_weights(logits, chosen)
+        elif mode.straight_through:
             pi = routing.inclusion_probabilities(logits, self.config.active)
-            weights = weights + self.config.scale * (pi - pi.detach())
-        elif trace.selection_grad and torch.is_grad_enabled():
-            weights.requires_grad_()
-        trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
-        return weights
-
-    def _mixlora(self, x: Tensor, trace: Trace | None) -> Tensor:
-        """Softmax over the k largest logits, times k * omega; exact gradients through the weights."""
-        logits = self.logits(x)
-        chosen = routing.top_k(logits, self.config.active)
-        share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
-        weights = torch.zeros_like(logits).scatter(-1, chosen, share)
-        if trace is not None:
+            weights = self._constant_weights(logits, chosen) + self.config.scale * (pi - pi.detach())
+        elif recorded:
+            return recorded.weights  # the very tensor, so that its gradient gathers there
+        else:
+            weights = self._constant_weights(logits, chosen)
+            if mode.selection_grad and torch.is_grad_enabled():
+                weights.requires_grad_()
+        if self._state.trace is not None and not recorded:
             trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
         return weights
+
+    def _choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        scores = logits if noise is None else logits + noise[self.index]
+        return routing.top_k(scores, self.config.active)
+
+    def _constant_weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        return routing.selection_mask(chosen, self.config.pool_size).to(logits.dtype) * self.config.scale
+
+    def _softmax_weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
+        share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
+        return torch.zeros_like(logits).scatter(-1, chosen, share)
 
 
 class RoutedLinear(nn.Module):
@@ -108,8 +112,9 @@ class RoutedLinear(nn.Module):
         self.pool_size, self.rank = config.pool_size, config.rank
         width_in, width_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
         stacked = config.pool_size * config.rank
-        self.lora_A = nn.Parameter(torch.zeros(stacked, width_in, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(width_out, stacked, dtype=torch.float32))
+        where = next(base_layer.parameters()).device
+        self.lora_A = nn.Parameter(torch.zeros(stacked, width_in, dtype=torch.float32, device=where))
+        self.lora_B = nn.Parameter(torch.zeros(width_out, stacked, dtype=torch.float32, device=where))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.routes_itself = config.scope == "module"
         if self.routes_itself:

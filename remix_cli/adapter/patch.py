@@ -24,7 +24,8 @@ def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     the whole name. The output embedding is never a target. Raises TargetError, with the names the model
     has, if a pattern selects nothing.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
     linears = [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
     found: set[str] = set()
     for pattern in patterns:
@@ -141,7 +142,8 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int, hidden_
             owner, width = name, int(base.in_features)  # type: ignore[arg-type]
         router = adapter.routers.get(owner)
         if router is None:
-            router = Router(owner, len(adapter.routers), width, config, adapter.state)
+            device = next(base.parameters()).device
+            router = Router(owner, len(adapter.routers), width, config, adapter.state, device)
             router.local = last_layer is not None
             adapter.routers[owner] = router
             if config.scope == "block":
@@ -150,15 +152,11 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int, hidden_
         linear = RoutedLinear(base, config, router)
         adapter.linears[name] = linear
         _set_module(model, name, linear)
-    device = next(model.parameters()).device
-    if device.type != "meta":
-        generator = torch.Generator().manual_seed(seed)
-        for part in [*adapter.linears.values(), *adapter.routers.values()]:
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
+    for part in parts:
+        if next(part.parameters()).device.type != "meta":
             part.reset_parameters(generator)
-    for name, linear in adapter.linears.items():
-        where = next(linear.base_layer.parameters()).device
-        linear.to(where)
-        adapter.routers[name if config.scope == "module" else name.rpartition(".")[0]].to(where)
     return adapter
 
 

@@ -141,7 +141,7 @@ def inclusion_probabilities(logits: Tensor, k: int) -> Tensor:
         raise ValueError(f"inclusion probabilities of k = {k} of n = {n}: more than {MAX_SUBSETS} sets")
     wide = logits.double()
     q = (wide - wide.amax(-1, keepdim=True).detach()).clamp_min(-300).softmax(-1)
-    f = torch.ones_like(q[..., :1])
+    f = gain = torch.ones_like(q[..., :1])
     reached = torch.zeros_like(q)
     for size, level in enumerate(_levels(n, k - 1, logits.device)):
         if size:

@@ -34,7 +34,7 @@ class Trace:
     `noise` (routers, B, T, n): choose by the top k of logits + noise, that is, draw from q without
     replacement; None: top k of the logits. `selection_grad`: let the backward pass leave dL/dz in each
     decision's `weights.grad`. `straight_through`: gradients to the router through the inclusion
-    probabilities (biased). `replay`: repeat that trace's selections, recording nothing.
+    probabilities (biased). `replay`: repeat that trace's mode and selections, recording nothing.
     """
 
     noise: Tensor | None = None

@@ -1,7 +1,8 @@
 """Data: the only room that knows prompts.
 
-    sources.py   rows from the hub, local files or reasoning-gym
-    formats.py   a row -> a conversation whose assistant turns are to be learnt
-    encode.py    a conversation -> token ids and which of them are supervised
-    batches.py   which rows make up which step, on which rank; padding
+sources.py   rows from the hub, local files or reasoning-gym
+formats.py   a row -> a conversation whose assistant turns are to be learnt
+encode.py    a conversation -> token ids and which of them are supervised
+splits.py    what is trained on and what is held out
+batches.py   which rows make up which step, on which rank; padding
 """

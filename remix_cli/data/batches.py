@@ -6,7 +6,7 @@ ranks, so two ranks without accumulation do what one rank does with two accumula
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ class Batch:
     first_row: int = 0  # rows[0], known without asking the device
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.first_row)
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        return replace(self, **moved)
 
 
 TENSORS = ("input_ids", "mask", "positions", "targets", "rows")
@@ -103,7 +104,9 @@ def _repeats(count: int, weight: float) -> int:
     return max(1, round(count * weight))
 
 
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, size: int, rank: int, world: int) -> list[tuple[int, np.ndarray]]:
+def micro_batches(
+    rows: np.ndarray, lengths: np.ndarray, size: int, rank: int, world: int
+) -> list[tuple[int, np.ndarray]]:
     """This rank's micro-batches of a step: (id of the first row, row numbers), longest rows first."""
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     cuts = [(i, rows[i : i + size]) for i in range(0, len(rows), size)]

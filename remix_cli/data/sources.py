@@ -29,7 +29,9 @@ def check_source(source: Source, key: str) -> list[str]:
 
 def _looks_local(path: str) -> bool:
     """A hub id is `owner/name` or `name`; anything that exists, is rooted or ends like a file is local."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or Path(path).suffix in LOADERS or path.count("/") > 1
+    return (
+        Path(path).exists() or path.startswith((".", "/", "~")) or Path(path).suffix in LOADERS or path.count("/") > 1
+    )
 
 
 def load_rows(source: Source) -> list[dict[str, Any]]:

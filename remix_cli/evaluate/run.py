@@ -15,6 +15,7 @@ import transformers
 import remix_cli
 from remix_cli.data.encode import Encoder, load_examples
 from remix_cli.data.formats import Example
+from remix_cli.data.splits import split_examples
 from remix_cli.errors import DataError
 from remix_cli.evaluate import gsm8k
 from remix_cli.evaluate.generate import generate
@@ -22,7 +23,6 @@ from remix_cli.evaluate.nll import mean_loss, row_losses
 from remix_cli.recipe import Recipe, Source, Task
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import write_json
-from remix_cli.train.prepare import held_out_sources
 
 
 @dataclass
@@ -36,7 +36,12 @@ class TaskResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        return {"task": self.task, "count": self.count, "scores": self.scores, "seconds": round(self.seconds, 3)}
+        return {
+            "task": self.task,
+            "count": self.count,
+            "scores": self.scores,
+            "seconds": round(self.seconds, 3),
+        }
 
 
 Progress = Callable[[str, int], Any]  # (task, total) -> an object with advance(n)
@@ -60,11 +65,17 @@ def evaluate(
             score = {"nll": _nll, "gsm8k": _gsm8k}[task.task]
             scores, lines = score(run, task, examples, progress)
             results.append(TaskResult(task.task, scores, len(examples), lines, time.monotonic() - begun))
-    report = {"model": name, "results": [r.to_dict() for r in results], "protocol": _protocol(run, tasks, base)}
+    report = {
+        "model": name,
+        "results": [r.to_dict() for r in results],
+        "protocol": _protocol(run, tasks, base),
+    }
     run.folder.evaluations.mkdir(exist_ok=True)
     for result in results:
         path = run.folder.evaluations / f"{name}-{result.task}.jsonl"
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.examples), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.examples), encoding="utf-8"
+        )
     target = run.folder.evaluations / f"{name}.json"
     write_json(target, report)
     return report, target
@@ -74,16 +85,16 @@ def task_examples(recipe: Recipe, task: Task) -> list[Example]:
     """The task's own rows, or the rows the recipe held out of training."""
     if task.source is not None:
         return load_examples([task.source])[0]
-    return held_out_sources(recipe)[2]
+    return split_examples(recipe)[2]
 
 
-def override_source(task: Task, path: str | None) -> Task:
-    """The task on another file, in the task's format."""
+def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
+    """The task on another file: in the task's own format, or for `nll` in that of the recipe's first source."""
     if path is None:
         return task
-    if task.source is not None:
-        return task.model_copy(update={"source": task.source.model_copy(update={"path": path, "reasoning_gym": None})})
-    return task.model_copy(update={"source": Source(path=path)})
+    default = Source(path=path, format="gsm8k") if task.task == "gsm8k" else recipe.data.train[0]
+    place = {"path": path, "reasoning_gym": None, "subset": None, "limit": None}
+    return task.model_copy(update={"source": (task.source or default).model_copy(update=place)})
 
 
 def _nll(run: LoadedRun, task: Task, examples: list[Example], progress: Progress) -> tuple[dict[str, float], list]:
@@ -112,7 +123,11 @@ def _gsm8k(run: LoadedRun, task: Task, examples: list[Example], progress: Progre
     bar = progress("gsm8k", len(prompts))
     lines: list[dict[str, Any]] = []
     for i, text in generate(
-        run.model, run.tokenizer, prompts, batch_size=run.recipe.eval.batch_size, max_new_tokens=task.max_new_tokens
+        run.model,
+        run.tokenizer,
+        prompts,
+        batch_size=run.recipe.eval.batch_size,
+        max_new_tokens=task.max_new_tokens,
     ):
         gold = gsm8k.strict_answer(examples[i].messages[-1]["content"])
         if gold is None:
@@ -133,7 +148,11 @@ def _gsm8k(run: LoadedRun, task: Task, examples: list[Example], progress: Progre
     lines.sort(key=lambda line: line["row"])
     share = {key: sum(line[key] for line in lines) / len(lines) for key in ("strict_correct", "flexible_correct")}
     formatted = sum(line["strict"] is not None for line in lines) / len(lines)
-    return {"strict": share["strict_correct"], "flexible": share["flexible_correct"], "has_answer": formatted}, lines
+    return {
+        "strict": share["strict_correct"],
+        "flexible": share["flexible_correct"],
+        "has_answer": formatted,
+    }, lines
 
 
 def _protocol(run: LoadedRun, tasks: list[Task], base: bool) -> dict[str, Any]:

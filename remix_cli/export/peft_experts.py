@@ -47,7 +47,12 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
 def _readme(stored: StoredAdapter) -> str:
     c = stored.config
     return README.format(
-        base=stored.base_model, last=c.pool_size - 1, rank=c.rank, scale=c.scale, active=c.active, pool=c.pool_size
+        base=stored.base_model,
+        last=c.pool_size - 1,
+        rank=c.rank,
+        scale=c.scale,
+        active=c.active,
+        pool=c.pool_size,
     )
 
 

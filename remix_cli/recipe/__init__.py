@@ -1,7 +1,7 @@
 """Recipes: YAML -> a frozen, complete, checked `Recipe`. Imports nothing heavy.
 
-    schema.py    the keys, their types, limits and defaults
-    loader.py    reads YAML and overrides; every problem at once, with line and nearest valid name
+schema.py    the keys, their types, limits and defaults
+loader.py    reads YAML and overrides; every problem at once, with line and nearest valid name
 """
 
 from remix_cli.recipe.loader import load_recipe, read_resolved

@@ -19,7 +19,15 @@ MAX_BYTES = 1_000_000
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-4` is a number, `010` is ten, `no` and `1:30` are text. Safe types only."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (the base class declares it so)
+
+
+def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+def _real(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node))
 
 
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
@@ -27,8 +35,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|Tr
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^{_FLOAT}$"), list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _real)
 
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -94,7 +102,9 @@ def _collect_lines(node: yaml.Node | None, at: KeyPath, lines: dict[KeyPath, int
             here = (*at, key.value)
             if here in lines:
                 dotted = ".".join(map(str, here))
-                raise RecipeError(f"{path}:{key.start_mark.line + 1}: {dotted}: given twice (first in line {lines[here]})")
+                raise RecipeError(
+                    f"{path}:{key.start_mark.line + 1}: {dotted}: given twice (first in line {lines[here]})"
+                )
             lines[here] = key.start_mark.line + 1
             _collect_lines(value, here, lines, path)
     elif isinstance(node, yaml.SequenceNode):

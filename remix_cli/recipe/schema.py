@@ -23,7 +23,8 @@ class Strict(BaseModel):
 class Model(Strict):
     name_or_path: str = Field(description="Hub id, model folder, or .gguf file.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Type of the frozen weights and of the computation; adapters are always float32."
+        "bfloat16",
+        description="Type of the frozen weights and of the computation; adapters are always float32.",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = Field(False, description="Run modelling code that the model folder brings along.")
@@ -55,14 +56,17 @@ class Adapter(Strict):
 class Router(Strict):
     selections: Positive = Field(2, description="M, selections sampled for each batch; the baseline needs 2.")
     estimator: Literal["paper", "rtg", "control_variate", "straight_through"] = Field(
-        "rtg", description="How the router's gradient is estimated. straight_through is biased; the others are not."
+        "rtg",
+        description="How the router's gradient is estimated. straight_through is biased; the others are not.",
     )
     lora_gradient: Literal["mean", "one"] = Field(
-        "mean", description="LoRA gradient from all M selections, or from one (the others run without gradients)."
+        "mean",
+        description="LoRA gradient from all M selections, or from one (the others run without gradients).",
     )
     scope: Scope = Field("block", description="One router for each FFN block, or for each adapted module.")
     learning_rate: Annotated[float, Field(ge=0, le=100)] = Field(
-        0.1, description="The router's own; 0 freezes it. Its input has unit length, so this is width-independent."
+        0.1,
+        description="The router's own; 0 freezes it. Its input has unit length, so this is width-independent.",
     )
     init_std: Annotated[float, Field(ge=0, le=10)] = Field(0.02, description="Spread of the initial logits.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")
@@ -162,7 +166,11 @@ class Recipe(Strict):
                 "conflict",
                 "M = {m}, but the estimator {estimator} compares selections and needs 2 or more "
                 "(or use router.estimator: straight_through, which is biased)",
-                {"m": self.router.selections, "estimator": self.router.estimator, "at": ("router", "selections")},
+                {
+                    "m": self.router.selections,
+                    "estimator": self.router.estimator,
+                    "at": ("router", "selections"),
+                },
             )
         return self
 

@@ -93,5 +93,10 @@ def eval_table(report: dict[str, Any]) -> Table:
     for result in report["results"]:
         for name, value in result["scores"].items():
             share = result["task"] != "nll"
-            table.add_row(result["task"], name, f"{100 * value:.2f} %" if share else f"{value:.4f}", str(result["count"]))
+            table.add_row(
+                result["task"],
+                name,
+                f"{100 * value:.2f} %" if share else f"{value:.4f}",
+                str(result["count"]),
+            )
     return table

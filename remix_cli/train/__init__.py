@@ -1,9 +1,12 @@
 """Training.
 
-    prepare.py      recipe -> checked data, model, adapter; the refusals that cost nothing come first
-    step.py         the gradients of one micro-batch: M sampled forward passes, LoRA and router gradients
-    loop.py         steps, evaluation, checkpoints, signals
-    optim.py        parameter groups, schedule, clipping, the one all-reduce of a step
-    checkpoints.py  durable training state
-    console.py      what a person sees while it runs
+prepare.py      refusals that cost nothing
+preview.py      what `remix validate` shows
+step.py         the gradients of one micro-batch: M sampled forward passes, LoRA and router gradients
+loop.py         steps, evaluation, checkpoints, signals
+optim.py        parameter groups, schedule, clipping, the one all-reduce of a step
+checkpoints.py  durable training state
+record.py       metrics.jsonl, tracker, summary.json
+signals.py      SIGTERM and Ctrl-C
+console.py      what a person sees while it runs
 """

@@ -36,7 +36,12 @@ class TrainingState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainingState, adapter: Adapter, optimizer: torch.optim.Optimizer, identity: dict[str, str], keep: int
+    folder: Path,
+    state: TrainingState,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, str],
+    keep: int,
 ) -> Path:
     """Publish a checkpoint for `state.step` and only then remove the oldest beyond `keep`."""
     target = folder / f"step-{state.step:06d}"
@@ -81,7 +86,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises ArtefactError if there are checkpoints but none is valid: never a silent fresh start.
     """
-    skipped = []
+    skipped: list[str] = []
     checkpoints = list_checkpoints(folder)
     for checkpoint in reversed(checkpoints):
         problem = verify(checkpoint)
@@ -124,4 +129,12 @@ def _unflatten(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, ada
         optimizer.state[parameter] = by_parameter[name]
 
 
-__all__ = ["WEIGHTS_FILE", "TrainingState", "list_checkpoints", "newest_valid", "restore", "save_checkpoint", "verify"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "TrainingState",
+    "list_checkpoints",
+    "newest_valid",
+    "restore",
+    "save_checkpoint",
+    "verify",
+]

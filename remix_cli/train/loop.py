@@ -6,26 +6,25 @@ clipped apart; data order and draws are functions of (seed, step), so a checkpoi
 """
 
 import json
-import os
-import platform
+import math
 import signal
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-import remix_cli
 from remix_cli.adapter.patch import Adapter, apply_adapter
 from remix_cli.adapter.store import fingerprint, save_adapter
 from remix_cli.data.batches import collate, micro_batches
-from remix_cli.errors import DivergedError, Interrupted, RecipeError, StorageError
+from remix_cli.data.splits import load_data
+from remix_cli.errors import DivergedError, Interrupted, RecipeError
 from remix_cli.evaluate.nll import row_losses
-from remix_cli.models import is_causal, load_model
+from remix_cli.models import is_causal, load_model, load_tokenizer
 from remix_cli.objective import ESTIMATORS, Coefficient
 from remix_cli.recipe import Recipe, read_resolved
 from remix_cli.recipe.loader import dump
@@ -35,10 +34,18 @@ from remix_cli.storage import lock_folder, publish_folder, write_json, write_tex
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.console import TrainingConsole
+from remix_cli.train.record import Recorder, peak_memory, summarise
+from remix_cli.train.signals import Signals
 from remix_cli.train.step import MicroResult, accumulate_gradients
 
 MAY_CHANGE = {"output_dir", "eval"}  # recipe groups that a resumed run may set anew
-MAY_CHANGE_TRAIN = {"logging_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size"}
+MAY_CHANGE_TRAIN = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "per_device_eval_batch_size",
+}
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -50,7 +57,8 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout())],
+        # rank 0 may tokenise, evaluate or write for a while
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
     )
     prepare.check_hardware(recipe, accelerator.device)
     folder = RunFolder(Path(recipe.output_dir))
@@ -65,12 +73,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
                 console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
             return json.loads(folder.summary.read_text(encoding="utf-8"))
         return _Run(recipe, accelerator, folder, console, resume).execute()
-
-
-def _timeout() -> Any:
-    from datetime import timedelta
-
-    return timedelta(minutes=30)  # rank 0 may tokenise or evaluate for a while
 
 
 def _same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
@@ -92,26 +94,6 @@ def _same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
         raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
 
 
-class _Signals:
-    """SIGTERM and the first Ctrl-C ask for a checkpoint and an orderly end; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> "_Signals":
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            os._exit(130)
-        self.received = number
-
-
 class _Run:
     """One training run. `execute` is the plan; the methods below are its parts, in order of use."""
 
@@ -119,7 +101,8 @@ class _Run:
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
         self.console = console
-        self.data = prepare.load_data(recipe, accelerator.num_processes)
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.data = load_data(recipe, self.tokenizer, accelerator.num_processes)
         self.total = self.data.total_steps(recipe)
         self.model = load_model(recipe.model, accelerator.device)
         self.identity = {
@@ -127,7 +110,7 @@ class _Run:
             "base_dtype": recipe.model.dtype,
             "base_fingerprint": fingerprint(self.model),
         }
-        if not is_causal(self.model, len(self.data.tokenizer)):
+        if not is_causal(self.model, len(self.tokenizer)):
             raise RecipeError("model.name_or_path: later tokens change earlier logits; remix trains causal models only")
         self.adapter: Adapter = apply_adapter(self.model, recipe.adapter_config(), seed=recipe.seed)
         self.loras = list(self.adapter.lora_parameters().values())
@@ -147,13 +130,17 @@ class _Run:
         self.window: list[tuple[float, float, int]] = []  # (entropy, ess, tokens) since the last log line
         self.window_begun = time.monotonic()
         self.epoch_plan: tuple[int, list] = (-1, [])
-        self.tracker: Any = None
+        self.recorder: Recorder | None = None  # on the main process
 
     def execute(self) -> dict[str, Any]:
         if self.main:
             write_text(self.folder.recipe, dump(self.recipe))
-            self._open_tracker()
-        with _Signals() as self.signals, TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view:
+            self.recorder = Recorder(self.recipe, self.folder)
+            self.recorder.rewind(self.state.step)
+        with (
+            Signals() as self.signals,
+            TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,
+        ):
             self._announce()
             if self.state.step == 0:
                 self._evaluate()
@@ -170,8 +157,8 @@ class _Run:
         self.view.line(f"train     {self.data.train.describe()}")
         self.view.line(f"held out  {self.data.validation.describe()}")
         self.view.line(
-            f"adapter   {counts.trained:,} trained (A {counts.lora_a:,}, B {counts.lora_b:,}, router {counts.router:,}), "
-            f"{counts.active:,} active per token"
+            f"adapter   {counts.trained:,} trained (A {counts.lora_a:,}, B {counts.lora_b:,}, "
+            f"router {counts.router:,}), {counts.active:,} active per token"
         )
         if recipe.adapter.method == "remix":
             self.view.line(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
@@ -214,11 +201,14 @@ class _Run:
         sums = self._reduce(results, tokens)
         accelerator.unscale_gradients(self.prepared)
         norms = torch.stack(
-            [optim.clip(self.loras, recipe.train.max_grad_norm), optim.clip(self.routers, recipe.router.max_grad_norm)]
+            [
+                optim.clip(self.loras, recipe.train.max_grad_norm),
+                optim.clip(self.routers, recipe.router.max_grad_norm),
+            ]
         )
         lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
         loss, entropy, ess, decisions, variance, products, squares, all_tokens, stop = sums.tolist()
-        if not all(map(_finite, (loss, lora_norm, router_norm))) and scaler is None:
+        if not all(map(math.isfinite, (loss, lora_norm, router_norm))) and scaler is None:
             raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
         rates = [base * self.schedule(step) for base in (recipe.train.learning_rate, recipe.router.learning_rate)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -279,7 +269,7 @@ class _Run:
             spent = time.monotonic() - self.window_begun
             record["tokens_per_second"] = sum(w[1] for w in self.window) / spent
             record["step_seconds"] = spent / len(self.window)
-            record["peak_memory_gib"] = _peak_memory(self.accelerator.device)
+            record["peak_memory_gib"] = peak_memory(self.accelerator.device)
             self._record(record)
             self.window, self.window_begun = [], time.monotonic()
         every = recipe.train.eval_steps
@@ -293,22 +283,14 @@ class _Run:
         if stop and not last:
             number = self.signals.received or signal.SIGTERM
             raise Interrupted(
-                number, f"interrupted after step {done}; go on with: remix train {self.folder.recipe} --resume"
+                number,
+                f"interrupted after step {done}; go on with: remix train {self.folder.recipe} --resume",
             )
 
     def _record(self, record: dict[str, Any]) -> None:
-        if not self.main:
-            return
-        try:
-            with self.folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self.folder.metrics}: {error.strerror}") from error
-        self.view.log(record)
-        if self.tracker:
-            for key, value in record.items():
-                if isinstance(value, int | float) and key != "step":
-                    self.tracker.add_scalar(key, value, record["step"])
+        if self.recorder:
+            self.recorder.add(record)
+            self.view.log(record)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -321,8 +303,10 @@ class _Run:
         sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
         nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
         loss = nats / tokens
-        if not _finite(loss):
-            raise DivergedError(f"held-out loss is {loss} after step {self.state.step}; try a lower train.learning_rate")
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"held-out loss is {loss} after step {self.state.step}; try a lower train.learning_rate"
+            )
         best = self.state.best_loss is None or loss < self.state.best_loss
         if best:
             self.state.best_loss, self.state.best_step = loss, self.state.step
@@ -338,7 +322,7 @@ class _Run:
                 raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
         with publish_folder(target) as scratch:
             save_adapter(scratch, self.adapter, **self.identity)
-            self.data.tokenizer.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)
 
     def _save(self) -> None:
         self.state.coefficient = {"products": self.coefficient.products, "squares": self.coefficient.squares}
@@ -360,67 +344,13 @@ class _Run:
                 self.console.print(f"skipped a damaged checkpoint: {line}", highlight=False, soft_wrap=True)
         if checkpoint is not None:
             self.state = checkpoints.restore(checkpoint, self.adapter, self.optimizer)
-        if self.main and self.folder.metrics.exists():
-            lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= self.state.step and (checkpoint or _step_of(line) < 0)]
-            write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
-
-    def _open_tracker(self) -> None:
-        if self.recipe.train.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise RecipeError("train.report_to: tensorboard is not installed; pip install 'remix-cli[trackers]'") from None
-            self.tracker = SummaryWriter(str(self.folder.path / "tensorboard"))
 
     def _summary(self) -> dict[str, Any]:
         counts = count_parameters(self.adapter)
-        estimator = ESTIMATORS[self.recipe.router.estimator]
-        summary = {
-            "steps": self.state.step,
-            "best_eval_loss": self.state.best_loss,
-            "best_step": self.state.best_step,
-            "seconds": round(self.state.seconds, 3),
-            "tokens": self.state.tokens,
-            "parameters": counts.to_dict(),
-            "estimator": {"name": estimator.name, "unbiased": estimator.unbiased},
-            "processes": self.accelerator.num_processes,
-            "device": _device_name(self.accelerator.device),
-            "versions": {
-                "remix": remix_cli.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        if self.main:
-            if self.tracker:
-                self.tracker.close()
+        accelerator = self.accelerator
+        summary = summarise(self.recipe, self.state, counts, accelerator.device, accelerator.num_processes)
+        if self.recorder:
+            self.recorder.close()
             write_json(self.folder.summary, summary)
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         return summary
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
-def _step_of(line: str) -> int:
-    """The step of a metrics line; a line cut off by a crash counts as beyond every step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB: what the allocator held at most on a GPU, the process's resident maximum on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.text import Text
 
 from remix_cli.data.encode import EncodedRow
+from remix_cli.data.splits import load_data
+from remix_cli.models import load_tokenizer
 from remix_cli.objective import ESTIMATORS
 from remix_cli.recipe import Recipe
 from remix_cli.stats.parameters import ParameterCounts, count_parameters
 from remix_cli.stats.tables import parameter_table
-from remix_cli.train.prepare import check_recipe, load_data
+from remix_cli.train.prepare import check_recipe
 
 GIB = 2**30
 
@@ -40,13 +42,21 @@ class Preview:
 def preview(recipe: Recipe) -> Preview:
     """Raises RecipeError and DataError, as training would."""
     adapter = check_recipe(recipe)
-    data = load_data(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
     row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
     counts = count_parameters(adapter)
-    memory = estimate_memory(recipe, adapter.model.config.get_text_config(), counts, int(data.train.lengths.max()))
-    tokens = _pieces(data.tokenizer, row)
+    config: Any = adapter.model.config
+    memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()))
+    tokens = _pieces(tokenizer, row)
     return Preview(
-        recipe, tokens, data.train.describe(), data.validation.describe(), data.total_steps(recipe), counts, memory
+        recipe,
+        tokens,
+        data.train.describe(),
+        data.validation.describe(),
+        data.total_steps(recipe),
+        counts,
+        memory,
     )
 
 
@@ -90,7 +100,10 @@ def print_preview(p: Preview, console: Console) -> None:
     estimator = ESTIMATORS[p.recipe.router.estimator]
     console.print(f"steps     {p.steps}", highlight=False)
     if p.recipe.adapter.method == "remix":
-        console.print(f"router    {estimator.name}, M = {p.recipe.router.selections}: {estimator.summary}", highlight=False)
+        console.print(
+            f"router    {estimator.name}, M = {p.recipe.router.selections}: {estimator.summary}",
+            highlight=False,
+        )
     console.print("\nOne row as the model sees it; what it learns stands in «»:", highlight=False)
     text = Text()
     for piece, learnt in p.tokens:

@@ -1,0 +1,50 @@
+# make demo   set everything up, fetch the demo model, train, evaluate, show the routing
+# make test   the tests, after the same set-up
+PYTHON ?= python3
+# The CPU build of torch. On a machine with a GPU: make TORCH=torch demo
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct
+RUN := runs/quickstart
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup model demo test lint types check bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | $(VENV)/.done
+	$(BIN)/python scripts/fetch_demo_model.py $(MODEL)
+
+demo: setup model
+	$(BIN)/remix train configs/quickstart.yaml --overwrite
+	$(BIN)/remix eval $(RUN) --base
+	$(BIN)/remix eval $(RUN)
+	$(BIN)/remix route-stats $(RUN)
+
+test: setup model
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+check: test lint types
+
+bench: setup model
+	$(BIN)/python scripts/bench_step.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

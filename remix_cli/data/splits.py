@@ -1,0 +1,76 @@
+"""A recipe's rows: what is trained on, what is held out, and in which order training sees them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from remix_cli.data.batches import Plan
+from remix_cli.data.encode import Encoded, Encoder, load_examples
+from remix_cli.data.formats import Example
+from remix_cli.errors import DataError
+from remix_cli.recipe import Recipe
+
+
+@dataclass
+class TrainingData:
+    train: Encoded
+    validation: Encoded
+    plan: Plan
+
+    def total_steps(self, recipe: Recipe) -> int:
+        by_epochs = int(np.ceil(self.plan.steps_per_epoch * recipe.train.num_train_epochs))
+        return min(by_epochs, recipe.train.max_steps or by_epochs)
+
+
+def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Example]]:
+    """Training examples with their count per source, and held-out examples.
+
+    Without `data.validation`, each source gives a share of its rows, the same ones for one seed.
+    """
+    examples, counts = load_examples(recipe.data.train)
+    if recipe.data.validation:
+        held, _ = load_examples(recipe.data.validation)
+        return examples, counts, held[: recipe.data.validation_limit]
+    random = np.random.default_rng([recipe.seed, 1])
+    total = sum(counts)
+    share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
+    train, held, kept, start = [], [], [], 0
+    for count in counts:
+        out = set(random.permutation(count)[: round(count * share)].tolist())
+        train += [examples[start + i] for i in range(count) if i not in out]
+        held += [examples[start + i] for i in sorted(out)]
+        kept.append(count - len(out))
+        start += count
+    return train, kept, held
+
+
+def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
+    """Read, hold out, tokenise and plan, for `world` processes. Raises DataError."""
+    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
+    examples, counts, held = split_examples(recipe)
+    parts, start = [], 0
+    for count in counts:
+        parts.append(encoder.encode_rows(examples[start : start + count]))
+        start += count
+    train = Encoded(
+        [row for part in parts for row in part.rows],
+        sum(p.read for p in parts),
+        sum(p.truncated for p in parts),
+        sum(p.dropped for p in parts),
+    )
+    for part, source in zip(parts, recipe.data.train, strict=True):
+        if not part.rows:
+            raise DataError(
+                f"{source.path or source.reasoning_gym}: no row has a supervised token within "
+                f"data.max_length = {recipe.data.max_length}; raise it"
+            )
+    plan = Plan(
+        lengths=train.lengths,
+        counts=tuple(len(p.rows) for p in parts),
+        weights=tuple(s.weight for s in recipe.data.train),
+        rows_per_step=recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world,
+        group_by_length=recipe.train.group_by_length,
+        seed=recipe.seed,
+    )
+    return TrainingData(train, encoder.encode_rows(held), plan)

@@ -1,0 +1,101 @@
+"""What a run writes down besides its weights: metrics.jsonl, a tracker if asked for, summary.json."""
+
+import json
+import platform
+import resource
+from typing import Any
+
+import torch
+import transformers
+
+import remix_cli
+from remix_cli.errors import RecipeError, StorageError
+from remix_cli.objective import ESTIMATORS
+from remix_cli.recipe import Recipe
+from remix_cli.runs import RunFolder
+from remix_cli.stats.parameters import ParameterCounts
+from remix_cli.storage import write_text
+from remix_cli.train.checkpoints import TrainingState
+
+
+class Recorder:
+    """Appends to metrics.jsonl; used by the main process only."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder):
+        self.folder = folder
+        self.tracker: Any = None
+        if recipe.train.report_to == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fix = "pip install 'remix-cli[trackers]'"
+                raise RecipeError(f"train.report_to: tensorboard is not installed; {fix}") from None
+            self.tracker = SummaryWriter(str(folder.path / "tensorboard"))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Raises StorageError."""
+        try:
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.folder.metrics}: {error.strerror}") from error
+        if self.tracker:
+            for key, value in record.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.tracker.add_scalar(key, value, record["step"])
+
+    def rewind(self, step: int) -> None:
+        """Forget what a resumed run is about to do again: records after `step`, and a line cut off by a crash.
+
+        The records of `step` itself were written before its checkpoint; with no checkpoint all go.
+        """
+        if self.folder.metrics.exists():
+            lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if step > 0 and _step_of(line) <= step]
+            write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def summarise(
+    recipe: Recipe, state: TrainingState, counts: ParameterCounts, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """What summary.json holds."""
+    estimator = ESTIMATORS[recipe.router.estimator]
+    return {
+        "steps": state.step,
+        "best_eval_loss": state.best_loss,
+        "best_step": state.best_step,
+        "seconds": round(state.seconds, 3),
+        "tokens": state.tokens,
+        "parameters": counts.to_dict(),
+        "estimator": {"name": estimator.name, "unbiased": estimator.unbiased},
+        "processes": processes,
+        "device": _device_name(device),
+        "versions": {
+            "remix": remix_cli.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: what the allocator held at most on a GPU, the process's resident maximum on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,185 @@
+"""Layer, router, patching and traces on tiny models of three families."""
+
+import pytest
+import torch
+from conftest import close
+from tiny import FAMILIES, fill_adapter, tiny_model
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.patch import TargetError, apply_adapter, find_targets
+from remix_cli.adapter.trace import Trace
+from remix_cli.models import is_causal
+
+SMALL = AdapterConfig(pool_size=4, active=2, rank=2)
+IDS = torch.tensor([[5, 9, 3, 11, 7, 2, 30], [8, 1, 4, 4, 60, 12, 33]])
+
+
+def adapted(family="llama", config=SMALL, dtype=torch.float32, **changes):
+    model = tiny_model(family, dtype, **changes)
+    adapter = apply_adapter(model, config, seed=0)
+    fill_adapter(adapter)
+    return model, adapter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scope", ["block", "module"])
+def test_starts_at_the_base_model_and_leaves_it_untouched(family, scope):
+    model = tiny_model(family)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    expected = model(IDS).logits
+    config = AdapterConfig(pool_size=4, active=2, rank=2, scope=scope)
+    adapter = apply_adapter(model, config, seed=0)
+    assert len(adapter.routers) == (2 if scope == "block" else 6)
+    assert torch.equal(model(IDS).logits, expected)
+    fill_adapter(adapter)
+    assert not torch.equal(model(IDS).logits, expected)
+    with adapter.disabled():
+        assert torch.equal(model(IDS).logits, expected)
+    adapter.remove()
+    assert torch.equal(model(IDS).logits, expected)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_only_adapter_parameters_get_gradients():
+    model, adapter = adapted()
+    with adapter.tracing(Trace(noise=adapter.noise((0,), torch.arange(2), 7), straight_through=True)):
+        model(IDS, labels=IDS).loss.backward()
+    own = {id(p) for p in adapter.parameters().values()}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in own), name
+
+
+def test_the_forward_is_the_sum_over_chosen_loras():
+    """RoutedLinear against the definition, LoRA by LoRA."""
+    model, adapter = adapted()
+    name = "model.layers.0.mlp.gate_proj"
+    linear = adapter.linears[name]
+    seen = {}
+    hook = linear.register_forward_hook(lambda m, args, out: seen.update(x=args[0], y=out))
+    with adapter.tracing(Trace(noise=adapter.noise((0,), torch.arange(2), 7))) as trace:
+        model(IDS)
+    hook.remove()
+    decision = trace.decisions["model.layers.0.mlp"]
+    expected = linear.base_layer(seen["x"])
+    r = SMALL.rank
+    for b in range(2):
+        for t in range(7):
+            for i in decision.chosen[b, t].tolist():
+                a, up = linear.lora_A[i * r : (i + 1) * r], linear.lora_B[:, i * r : (i + 1) * r]
+                expected[b, t] += SMALL.scale * (up @ (a @ seen["x"][b, t]))
+    assert close(seen["y"], expected, 1e-6)
+    active = decision.weights[decision.weights != 0]
+    assert torch.equal(active, torch.full_like(active, SMALL.scale))
+    assert (decision.weights != 0).sum(-1).eq(SMALL.active).all()
+
+
+def test_without_straight_through_the_token_loss_leaves_the_router_alone():
+    model, adapter = adapted()
+    with adapter.tracing(Trace(noise=adapter.noise((0,), torch.arange(2), 7))):
+        model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is None for p in adapter.router_parameters().values())
+    assert all(p.grad is not None for p in adapter.lora_parameters().values())
+
+
+def test_inference_takes_the_top_k_and_a_row_ignores_its_neighbours_and_padding():
+    model, adapter = adapted()
+    with adapter.tracing(Trace()) as trace:
+        together = model(IDS).logits
+    decision = trace.decisions["model.layers.1.mlp"]
+    assert torch.equal(decision.chosen, decision.logits.topk(2, dim=-1).indices)
+    alone = model(IDS[1:]).logits
+    assert close(alone[0], together[1], 1e-6)
+    padded = torch.cat([IDS[1:], torch.full((1, 5), 63)], dim=1)
+    assert close(model(padded).logits[0, :7], together[1], 1e-6)
+    left = torch.cat([torch.full((1, 3), 63), IDS[1:]], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 7])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert close(model(left, attention_mask=mask, position_ids=positions).logits[0, 3:], together[1], 1e-5)
+
+
+def test_generation_with_the_cache_equals_generation_without():
+    model, _ = adapted()
+    ids, mask = IDS[:1], torch.ones(1, 7, dtype=torch.long)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_checkpointing_replays_the_selections(straight_through):
+    model, adapter = adapted()
+    model.train()
+
+    def gradients(checkpointing):
+        model.zero_grad()
+        if checkpointing:
+            context = adapter.state.checkpoint_contexts
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context})
+        noise = adapter.noise((0,), torch.arange(2), 7)
+        with adapter.tracing(Trace(noise=noise, straight_through=straight_through)):
+            loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        return [p.grad.clone() for p in adapter.lora_parameters().values()]
+
+    plain, replayed = gradients(False), gradients(True)
+    assert all(close(b, a, 1e-6) for a, b in zip(plain, replayed, strict=True))
+
+
+def test_draws_do_not_depend_on_batch_or_padding():
+    _, adapter = adapted()
+    together = adapter.noise((3, 1), torch.tensor([0, 1, 2]), 9)
+    alone = adapter.noise((3, 1), torch.tensor([2]), 5)
+    assert torch.equal(together[:, 2:, :5], alone)
+    assert not torch.equal(together, adapter.noise((3, 2), torch.tensor([0, 1, 2]), 9))
+
+
+def test_last_layer_is_local_where_nothing_attends_to_it_afterwards():
+    def local(targets, scope):
+        adapter = apply_adapter(
+            tiny_model(),
+            AdapterConfig(pool_size=4, active=2, rank=2, target_modules=targets, scope=scope),
+            seed=0,
+        )
+        return {name for name, router in adapter.routers.items() if router.local}
+
+    assert local(("gate_proj", "down_proj"), "block") == {"model.layers.1.mlp"}
+    assert local(("q_proj", "k_proj", "o_proj"), "block") == set()
+    last = "model.layers.1.self_attn."
+    assert local(("q_proj", "k_proj", "v_proj", "o_proj"), "module") == {f"{last}q_proj", f"{last}o_proj"}
+
+
+def test_unknown_targets_name_what_there_is():
+    with pytest.raises(TargetError, match=r"up_projj.*gate_proj"):
+        find_targets(tiny_model(), ("gate_proj", "up_projj"))
+    with pytest.raises(TargetError, match="regular expression"):
+        find_targets(tiny_model(), ("[",))
+    picked = find_targets(tiny_model(), (r"model\.layers\.0\..*_proj",))
+    assert len(picked) == 7
+    assert "lm_head" not in find_targets(tiny_model(), (r".*",))
+
+
+def test_the_causality_check_sees_a_model_that_looks_ahead():
+    model = tiny_model()
+    assert is_causal(model, 64)
+    looks_ahead = lambda m, args, out: out + out.mean(1, keepdim=True)  # noqa: E731
+    model.model.layers[0].mlp.register_forward_hook(looks_ahead)
+    assert not is_causal(model, 64)
+
+
+def test_peft_with_all_loras_active_is_the_pool_with_k_equal_n():
+    """Oracle: rank n r LoRA of PEFT, alpha = omega r', is our pool with k = n."""
+    peft = pytest.importorskip("peft")
+    config = AdapterConfig(pool_size=4, active=4, rank=2)
+    model, adapter = adapted(config=config)
+    ours = model(IDS).logits
+    tensors = {name: p.detach().clone() for name, p in adapter.lora_parameters().items()}
+    adapter.remove()
+    alpha = config.scale * 8
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=8, lora_alpha=alpha, target_modules=["gate_proj", "up_proj", "down_proj"])
+    )
+    state = {f"base_model.model.{n}.default.weight": t for n, t in tensors.items()}
+    assert not wrapped.load_state_dict(state, strict=False).unexpected_keys
+    assert close(wrapped.eval()(IDS).logits, ours, 1e-5)

@@ -1,0 +1,190 @@
+"""Formats, supervision masks, and the plan of batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import WORDS, write_tiny_model
+
+from remix_cli.data.batches import Plan, collate, micro_batches
+from remix_cli.data.encode import EncodedRow, Encoder, load_examples
+from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.errors import DataError
+from remix_cli.models import load_tokenizer
+from remix_cli.recipe.schema import Model, Source
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = write_tiny_model(tmp_path_factory.mktemp("model"))
+    return load_tokenizer(Model(name_or_path=str(folder)))
+
+
+def talk(*turns):
+    roles = ("user", "assistant")
+    return Example(tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(turns)), "t")
+
+
+def words(ids):
+    return [WORDS[i] for i in ids]
+
+
+def test_chat_supervises_every_answer_and_its_end(tokenizer):
+    ids, supervised = Encoder(tokenizer, 64, None).encode(talk("w1 ?", "w2", "w3", "w4 w5"))
+    learnt = [w for w, s in zip(words(ids), supervised, strict=True) if s]
+    assert words(ids) == ["<user>", "w1", "?", "<bot>", "w2", "<eos>", "<user>", "w3", "<bot>", "w4", "w5", "<eos>"]
+    assert learnt == ["w2", "<eos>", "w4", "w5", "<eos>"]
+
+
+def test_plain_text_ends_with_the_end_token(tokenizer):
+    ids, supervised = Encoder(tokenizer, 64, False).encode(talk("w1 ?", "w2"))
+    assert words(ids) == ["w1", "?", "w2", "<eos>"]
+    assert supervised == [False, False, True, True]
+
+
+def test_the_prompt_is_what_generation_starts_from(tokenizer):
+    encoder = Encoder(tokenizer, 64, None)
+    example = talk("w1 ?", "w2")
+    prompt = encoder.prompt_ids(example)
+    assert words(prompt) == ["<user>", "w1", "?", "<bot>"]
+    assert encoder.encode(example)[0][: len(prompt)] == prompt
+
+
+def test_truncation_is_counted_and_never_leaves_an_unsupervised_row(tokenizer):
+    encoded = Encoder(tokenizer, 8, None).encode_rows(
+        [talk("w1", "w2"), talk("w1 w1 w1", "w2 w2 w2 w2"), talk("w1 " * 9, "w2")]
+    )
+    assert (len(encoded.rows), encoded.truncated, encoded.dropped) == (2, 1, 1)
+    assert all(row.supervised[1:].any() for row in encoded.rows)
+
+
+def test_end_token_is_a_target_even_when_padding_looks_the_same(tokenizer):
+    """pad = eos in this tokenizer: the mask, not the token, says what is learnt."""
+    rows = Encoder(tokenizer, 64, None).encode_rows([talk("w1", "w2"), talk("w1 w3 w3 w3", "w2 w4")]).rows
+    batch = collate(rows)
+    assert words(batch.targets.tolist()) == ["w2", "<eos>", "w2", "w4", "<eos>"]
+    predicted_from = batch.input_ids.flatten()[batch.positions].tolist()
+    assert words(predicted_from) == ["<bot>", "w2", "<bot>", "w2", "w4"]
+    assert batch.mask.sum(-1).tolist() == [len(r.input_ids) for r in rows]
+
+
+GOOD = {
+    "gsm8k": {"question": "2 + 2?", "answer": "It is <<2+2=4>>4.\n#### 4"},
+    "arc": {"question": "Up?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "B"},
+    "codealpaca": {"instruction": "Add.", "input": "1, 2", "output": "3"},
+    "prompt_completion": {"prompt": "a", "completion": "b"},
+    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+}
+
+
+@pytest.mark.parametrize("form", GOOD)
+def test_formats(form):
+    example = to_example(GOOD[form], Source(path="x.jsonl", format=form))
+    prompt, answer = example.messages[0]["content"], example.messages[-1]["content"]
+    expected = {
+        "gsm8k": ("2 + 2?", "It is 4.\n#### 4"),
+        "arc": ("Up?\nA. yes\nB. no\nAnswer with the letter of the right option.", "B"),
+        "codealpaca": ("Add.\n\n1, 2", "3"),
+        "prompt_completion": ("a", "b"),
+        "messages": ("a", "b"),
+    }
+    assert (prompt, answer) == expected[form]
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("gsm8k", {"answer": None}, "should be text, is NoneType"),
+        ("gsm8k", {"question": 3}, "should be text, is int"),
+        ("gsm8k", {"answer": " "}, "blank"),
+        ("gsm8k", {"question": "\ud800"}, "surrogate"),
+        ("arc", {"answerKey": "Z"}, "not among"),
+        ("messages", {"messages": []}, "list of"),
+        ("messages", {"messages": [{"role": "user", "content": "a"}]}, "last message"),
+        ("messages", {"messages": [{"role": "robot", "content": "a"}]}, "role"),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(form, change, message):
+    with pytest.raises(RowError, match=message):
+        to_example(GOOD[form] | change, Source(path="x.jsonl", format=form))
+
+
+def test_a_bad_row_is_named_by_file_and_number(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in [GOOD["gsm8k"], {"question": "x", "answer": ""}]))
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: the answer is blank"):
+        load_examples([Source(path=str(file), format="gsm8k")])
+    with pytest.raises(DataError, match="row 1: no column 'prompt'; the row has question, answer"):
+        load_examples([Source(path=str(file))])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_local_files_of_every_kind(tmp_path, suffix):
+    import datasets
+
+    table = datasets.Dataset.from_list([GOOD["prompt_completion"]] * 3)
+    file = tmp_path / f"train.{suffix}"
+    {"csv": table.to_csv, "parquet": table.to_parquet}.get(suffix, table.to_json)(str(file))
+    for path in (file, tmp_path):
+        examples, counts = load_examples([Source(path=str(path))])
+        assert counts == [3]
+        assert examples[0].messages[1]["content"] == "b"
+
+
+def test_reasoning_gym_rows_are_repeatable():
+    pytest.importorskip("reasoning_gym")
+    source = Source(reasoning_gym="spell_backward", size=5)
+    assert load_examples([source])[0] == load_examples([source])[0]
+    other = load_examples([source.model_copy(update={"seed": 1})])[0]
+    assert other != load_examples([source])[0]
+    assert other[0].task == "spell_backward"
+
+
+def plan(counts=(40, 20), weights=(1.0, 1.0), group=True, seed=0, size=8):
+    lengths = np.random.default_rng(1).integers(4, 60, sum(counts))
+    return Plan(lengths, counts, weights, size, group, seed)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_an_epoch_holds_every_row_once_and_is_a_function_of_seed_and_epoch(group):
+    p = plan(group=group)
+    steps = p.epoch(0)
+    assert len(steps) == p.steps_per_epoch == 8
+    assert sorted(np.concatenate(steps)) == list(range(60))
+    again = plan(group=group).epoch(0)
+    assert all(np.array_equal(a, b) for a, b in zip(steps, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(steps, p.epoch(1), strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(steps, plan(group=group, seed=1).epoch(0), strict=True))
+
+
+def test_weights_say_how_often_a_row_is_seen():
+    p = plan(weights=(2.0, 0.5))
+    seen = np.concatenate(p.epoch(0))
+    assert [(seen == i).sum() for i in range(40)] == [2] * 40
+    assert len(seen) == 90
+    later = np.concatenate(p.epoch(1))
+    assert set(seen[seen >= 40]) != set(later[later >= 40])
+
+
+def test_grouping_by_length_saves_padding():
+    def padding(p):
+        return sum(p.lengths[s].max() * len(s) - p.lengths[s].sum() for s in p.epoch(0))
+
+    assert padding(plan((400,), (1.0,))) < 0.3 * padding(plan((400,), (1.0,), group=False))
+
+
+def test_ranks_share_the_micro_batches_of_one_rank_with_accumulation():
+    rows, lengths = np.arange(10), np.arange(10, 20)
+    alone = micro_batches(rows, lengths, 3, 0, 1)
+    shared = micro_batches(rows, lengths, 3, 0, 2) + micro_batches(rows, lengths, 3, 1, 2)
+    key = lambda part: part[0]  # noqa: E731
+    for a, b in zip(sorted(alone, key=key), sorted(shared, key=key), strict=True):
+        assert a[0] == b[0]
+        assert np.array_equal(a[1], b[1])
+
+
+def test_row_ids_are_unique_within_a_step():
+    row = EncodedRow(np.arange(5), np.ones(5, bool), "t")
+    first, second = collate([row, row], 0), collate([row], 2)
+    assert torch.cat([first.rows, second.rows]).tolist() == [0, 1, 2]

@@ -1,0 +1,100 @@
+"""The house's own rules: which room may import which, and how big rooms get."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "remix_cli"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Room -> rooms it may import. Arrows point one way; `errors` and `storage` are open to all.
+ALLOWED = {
+    "errors": set(),
+    "storage": set(),
+    "adapter": set(),
+    "recipe": {"adapter.config"},
+    "objective": {"adapter"},
+    "data": {"recipe"},
+    "models": {"recipe", "data", "objective"},
+    "runs": {"adapter", "recipe", "data", "models"},
+    "stats": {"adapter", "recipe", "data", "models", "runs"},
+    "evaluate": {"adapter", "recipe", "data", "models", "runs"},
+    "export": {"adapter"},
+    "train": {"adapter", "recipe", "data", "models", "runs", "objective", "stats", "evaluate"},
+    "cli": {"recipe", "runs", "train", "evaluate", "stats", "export"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("remix_cli."):
+            found.append(node.module.removeprefix("remix_cli."))
+        elif isinstance(node, ast.Import):
+            found += [a.name.removeprefix("remix_cli.") for a in node.names if a.name.startswith("remix_cli.")]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    here = room(path)
+    for module in imports(path):
+        target = module.split(".")[0]
+        allowed = ALLOWED[here] | {here, "errors", "storage"}
+        assert target in allowed or module in allowed, f"{here} must not import {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_file_we_read_can_run_code(path):
+    """No pickle, no yaml.load, no torch.load, no eval or exec, anywhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"yaml.load", "torch.load", "eval", "exec", "pickle.load", "pickle.loads"}, called
+        if isinstance(node, ast.Import):
+            assert not {a.name for a in node.names} & {"pickle", "dill", "joblib"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_and_functions_stay_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 70, f"{node.name} is too long"
+
+
+def test_the_adapter_core_needs_torch_and_safetensors_only():
+    code = (
+        "import sys, remix_cli.adapter.patch, remix_cli.adapter.store\n"
+        "bad = {'transformers', 'accelerate', 'datasets', 'pydantic', 'yaml', 'rich', 'typer'} & set(sys.modules)\n"
+        "sys.exit(','.join(bad) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["route-stats"], ["export"], ["validate"], ["schema"]])
+def test_help_is_quick_and_needs_no_torch(verb):
+    code = (
+        f"import sys; sys.argv = ['remix', *{verb}, '--help']\n"
+        "from remix_cli.cli import app\n"
+        "try: app(prog_name='remix')\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: remix" in done.stdout
+    assert time.monotonic() - begun < 3  # 0.3 s on an idle machine

@@ -1,0 +1,177 @@
+"""Recipes: what is accepted, what is refused, and how the refusal reads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from remix_cli.errors import RecipeError
+from remix_cli.recipe import load_recipe
+from remix_cli.recipe.loader import all_keys, dump
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MINIMAL = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "output_dir": "o"}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+LISTS = ("data.train", "data.validation", "eval.tasks")
+
+
+def with_key(dotted: str, value) -> dict:
+    """The minimal recipe with one more key; `data.train.path` means the path of the first entry."""
+    recipe = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    *parents, last = dotted.split(".")
+    place = recipe
+    for depth, part in enumerate(parents, start=1):
+        is_list = ".".join(parents[:depth]) in LISTS
+        place = place.setdefault(part, [{}] if is_list else {})
+        place = place[0] if is_list else place
+    place[last] = value
+    return recipe
+
+
+def in_lists(dotted: str) -> str:
+    """`data.train.path` -> `data.train.0.path`."""
+    for prefix in LISTS:
+        dotted = dotted.replace(f"{prefix}.", f"{prefix}.0.")
+    return dotted
+
+
+def problems(tmp_path, recipe, *overrides) -> list[str]:
+    text = recipe if isinstance(recipe, str) else yaml.safe_dump(recipe)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text), overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_says_how_it_is_run_and_survives_a_round_trip(path, tmp_path):
+    recipe = load_recipe(path)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# remix train {path.relative_to(ROOT)}")
+    assert load_recipe(write(tmp_path, dump(recipe))) == recipe
+
+
+LEAVES = [key for key in all_keys() if key.split(".")[-1] not in ("options",)]
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_a_misspelt_key_is_named_with_its_line_and_the_right_name(key, tmp_path):
+    """R1, generated from the schema: one letter lost from every key."""
+    *parents, last = key.split(".")
+    wrong = last[:-1] if len(last) > 2 else last + "x"
+    found = problems(tmp_path, with_key(".".join([*parents, wrong]), 1))
+    lines = [line for line in found if "unknown key" in line]
+    assert len(lines) == 1, found
+    assert "recipe.yaml:" in lines[0]
+    assert lines[0].endswith(f"did you mean {in_lists(key)}?")
+
+
+@pytest.mark.parametrize("value", [3, "x", [1], {"a": 1}, None])
+def test_unknown_keys_are_refused_whatever_their_value(value, tmp_path):
+    assert "unknown key" in problems(tmp_path, with_key("adapter.colour", value))[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapter.active", True),
+        ("adapter.active", "2"),
+        ("adapter.active", 2.5),
+        ("adapter.active", 0),
+        ("adapter.rank", -1),
+        ("adapter.target_modules", "q_proj"),
+        ("adapter.target_modules", []),
+        ("adapter.omega", "big"),
+        ("train.learning_rate", 0),
+        ("train.learning_rate", -1),
+        ("train.max_steps", 0),
+        ("train.warmup_ratio", 1.5),
+        ("router.learning_rate", -0.1),
+        ("router.selections", 0),
+        ("data.validation_fraction", 1.0),
+        ("seed", -1),
+    ],
+)
+def test_wrong_values_are_refused_with_the_key(key, value, tmp_path):
+    found = problems(tmp_path, with_key(key, value))
+    assert len(found) == 1
+    assert f"{key}: " in found[0].replace("target_modules.0", "target_modules")
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e400", "nan"])
+def test_rates_are_finite(text, tmp_path):
+    recipe = yaml.safe_dump(MINIMAL) + f"train:\n  learning_rate: {text}\n"
+    assert "train.learning_rate" in problems(tmp_path, recipe)[0]
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), (".5", 0.5), ("5.", 5.0), ("1", 1.0)])
+def test_numbers_are_numbers(text, value, tmp_path):
+    recipe = yaml.safe_dump(MINIMAL) + f"train:\n  learning_rate: {text}\n"
+    assert load_recipe(write(tmp_path, recipe)).train.learning_rate == value
+
+
+def test_yaml_surprises_are_not_followed(tmp_path):
+    recipe = yaml.safe_dump(MINIMAL) + "seed: 010\n"
+    assert load_recipe(write(tmp_path, recipe)).seed == 10
+    recipe = yaml.safe_dump(with_key("output_dir", None)).replace("null", "no")
+    assert load_recipe(write(tmp_path, recipe)).output_dir == "no"
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path):
+    text = (
+        "model: {name_or_path: m}\nadapter:\n  pool_size: 4\n  active: 9\nrouter:\n  selection: 2\n"
+        "data:\n  train:\n    - {path: a.jsonl, reasoning_gym: b}\n"
+    )
+    found = "\n".join(problems(tmp_path, text))
+    assert "recipe.yaml:4: adapter.active: k = 9" in found
+    assert "recipe.yaml:6: router.selection: unknown key; did you mean router.selections?" in found
+    assert "recipe.yaml:9: data.train.0: give either path or reasoning_gym" in found
+    assert "output_dir: required" in found
+
+
+@pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate"])
+def test_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_path):
+    recipe = with_key("router.selections", 1) | {"router": {"selections": 1, "estimator": estimator}}
+    assert "router.selections: M = 1" in problems(tmp_path, recipe)[0]
+    recipe["router"]["estimator"] = "straight_through"
+    assert load_recipe(write(tmp_path, yaml.safe_dump(recipe))).router.selections == 1
+
+
+def test_overrides_are_read_as_yaml_and_checked_alike(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    recipe = load_recipe(path, ["train.learning_rate=1e-4", "data.train.0.path=b.jsonl", "seed=3"])
+    assert (recipe.train.learning_rate, recipe.data.train[0].path, recipe.seed) == (1e-4, "b.jsonl", 3)
+    for wrong in ("train.learning_rat=1", "train.max_steps=yes", "seed", "data.train.5.path=x", "seed.x=1"):
+        assert problems(tmp_path, MINIMAL, wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [",
+        "- 1\n- 2",
+        "",
+        "a: !!python/object/apply:os.system ['true']",
+        "[" * 5000,
+        "seed: 1\nseed: 2",
+        "\x00",
+    ],
+)
+def test_files_that_are_no_recipes(text, tmp_path):
+    found = problems(tmp_path, text)
+    assert len(found) == 1
+    assert "recipe.yaml" in found[0]
+
+
+def test_missing_recipe_file(tmp_path):
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path)

@@ -1,0 +1,246 @@
+"""Stopping and going on: the same bits as a run that was never stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import close
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny import recipe_text, write_rows, write_tiny_model
+
+from remix_cli.errors import ArtefactError, BusyError, DivergedError, Interrupted, RecipeError
+from remix_cli.recipe import load_recipe
+from remix_cli.storage import lock_folder
+from remix_cli.train import checkpoints, loop
+from remix_cli.train.step import MicroResult
+
+CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage")
+    return write_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl", 24), folder
+
+
+def recipe_for(stage, output, **groups):
+    """Dropout, shuffling, accumulation, M = 2 and more than one epoch, so that nothing exact is exact by luck."""
+    model, rows, _ = stage
+    train = {
+        "max_steps": STEPS,
+        "num_train_epochs": 9,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 0.02,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
+    }
+    settings = {"train": train, "adapter": {"dropout": 0.2}, "router": {"estimator": "control_variate"}} | groups
+    recipe = recipe_text(model, rows, output, **settings)
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return load_recipe(path)
+
+
+def run(recipe, **options):
+    return loop.train(recipe, Console(quiet=True), **options)
+
+
+def outcome(folder):
+    """Everything a run is judged by, clocks aside."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [{k: v for k, v in m.items() if k not in CLOCK} for m in metrics],
+        "adapter": (folder / "adapter" / "adapter.safetensors").read_bytes(),
+        "best": (folder / "best" / "adapter.safetensors").read_bytes(),
+        "optimizer": (folder / "checkpoints" / f"step-{STEPS:06d}" / "optimizer.safetensors").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(stage):
+    folder = stage[2] / "whole"
+    run(recipe_for(stage, folder))
+    return outcome(folder)
+
+
+def stop_after(monkeypatch, step):
+    """As if SIGTERM had arrived during `step`."""
+    original = loop._Run._step
+
+    def stopping(self, index):
+        if index + 1 == step:
+            self.signals.received = signal.SIGTERM
+        original(self, index)
+
+    monkeypatch.setattr(loop._Run, "_step", stopping)
+
+
+def interrupted_run(stage, folder, monkeypatch, *stops):
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(Interrupted) as ended:
+                run(recipe_for(stage, folder), resume=folder.exists())
+            assert ended.value.exit_code == 143
+            assert "--resume" in str(ended.value)
+    run(recipe_for(stage, folder), resume=True)
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (5,), (1, 2, 4)], ids=str)
+def test_a_stopped_run_ends_with_the_same_bits(stage, whole, monkeypatch, tmp_path, stops):
+    assert interrupted_run(stage, tmp_path / "run", monkeypatch, *stops) == whole
+
+
+@pytest.mark.parametrize("broken", ["optimizer", "coefficient", "seed"])
+def test_the_comparison_sees_a_resume_that_forgets_something(stage, whole, monkeypatch, tmp_path, broken):
+    """Negative controls: without optimizer state, without the coefficient, with other draws."""
+    original = checkpoints.restore
+
+    def forgetful(checkpoint, adapter, optimizer):
+        state = original(checkpoint, adapter, optimizer)
+        if broken == "optimizer":
+            optimizer.state.clear()
+        if broken == "coefficient":
+            state.coefficient = {}
+        return state
+
+    monkeypatch.setattr(checkpoints, "restore", forgetful)
+    if broken == "seed":
+        accumulate = loop.accumulate_gradients
+        other = lambda *a, seed, **k: accumulate(*a, seed=(seed[0], seed[1] + 1000 * (seed[1] >= 3)), **k)  # noqa: E731
+        monkeypatch.setattr(loop, "accumulate_gradients", other)
+    assert interrupted_run(stage, tmp_path / "run", monkeypatch, 3) != whole
+
+
+def half_done(stage, folder, monkeypatch, stop=4):
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(Interrupted):
+            run(recipe_for(stage, folder))
+    return folder
+
+
+def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_serves(stage, whole, monkeypatch, tmp_path, capsys):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    file = folder / "checkpoints" / "step-000004" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    loop.train(recipe_for(stage, folder), Console(width=200), resume=True)
+    assert "step-000004: optimizer.safetensors is damaged" in capsys.readouterr().out
+    assert outcome(folder) == whole
+
+
+def test_no_valid_checkpoint_is_refused_not_started_afresh(stage, monkeypatch, tmp_path):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints"):
+        (checkpoint / "manifest.json").write_text("{")
+    with pytest.raises(ArtefactError, match="no valid checkpoint"):
+        run(recipe_for(stage, folder), resume=True)
+
+
+def test_a_resumed_run_keeps_its_recipe(stage, monkeypatch, tmp_path):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    changed = recipe_for(stage, folder).model_copy(update={"seed": 5})
+    with pytest.raises(RecipeError, match=r"seed: 5, but .* was begun with 0"):
+        run(changed, resume=True)
+
+
+def test_a_folder_in_use_is_refused_with_its_process(stage, tmp_path):
+    folder = tmp_path / "run"
+    with lock_folder(folder), pytest.raises(BusyError, match=f"in use by process {os.getpid()}"):
+        run(recipe_for(stage, folder))
+
+
+def test_other_files_in_the_folder_are_left_alone(stage, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"holds other files \(thesis.txt\)"):
+        run(recipe_for(stage, folder), overwrite=True)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):
+    """N1: a NaN loss at step 3."""
+    original, steps = loop.accumulate_gradients, []
+
+    def poisoned(*args, seed, **options):
+        result: MicroResult = original(*args, seed=seed, **options)
+        steps.append(seed[1])
+        if seed[1] == 2:
+            result.loss = result.loss * float("nan")
+        return result
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    folder = tmp_path / "run"
+    with pytest.raises(DivergedError, match=r"diverged at step 3: loss nan.*training rows.*step-000002"):
+        run(recipe_for(stage, folder))
+    assert max(steps) == 2
+    assert [c.name for c in checkpoints.list_checkpoints(folder / "checkpoints")] == ["step-000002"]
+    assert checkpoints.verify(folder / "checkpoints" / "step-000002") is None
+
+
+def test_equal_runs_give_equal_bytes(stage, whole, tmp_path):
+    run(recipe_for(stage, tmp_path / "again"))
+    assert outcome(tmp_path / "again") == whole
+
+
+def launch(arguments, recipe, processes):
+    """Accelerate starts several processes with its GPU launcher only; ACCELERATE_USE_CPU puts them on gloo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "-m", "remix_cli", "train", str(recipe), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("estimator", ["rtg", "control_variate"])
+def test_two_processes_train_what_one_trains(stage, tmp_path, estimator):
+    """The same global batch, once accumulated by one process and once shared by two; an odd tail included."""
+    router = {"router": {"estimator": estimator}, "adapter": {"dropout": 0.0}}
+    one = recipe_for(stage, tmp_path / "one", **router)
+    one = one.model_copy(update={"train": one.train.model_copy(update={"gradient_accumulation_steps": 4})})
+    run(one)
+    recipe_for(stage, tmp_path / "two", **router)
+    printed = launch(["train.gradient_accumulation_steps=2"], tmp_path / "two.yaml", 2)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+    assert printed.count("done:") == 1
+    a = load_file(tmp_path / "one" / "adapter" / "adapter.safetensors")
+    b = load_file(tmp_path / "two" / "adapter" / "adapter.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        # Advantages are small differences of losses, so their rounding is what remains.
+        assert close(b[name], a[name], 2e-3), name
+    one_metrics, two_metrics = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")
+    )
+    for x, y in zip(one_metrics, two_metrics, strict=True):
+        assert x.keys() == y.keys()
+        for key in {"loss", "eval_loss", "lora_grad_norm", "router_grad_norm", "router_entropy"} & x.keys():
+            assert x[key] == pytest.approx(y[key], rel=2e-4)
+
+
+def test_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):
+    folder = half_done(stage, tmp_path / "here", monkeypatch)
+    shutil.move(folder, tmp_path / "there")
+    run(recipe_for(stage, tmp_path / "there"), resume=True)
+    assert outcome(tmp_path / "there") == whole

@@ -1,0 +1,136 @@
+"""One training step's gradients: invariances that must hold whatever the estimator."""
+
+import pytest
+import torch
+from conftest import close
+from tiny import fill_adapter, tiny_model
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.patch import apply_adapter
+from remix_cli.data.batches import collate
+from remix_cli.data.encode import EncodedRow
+from remix_cli.recipe.schema import Router
+from remix_cli.train import step as step_module
+from remix_cli.train.step import accumulate_gradients
+
+ESTIMATORS = ["paper", "rtg", "control_variate", "straight_through"]
+
+
+def rows(count=4):
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for i in range(count):
+        length = 6 + 2 * i
+        ids = torch.randint(2, 60, (length,), generator=generator)
+        made.append(EncodedRow(ids.numpy(), (torch.arange(length) >= length // 2).numpy(), "t"))
+    return made
+
+
+def build(checkpointing=False, **config):
+    model = tiny_model().train()
+    adapter = apply_adapter(model, AdapterConfig(**({"pool_size": 4, "active": 2, "rank": 2} | config)), seed=0)
+    fill_adapter(adapter)
+    if checkpointing:
+        context = adapter.state.checkpoint_contexts
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context})
+    return model, adapter
+
+
+def gradients(router, cuts=(4,), scale=1.0, beta=0.5, checkpointing=False, **config):
+    """Gradient of one step whose four rows are cut into micro-batches of the given sizes."""
+    model, adapter = build(checkpointing, **config)
+    everything, start = rows(), 0
+    targets = sum(int(r.supervised[1:].sum()) for r in everything)
+    for size in cuts:
+        accumulate_gradients(
+            model,
+            adapter,
+            collate(everything[start : start + size], start),
+            router,
+            targets_in_step=targets,
+            seed=(0, 7),
+            beta=beta,
+            backward=lambda loss: (loss * scale).backward(),
+            loss_scale=scale,
+        )
+        start += size
+    return {name: p.grad / scale for name, p in adapter.parameters().items() if p.grad is not None}
+
+
+def same(a, b, relative=1e-5):
+    return all(close(a[name], b[name], relative) for name in b)
+
+
+@pytest.mark.parametrize("estimator", ["rtg", "control_variate", "straight_through"])
+@pytest.mark.parametrize("gradient", ["mean", "one"])
+def test_accumulation_changes_nothing(estimator, gradient):
+    router = Router(estimator=estimator, selections=3, lora_gradient=gradient)
+    assert same(gradients(router, cuts=(2, 2)), gradients(router))
+    assert same(gradients(router, cuts=(1, 3)), gradients(router))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_checkpointing_changes_nothing(estimator):
+    router = Router(estimator=estimator)
+    assert same(gradients(router, checkpointing=True), gradients(router))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_loss_scaling_cancels(estimator):
+    router = Router(estimator=estimator)
+    assert same(gradients(router, scale=1024.0), gradients(router))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_router_learns(estimator):
+    found = gradients(Router(estimator=estimator))
+    assert all(found[name].norm() > 0 for name in found if name.endswith("router"))
+
+
+def test_one_selection_gives_the_lora_gradient_of_that_selection():
+    one = gradients(Router(selections=3, lora_gradient="one"))
+    alone = gradients(Router(selections=1, estimator="straight_through", learning_rate=0.0))
+    assert all(close(one[name], alone[name], 1e-5) for name in one if "lora" in name)
+
+
+def test_mean_is_the_mean_of_the_selections():
+    """M = 2 with `mean` equals the average of two passes under the two selections."""
+    mean = gradients(Router(selections=2))
+    model, adapter = build()
+    batch = collate(rows())
+    targets = len(batch.targets)
+    for m in range(2):
+        noise = adapter.noise((0, 7, m), batch.rows, batch.input_ids.shape[1])
+        with adapter.tracing(step_module.Trace(noise=noise)):
+            (step_module.batch_losses(model, batch).sum() / targets / 2).backward()
+    assert all(close(p.grad, mean[name], 1e-5) for name, p in adapter.lora_parameters().items())
+
+
+def test_dropout_is_shared_by_the_selections(monkeypatch):
+    """With k = n every selection is the same, so with one dropout mask all M losses must agree."""
+    seen = []
+    original = step_module.batch_losses
+    monkeypatch.setattr(step_module, "batch_losses", lambda *a: seen.append(original(*a)) or seen[-1])
+    gradients(Router(selections=3), dropout=0.5, active=4)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    gradients(Router(selections=3), dropout=0.0, active=4)
+    assert not torch.equal(seen[0], seen[3])
+
+
+def test_equal_losses_leave_the_router_where_it_is():
+    """B = 0: selections make no difference, so advantages and the router's gradient are exactly zero."""
+    model = tiny_model().train()
+    adapter = apply_adapter(model, AdapterConfig(pool_size=4, active=2, rank=2), seed=0)
+    batch = collate(rows())
+    accumulate_gradients(
+        model,
+        adapter,
+        batch,
+        Router(),
+        targets_in_step=len(batch.targets),
+        seed=(0, 0),
+        beta=0.0,
+        backward=lambda loss: loss.backward(),
+    )
+    assert all(p.grad.abs().max() == 0 for p in adapter.router_parameters().values())
