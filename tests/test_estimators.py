@@ -212,7 +212,7 @@ def directions(bed):
         trace = Trace(noise=bed.prescribe(t))
         with bed.adapter.tracing(trace), torch.no_grad():
             batch_losses(bed.model, bed.batch)
-        runs.append(torch.stack([r._direction(trace.decisions[r.name].inputs) for r in bed.routers]))
+        runs.append(torch.stack([r.direction(trace.decisions[r.name].inputs) for r in bed.routers]))
     bed.directions = torch.stack(runs)
     return bed.directions
 

@@ -42,12 +42,12 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores before the softmax, (..., n) float32 (float64 for a float64 model), for x (..., D)."""
-        direction = self._direction(x)
+        direction = self.direction(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(direction, self.weight.to(direction.dtype))
 
     @staticmethod
-    def _direction(x: Tensor) -> Tensor:
+    def direction(x: Tensor) -> Tensor:
         """x / ||x||, in float32 or wider."""
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
@@ -58,7 +58,7 @@ class Router(nn.Module):
         x (..., D), logits_gradient (..., n). Closed form, so that no autograd graph has to keep x / ||x||
         of every router and selection until the losses are known.
         """
-        gradient = logits_gradient.flatten(0, -2).T @ self._direction(x).flatten(0, -2)
+        gradient = logits_gradient.flatten(0, -2).T @ self.direction(x).flatten(0, -2)
         gradient = gradient.to(self.weight.dtype)
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 

@@ -52,8 +52,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 def selection_mask(chosen: Tensor, pool_size: int) -> Tensor:
     """z, (..., n) bool: True where a LoRA is among the chosen ids (..., k)."""
-    mask = torch.zeros(*chosen.shape[:-1], pool_size, dtype=torch.bool, device=chosen.device)
-    return mask.scatter_(-1, chosen, True)
+    return (chosen.unsqueeze(-1) == torch.arange(pool_size, device=chosen.device)).any(-2)
 
 
 def ordered_log_prob(logits: Tensor, order: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+"""A tiny decoder with a routed adapter, and rollouts on it whose selections are prescribed or drawn."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.patch import apply_adapter
+from remix_cli.adapter.trace import Trace
+from remix_cli.data.batches import collate
+from remix_cli.data.encode import EncodedRow
+from remix_cli.models import batch_losses
+from remix_cli.objective import Rollouts, router_surrogate
+
+
+@dataclass
+class Rollout:
+    """One pass, or a stack of S of them along a leading dimension."""
+
+    losses: Tensor  # (S, B, T)
+    logits: Tensor  # (S, L, B, T, n)
+    chosen: Tensor  # (S, L, B, T, k)
+    h: Tensor  # dL/dz, (S, L, B, T, n)
+    directions: Tensor  # x / ||x||, (S, L, B, T, D)
+
+    def __getitem__(self, index: Tensor) -> "Rollout":
+        return Rollout(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+class Testbed:
+    """A random Llama of `layers` layers with LoRAs of the given strength on gate, up and down.
+
+    `routed` narrows the adapter to layers by a regular expression. `lengths` are the rows' lengths, padded on
+    the right to the longest; the first third of each row is a prompt without targets.
+    """
+
+    def __init__(
+        self,
+        *,
+        n: int,
+        k: int,
+        hidden: int,
+        lengths: list[int],
+        strength: float,
+        dtype: torch.dtype,
+        rank: int = 1,
+        routed: str = r"\d",
+        seed: int = 0,
+    ):
+        torch.manual_seed(seed)
+        shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "vocab_size": 32}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        self.model = LlamaForCausalLM(LlamaConfig(**shape, **heads, attn_implementation="eager")).to(dtype)
+        targets = rf".*layers\.{routed}\.mlp\..*_proj"
+        config = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,))
+        self.adapter = apply_adapter(self.model, config, seed=seed)
+        self.routers = list(self.adapter.routers.values())
+        for part in [*self.adapter.linears.values(), *self.routers]:
+            part.to(dtype)
+        for name, parameter in self.adapter.parameters().items():
+            if not name.endswith("lora_A"):
+                torch.nn.init.normal_(parameter, std=1.0 if name.endswith("router") else strength)
+        random = np.random.default_rng(seed)
+        rows = [
+            EncodedRow(random.integers(0, 32, t).astype(np.int32), np.arange(t) >= max(1, t // 3), "t") for t in lengths
+        ]
+        self.batch = collate(rows)
+        self.local = torch.tensor([r.local for r in self.routers])
+
+    def rollout(self, noise: Tensor) -> Rollout:
+        """One pass whose routers take the top k of logits + noise, (L, B, T, n), with its backward pass."""
+        trace = Trace(noise=noise, selection_grad=True)
+        with self.adapter.tracing(trace):
+            losses = batch_losses(self.model, self.batch) / len(self.batch.targets)
+        losses.sum().backward()
+        decisions = [trace.decisions[r.name] for r in self.routers]
+        gradients = [d.weights.grad for d in decisions]
+        return Rollout(
+            losses.detach(),
+            torch.stack([d.logits for d in decisions]),
+            torch.stack([d.chosen for d in decisions]),
+            torch.stack([g for g in gradients if g is not None]) * self.adapter.config.scale,
+            torch.stack([r.direction(d.inputs) for r, d in zip(self.routers, decisions, strict=True)]),
+        )
+
+    def surrogate(self, logits: Tensor, r: Rollout, estimator: str, beta: float, one_backward: bool) -> Tensor:
+        """What training differentiates, for M stacked rollouts."""
+        rollouts = Rollouts(
+            logits=logits,
+            chosen=r.chosen,
+            losses=r.losses,
+            local=self.local,
+            mask=self.batch.mask,
+            selection_gradients=r.h[:1] if one_backward else r.h,
+        )
+        return router_surrogate(estimator, rollouts, beta)[0]
+
+
+def stack(rollouts: list[Rollout]) -> Rollout:
+    return Rollout(*(torch.stack([getattr(r, name) for r in rollouts]) for name in Rollout.__dataclass_fields__))
