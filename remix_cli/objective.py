@@ -67,8 +67,9 @@ class Rollouts:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats per row, (S,) float32, of logits (S, V) against targets (S,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    """Cross-entropy in nats per row, (S,) float32 or wider, of logits (S, V) against targets (S,)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, reduction="none")
 
 
 def reward_to_go(losses: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ ALLOWED = {
     "evaluate": {"adapter", "recipe", "data", "models", "runs"},
     "export": {"adapter"},
     "train": {"adapter", "recipe", "data", "models", "runs", "objective", "stats", "evaluate"},
-    "cli": {"recipe", "runs", "train", "evaluate", "stats", "export"},
+    "verify": {"adapter", "data", "models", "objective"},
+    "cli": {"recipe", "runs", "train", "evaluate", "stats", "export", "verify"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -84,7 +85,9 @@ def test_the_adapter_core_needs_torch_and_safetensors_only():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["route-stats"], ["export"], ["validate"], ["schema"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["train"], ["eval"], ["route-stats"], ["export"], ["validate"], ["schema"], ["verify-estimator"]]
+)
 def test_help_is_quick_and_needs_no_torch(verb):
     code = (
         f"import sys; sys.argv = ['remix', *{verb}, '--help']\n"

@@ -5,7 +5,8 @@ The tiny decoder has two layers with attention, a prompt position, a target posi
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class Enumeration:
         )
         # Positions 0 and 1 can reach a target, 2 is the last token, the rest padding. Masking position 2 too
         # leaves the gradient as it is (its decisions reach no loss) and the enumeration small.
+        batch = self.bed.batch
+        self.bed.batch = replace(batch, input_ids=batch.input_ids[:, :4], mask=batch.mask[:, :4])
         self.bed.batch.mask[0, 2] = False
         choices = itertools.permutations(range(n), k) if ordered else itertools.combinations(range(n), k)
         decisions = len(self.bed.routers) * 2
@@ -74,19 +77,24 @@ class Enumeration:
         return torch.einsum("jlbtn,jlbtd->lnd", slopes, self.all.directions).flatten()
 
     def mean_estimate(self, estimator: str, beta: float = 0.0, one_backward: bool = False) -> Tensor:
-        """E over all J x J pairs of the estimator with M = 2, flat."""
+        """E over all J x J pairs of the estimator with M = 2, flat.
+
+        Without `one_backward` the two samples play the same part, so each unordered pair is worked out once.
+        """
         j = len(self.trajectories)
+        pairs = torch.cartesian_prod(torch.arange(j), torch.arange(j))
+        pairs = pairs if one_backward else pairs[pairs[:, 0] <= pairs[:, 1]]
         slopes = torch.zeros_like(self.all.logits)
 
         def pair(logits: Tensor, losses: Tensor, chosen: Tensor, h: Tensor) -> Tensor:
             return self.bed.surrogate(logits, Rollout(losses, logits, chosen, h, h), estimator, beta, one_backward)
 
         each = vmap(grad(pair))
-        for start in range(0, j * j, CHUNK):
-            flat = torch.arange(start, min(start + CHUNK, j * j))
-            index = torch.stack([flat // j, flat % j], dim=1)  # (C, 2)
+        for index in pairs.split(CHUNK):  # (C, 2)
             r = self.all[index]
             weight = self.probability[index].prod(1)
+            if not one_backward:
+                weight = weight * (1.0 + (index[:, 0] != index[:, 1]))
             found = each(r.logits, r.losses, r.chosen, r.h) * weight.view(-1, 1, 1, 1, 1, 1)
             slopes.index_add_(0, index.flatten(), found.flatten(0, 1))
         return self._to_parameters(slopes)
@@ -106,11 +114,11 @@ class Enumeration:
 def exact_biases(k: int = 2) -> list[Bias]:
     """Every estimator of the recipe; seconds of work."""
     sets, orders = Enumeration(k, ordered=False), Enumeration(k, ordered=True)
-    arms = [
+    arms: list[tuple[str, Enumeration, str, dict[str, Any]]] = [
         ("paper", orders, "paper", {}),
         ("rtg", sets, "rtg", {}),
         ("control_variate, beta = 1", sets, "control_variate", {"beta": 1.0}),
-        ("control_variate, one backward", sets, "control_variate", {"beta": 0.5, "one_backward": True}),
+        ("control_variate, one backward", orders, "control_variate", {"beta": 0.5, "one_backward": True}),
     ]
     found = []
     for arm, enumeration, name, options in arms:

@@ -1,6 +1,7 @@
 """A tiny decoder with a routed adapter, and rollouts on it whose selections are prescribed or drawn."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Rollout:
 
 
 class Testbed:
-    """A random Llama of `layers` layers with LoRAs of the given strength on gate, up and down.
+    """A random two-layer Llama with LoRAs on gate, up and down; `strength` is about |omega B A x| / |W x|.
 
     `routed` narrows the adapter to layers by a regular expression. `lengths` are the rows' lengths, padded on
     the right to the longest; the first third of each row is a prompt without targets.
@@ -51,9 +52,15 @@ class Testbed:
         seed: int = 0,
     ):
         torch.manual_seed(seed)
-        shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "vocab_size": 32}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        self.model = LlamaForCausalLM(LlamaConfig(**shape, **heads, attn_implementation="eager")).to(dtype)
+        shape: dict[str, Any] = {
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "vocab_size": 32,
+        }
+        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": hidden**-0.5}
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, attn_implementation="eager"))
+        self.model = model.to(dtype)
         targets = rf".*layers\.{routed}\.mlp\..*_proj"
         config = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,))
         self.adapter = apply_adapter(self.model, config, seed=seed)

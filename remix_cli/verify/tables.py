@@ -1,0 +1,34 @@
+"""What `remix verify-estimator` prints, for 80 columns."""
+
+from rich.table import Table
+
+from remix_cli.verify.exact import TOLERANCE, Bias
+from remix_cli.verify.variance import VarianceRatio
+
+
+def bias_table(biases: list[Bias]) -> Table:
+    table = _table("Bias: mean over all pairs of selections against the gradient of the expected loss")
+    for column, justify in (("estimator", "left"), ("claims", "left"), ("relative bias", "right"), ("", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for bias in biases:
+        claim = "unbiased" if bias.claims_unbiased else "biased"
+        verdict = "as claimed" if bias.holds else f"WRONG: over {TOLERANCE:.0e}"
+        table.add_row(bias.arm, claim, f"{bias.relative:.1e}", verdict)
+    return table
+
+
+def variance_table(ratios: list[VarianceRatio]) -> Table:
+    """One row an arm, one column a number of selections; intervals are 95 %."""
+    selections = sorted({r.selections for r in ratios})
+    table = _table("Variance relative to `paper` at the same M (95 % interval)")
+    table.add_column("estimator")
+    for m in selections:
+        table.add_column(f"M = {m}", justify="right")
+    for arm in dict.fromkeys(r.arm for r in ratios):
+        cells = [r for r in ratios if r.arm == arm]
+        table.add_row(arm, *("1" if arm == "paper" else f"{r.ratio:.3f} ± {(r.high - r.low) / 2:.3f}" for r in cells))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False)

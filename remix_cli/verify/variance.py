@@ -1,0 +1,90 @@
+"""Variance of each estimator relative to `paper`'s at the same M, by sampling on a tiny decoder with attention.
+
+tr Cov of the routers' gradient over independent groups of M passes, on one fixed batch. All estimators are worked
+out from the same passes; intervals are bootstrapped over groups.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remix_cli.objective import Coefficient, Rollouts, router_surrogate
+from remix_cli.verify.testbed import Rollout, Testbed, stack
+
+ARMS = {  # arm -> (estimator, one_backward)
+    "paper": ("paper", False),
+    "rtg": ("rtg", False),
+    "control_variate": ("control_variate", False),
+    "control_variate, one backward": ("control_variate", True),
+}
+WARM_UP = 8  # groups that only fit the control variate's coefficient
+
+
+@dataclass(frozen=True)
+class VarianceRatio:
+    """tr Cov(arm) / tr Cov(paper) at the same M, with a 95 % bootstrap interval."""
+
+    arm: str
+    selections: int
+    ratio: float
+    low: float
+    high: float
+
+
+def sample_rollouts(bed: Testbed, count: int, seed: int) -> Rollout:
+    """`count` independent passes under drawn selections."""
+    b, t = bed.batch.input_ids.shape
+    noise = (bed.adapter.noise((seed, i), torch.arange(b), t) for i in range(count))
+    return stack([bed.rollout(x) for x in noise])
+
+
+def estimates(bed: Testbed, rollouts: Rollout, m: int, arm: str) -> Tensor:
+    """One gradient estimate for each disjoint group of m rollouts, (groups, parameters)."""
+    estimator, one_backward = ARMS[arm]
+    coefficient = Coefficient()
+    found = []
+    for index in torch.arange(len(rollouts.losses)).split(m):
+        if len(index) < m:
+            break
+        r = rollouts[index]
+        logits = r.logits.clone().requires_grad_()
+        surrogate, diagnostics = router_surrogate(
+            estimator,
+            Rollouts(logits, r.chosen, r.losses, bed.local, bed.batch.mask, r.h[:1] if one_backward else r.h),
+            coefficient.beta,
+        )
+        if diagnostics.fit is not None:
+            coefficient.update(diagnostics.fit)
+        (slopes,) = torch.autograd.grad(surrogate, logits)
+        found.append(torch.einsum("mlbtn,mlbtd->lnd", slopes, r.directions).flatten())
+    return torch.stack(found[WARM_UP:])
+
+
+def variance_ratios(
+    *, sequences: int = 4, length: int = 24, strength: float = 0.3, passes: int = 512, seed: int = 0
+) -> list[VarianceRatio]:
+    """Ratios for M = 2, 4, 8 from `passes` passes in all."""
+    bed = Testbed(
+        n=6, k=2, hidden=32, rank=4, lengths=[length] * sequences, strength=strength, dtype=torch.float32, seed=seed
+    )
+    rollouts = sample_rollouts(bed, passes, seed)
+    random = np.random.default_rng(seed)
+    ratios = []
+    for m in (2, 4, 8):
+        spread = {arm: _squared_deviations(estimates(bed, rollouts, m, arm)) for arm in ARMS}
+        groups = len(spread["paper"])
+        picks = random.integers(0, groups, (1000, groups))
+        for arm, values in spread.items():
+            resampled = values[picks].mean(1) / spread["paper"][picks].mean(1)
+            low, high = np.quantile(resampled, [0.025, 0.975])
+            ratio = float(values.mean() / spread["paper"].mean())
+            ratios.append(VarianceRatio(arm, m, ratio, float(low), float(high)))
+    return ratios
+
+
+def _squared_deviations(estimates: Tensor) -> np.ndarray:
+    """|estimate - mean|^2 of each group, scaled so that their mean is tr Cov."""
+    centred = estimates.double() - estimates.double().mean(0)
+    return (centred.square().sum(1) * (len(estimates) / (len(estimates) - 1))).numpy()
