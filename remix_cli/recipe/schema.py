@@ -65,8 +65,8 @@ class Router(Strict):
     )
     scope: Scope = Field("block", description="One router for each FFN block, or for each adapted module.")
     learning_rate: Annotated[float, Field(ge=0, le=100)] = Field(
-        0.1,
-        description="The router's own; 0 freezes it. Its input has unit length, so this is width-independent.",
+        0.3,
+        description="The router's own; 0 freezes it. Its input has unit length whatever the model.",
     )
     init_std: Annotated[float, Field(ge=0, le=10)] = Field(0.02, description="Spread of the initial logits.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.store import WEIGHTS_FILE, load_stored, save_adapter
+from remix_cli.adapter.store import load_stored, save_adapter
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import publish_folder, sha256, write_json
 
@@ -127,14 +127,3 @@ def _unflatten(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, ada
         by_parameter[name][quantity] = value.to(device) if value.dim() or device.type != "cpu" else value
     for name, parameter in named.items():
         optimizer.state[parameter] = by_parameter[name]
-
-
-__all__ = [
-    "WEIGHTS_FILE",
-    "TrainingState",
-    "list_checkpoints",
-    "newest_valid",
-    "restore",
-    "save_checkpoint",
-    "verify",
-]

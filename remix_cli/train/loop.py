@@ -127,8 +127,7 @@ class _Run:
         self.prepared = accelerator.prepare(self.optimizer)
         self.coefficient = Coefficient(**self.state.coefficient)
         self.begun = time.monotonic() - self.state.seconds
-        self.window: list[tuple[float, float, int]] = []  # (entropy, ess, tokens) since the last log line
-        self.window_begun = time.monotonic()
+        self._open_window()
         self.epoch_plan: tuple[int, list] = (-1, [])
         self.recorder: Recorder | None = None  # on the main process
 
@@ -145,11 +144,15 @@ class _Run:
             if self.state.step == 0:
                 self._evaluate()
             self.model.train()
-            self.window_begun = time.monotonic()
+            self._open_window()
             for step in range(self.state.step, self.total):
                 self._step(step)
         self._write_adapter(self.folder.adapter)
         return self._summary()
+
+    def _open_window(self) -> None:
+        """Start measuring speed anew: after a log line, and after an evaluation, which is not training."""
+        self.window_steps, self.window_tokens, self.window_begun = 0, 0, time.monotonic()
 
     def _announce(self) -> None:
         recipe, counts = self.recipe, count_parameters(self.adapter)
@@ -172,7 +175,6 @@ class _Run:
 
     def _step(self, step: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
-        begun = time.monotonic()
         rows = self._rows(step)
         scaler = accelerator.scaler
         targets = int(self.data.train.target_counts[rows].sum())
@@ -229,11 +231,10 @@ class _Run:
                 "router_grad_norm": router_norm,
                 "router_entropy": entropy / decisions,
                 "ess": ess / decisions,
-                "advantage_variance": variance,
+                "advantage_variance": variance / decisions,
                 "control_variate_beta": self.coefficient.beta,
             },
             int(all_tokens),
-            time.monotonic() - begun,
             bool(stop),
         )
 
@@ -242,7 +243,7 @@ class _Run:
         device = self.accelerator.device
         total = torch.zeros(9, dtype=torch.float64, device=device)
         for r in results:
-            parts = [r.loss, r.entropy, r.ess, r.decisions, r.advantage_variance, r.fit[0], r.fit[1]]
+            parts = [r.loss, r.entropy, r.ess, r.decisions, r.advantage_variance * r.decisions, r.fit[0], r.fit[1]]
             total[:7] += torch.stack([p.double() for p in parts])
         total[7] = tokens
         total[8] = float(self.signals.received)
@@ -257,26 +258,27 @@ class _Run:
             f"nothing was updated; {where}; try a lower train.learning_rate"
         )
 
-    def _after_step(self, done: int, record: dict[str, Any], tokens: int, seconds: float, stop: bool) -> None:
+    def _after_step(self, done: int, record: dict[str, Any], tokens: int, stop: bool) -> None:
         recipe = self.recipe
         self.state.step = done
         self.state.tokens += tokens
         self.state.seconds = time.monotonic() - self.begun
-        self.window.append((seconds, tokens, 0))
+        self.window_steps += 1
+        self.window_tokens += tokens
         self.view.advance(done, record["loss"])
         last = done == self.total
         if done % recipe.train.logging_steps == 0 or last:
             spent = time.monotonic() - self.window_begun
-            record["tokens_per_second"] = sum(w[1] for w in self.window) / spent
-            record["step_seconds"] = spent / len(self.window)
+            record["tokens_per_second"] = self.window_tokens / spent
+            record["step_seconds"] = spent / self.window_steps
             record["peak_memory_gib"] = peak_memory(self.accelerator.device)
             self._record(record)
-            self.window, self.window_begun = [], time.monotonic()
+            self._open_window()
         every = recipe.train.eval_steps
         if last or (every and done % every == 0):
             self._evaluate()
             self.model.train()
-            self.window_begun = time.monotonic()
+            self._open_window()
         every = recipe.train.save_steps
         if last or stop or (every and done % every == 0):
             self._save()

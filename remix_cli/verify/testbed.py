@@ -59,7 +59,8 @@ class Testbed:
             "vocab_size": 32,
         }
         heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": hidden**-0.5}
-        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, attn_implementation="eager"))
+        heads["attn_implementation"] = "eager"
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads))
         self.model = model.to(dtype)
         targets = rf".*layers\.{routed}\.mlp\..*_proj"
         config = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,))
