@@ -6,7 +6,7 @@ from conftest import close
 from tiny import fill_adapter, tiny_model
 
 from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import apply_adapter
+from remix_cli.adapter.patch import Adapter, apply_adapter
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.recipe.schema import Router
@@ -107,14 +107,16 @@ def test_mean_is_the_mean_of_the_selections():
 
 
 def test_dropout_is_shared_by_the_selections(monkeypatch):
-    """With k = n every selection is the same, so with one dropout mask all M losses must agree."""
+    """Without noise every selection is the top k, so with one dropout mask all M losses must agree."""
     seen = []
+    quiet = lambda self, seed, rows, length: torch.zeros(2, len(rows), length, 4)  # noqa: E731
+    monkeypatch.setattr(Adapter, "noise", quiet)
     original = step_module.batch_losses
     monkeypatch.setattr(step_module, "batch_losses", lambda *a: seen.append(original(*a)) or seen[-1])
-    gradients(Router(selections=3), dropout=0.5, active=4)
+    gradients(Router(selections=3), dropout=0.5)
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
-    gradients(Router(selections=3), dropout=0.0, active=4)
+    gradients(Router(selections=3), dropout=0.0)
     assert not torch.equal(seen[0], seen[3])
 
 
@@ -134,3 +136,12 @@ def test_equal_losses_leave_the_router_where_it_is():
         backward=lambda loss: loss.backward(),
     )
     assert all(p.grad.abs().max() == 0 for p in adapter.router_parameters().values())
+
+
+def test_nothing_is_sampled_twice_when_every_lora_is_on(monkeypatch):
+    """k = n: plain LoRA, one pass whatever M says."""
+    seen = []
+    original = step_module.batch_losses
+    monkeypatch.setattr(step_module, "batch_losses", lambda *a: seen.append(0) or original(*a))
+    gradients(Router(selections=3), active=4)
+    assert len(seen) == 1

@@ -41,6 +41,11 @@ class AdapterConfig:
         total_rank = self.active * self.rank
         return 2 / math.sqrt(total_rank) if self.omega == "rslora" else 2 / total_rank
 
+    @property
+    def samples(self) -> bool:
+        """Is there anything to sample? Not under the soft rule, nor when every LoRA is always on."""
+        return self.method == "remix" and self.active < self.pool_size
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target_modules": list(self.target_modules)}
 

@@ -163,7 +163,7 @@ class _Run:
             f"adapter   {counts.trained:,} trained (A {counts.lora_a:,}, B {counts.lora_b:,}, "
             f"router {counts.router:,}), {counts.active:,} active per token"
         )
-        if recipe.adapter.method == "remix":
+        if self.adapter.config.samples:
             self.view.line(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
         self.view.line(f"steps     {self.state.step} -> {self.total}, {self.data.plan.rows_per_step} rows each")
 

@@ -99,7 +99,7 @@ def print_preview(p: Preview, console: Console) -> None:
     console.print(f"held out  {p.validation}", highlight=False)
     estimator = ESTIMATORS[p.recipe.router.estimator]
     console.print(f"steps     {p.steps}", highlight=False)
-    if p.recipe.adapter.method == "remix":
+    if p.recipe.adapter_config().samples:
         console.print(
             f"router    {estimator.name}, M = {p.recipe.router.selections}: {estimator.summary}",
             highlight=False,

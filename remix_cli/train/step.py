@@ -53,8 +53,9 @@ def accumulate_gradients(
 
     `seed` is (run seed, step); `backward` multiplies its argument by `loss_scale` before differentiating.
     """
-    by_policy = adapter.config.method == "remix" and router.estimator != "straight_through"
-    selections = router.selections if adapter.config.method == "remix" else 1
+    sampled = adapter.config.samples
+    by_policy = sampled and router.estimator != "straight_through" and router.learning_rate > 0
+    selections = router.selections if sampled else 1
     with_gradient = selections if router.lora_gradient == "mean" else 1
     traces: list[Trace] = []
     losses: list[Tensor] = []
@@ -76,7 +77,7 @@ def accumulate_gradients(
     # (M, L, B, T, n): logits are a few numbers a token, so they are worked on for all routers at once.
     logits = torch.stack([torch.stack([t.decisions[r.name].logits for r in routers]) for t in traces])
     variance, fit = loss.new_zeros(()), loss.new_zeros(2)
-    if by_policy and adapter.config.active < adapter.config.pool_size and router.learning_rate > 0:
+    if by_policy:
         rollouts = Rollouts(
             logits=logits.requires_grad_(),
             chosen=torch.stack([torch.stack([t.decisions[r.name].chosen for r in routers]) for t in traces]),
