@@ -70,9 +70,7 @@ def train(
 def evaluate(
     run: RunPath,
     task: Annotated[list[str] | None, typer.Option(help="nll or gsm8k; by default the recipe's eval.tasks.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Score this file or hub data set instead of the recipe's rows.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Score this file instead of the recipe's rows.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
     limit: Limit = None,
     best: Best = False,
@@ -87,7 +85,7 @@ def evaluate(
     console = Console(stderr=as_json)
     loaded = load_run(run, best=best)
     tasks = [override_source(loaded.recipe, t, data) for t in _tasks(loaded.recipe, task)]
-    with _Bars(console) as bars:
+    with _Bars() as bars:
         report, target = score(loaded, tasks, base=base, limit=limit, progress=bars.start)
     if as_json:
         print(json.dumps(report))
@@ -122,10 +120,10 @@ def route_stats(
     rows = loaded.encoder.encode_rows(examples).rows
     if not rows:
         raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
-    with _Bars(console) as bars:
+    with _Bars() as bars:
         blocks = collect(loaded, rows, loaded.recipe.eval.batch_size, bars.start("routing", len(rows)).advance)
     result = report(loaded, len(rows), blocks)
-    write_json(loaded.folder.statistics / "routing.json", result)
+    write_json(loaded.folder.statistics / f"routing-{loaded.which}.json", result)
     if as_json:
         print(json.dumps(result))
         return
@@ -228,7 +226,7 @@ def _tasks(recipe: Any, names: list[str] | None) -> list[Any]:
 class _Bars:
     """Progress bars on stderr, so that stdout stays for results; silent where stderr is no terminal."""
 
-    def __init__(self, console: Console):
+    def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -278,6 +276,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
+            fix = "lower train.per_device_train_batch_size, data.max_length or eval.batch_size"
+            print(f"error: out of memory; {fix}, or set train.gradient_checkpointing", file=sys.stderr)
+            sys.exit(2)
         print(
             f"error: unexpected {type(error).__name__}: {error} (a bug: run again with --debug and report it)",
             file=sys.stderr,

@@ -1,7 +1,7 @@
 """The ways in which a command may end, each with its exit code. Standard library only.
 
 0 done · 1 our bug · 2 bad recipe, data or flags, nothing written · 3 diverged · 4 storage ·
-5 artefact or checkpoint refused · 6 output folder in use · 7 sandbox missing · 130/143 interrupted.
+5 artefact or checkpoint refused · 6 output folder in use · 130/143 interrupted.
 """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,8 +48,9 @@ def load_model(model: Model, device: torch.device) -> Any:
 def skeleton(model: Model) -> Any:
     """The model's modules without memory for weights: for target names and parameter counts."""
     config = load_config(model)
+    code = model.trust_remote_code
     with torch.device("meta"), _quiet():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        return _loading(model, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=code))
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def _loading(model: Model, load: Any) -> Any:
         raise RecipeError(f"model.name_or_path: {name}: no such folder or file{hint}")
     try:
         return load()
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]
         raise RecipeError(f"model.name_or_path: {name}: cannot be loaded: {reason}") from None
 
@@ -117,4 +119,5 @@ def is_causal(model: nn.Module, vocabulary: int) -> bool:
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % vocabulary
     first, second = (model(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
-    return bool(torch.equal(first, second))
+    first, second = first.float(), second.float()
+    return bool((first - second).norm() <= 1e-3 * first.norm())  # some kernels round by what else is in the batch

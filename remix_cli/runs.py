@@ -52,7 +52,17 @@ class RunFolder:
     def statistics(self) -> Path:
         return self.path / "stats"
 
-    OWN = ("recipe.yaml", "adapter", "best", "checkpoints", "metrics.jsonl", "summary.json", "eval", "stats")
+    OWN = (
+        "recipe.yaml",
+        "adapter",
+        "best",
+        "checkpoints",
+        "metrics.jsonl",
+        "summary.json",
+        "eval",
+        "stats",
+        "tensorboard",
+    )
 
 
 @dataclass
@@ -60,6 +70,7 @@ class LoadedRun:
     """A run ready for inference: top-k routing, nothing trainable."""
 
     folder: RunFolder
+    which: str  # `adapter` (the last) or `best`
     recipe: Recipe
     stored: StoredAdapter
     model: Any
@@ -82,6 +93,10 @@ def load_run(path: Path, *, best: bool = False, device: torch.device | None = No
     if not folder.recipe.is_file():
         raise ArtefactError(f"{path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
     if not (where / CONFIG_FILE).is_file():
+        if best and folder.summary.is_file():
+            raise ArtefactError(
+                f"{where}: no evaluation beat the base model, so there is no best adapter; leave out --best"
+            )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
     recipe = read_resolved(folder.recipe)
     stored = load_stored(where)
@@ -100,4 +115,4 @@ def load_run(path: Path, *, best: bool = False, device: torch.device | None = No
     model.requires_grad_(False).eval()
     tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
-    return LoadedRun(folder, recipe, stored, model, tokenizer, adapter, encoder)
+    return LoadedRun(folder, where.name, recipe, stored, model, tokenizer, adapter, encoder)

@@ -206,7 +206,7 @@ def test_validate_shows_the_masked_row_and_the_counts(verb, stage, tmp_path):
     out, _ = verb("validate", recipe)
     assert re.search(r"<bot>\s*«w\d+ w\d+ #### \d ?<eos>»", out), out
     found = json.loads(verb("validate", recipe, "--json")[0])
-    d, f, n, r, layers = 16, 24, 4, 2, 2
+    d, f, n, r, layers = 16, 24, 4, 3, 2
     counts = found["parameters"]
     assert counts["lora_a"] == layers * n * r * (d + d + f)
     assert counts["lora_b"] == layers * n * r * (f + f + d)

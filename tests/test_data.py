@@ -37,6 +37,48 @@ def test_chat_supervises_every_answer_and_its_end(tokenizer):
     assert learnt == ["w2", "<eos>", "w4", "w5", "<eos>"]
 
 
+@pytest.mark.parametrize("chat", [None, False])
+def test_what_is_learnt_follows_exactly_what_generation_is_given(tokenizer, chat):
+    encoder = Encoder(tokenizer, 64, chat)
+    for example in (talk("w1 ?", "w2"), talk("w1 ?", "w2", "w3", "w4 w5")):
+        prompt, (ids, supervised) = encoder.prompt_ids(example), encoder.encode(example)
+        assert ids[: len(prompt)] == prompt
+        assert supervised[len(prompt) :] == [True] * (len(ids) - len(prompt))
+
+
+def test_what_a_template_puts_after_an_end_token_is_kept_but_not_learnt(tokenizer):
+    """As ChatML's line break between turns."""
+    example = talk("w1", "w2", "w3", "w4")
+    encoder = Encoder(tokenizer, 64, None)
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = before.replace("<eos>", "<eos> .")
+        ids, supervised = encoder.encode(example)
+    finally:
+        tokenizer.chat_template = before
+    assert words(ids) == ["<user>", "w1", "<bot>", "w2", "<eos>", ".", "<user>", "w3", "<bot>", "w4", "<eos>"]
+    assert [w for w, s in zip(words(ids), supervised, strict=True) if s] == ["w2", "<eos>", "w4", "<eos>"]
+
+
+def test_a_template_that_refuses_a_conversation_is_a_data_error(tokenizer):
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+        with pytest.raises(DataError, match=r"conversation 1: the chat template refuses.*no system role"):
+            Encoder(tokenizer, 64, None).encode_rows([talk("w1", "w2")])
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_a_folder_never_gives_another_splits_rows(tmp_path):
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
+        (tmp_path / name).write_text(json.dumps(GOOD["prompt_completion"]) + "\n")
+    with pytest.raises(DataError, match="no file named train; it holds gsm8k_test"):
+        load_examples([Source(path=str(tmp_path))])
+    (tmp_path / "train-00000.jsonl").write_text(json.dumps(GOOD["prompt_completion"]) + "\n")
+    assert load_examples([Source(path=str(tmp_path))])[1] == [1]
+
+
 def test_plain_text_ends_with_the_end_token(tokenizer):
     ids, supervised = Encoder(tokenizer, 64, False).encode(talk("w1 ?", "w2"))
     assert words(ids) == ["w1", "?", "w2", "<eos>"]

@@ -97,6 +97,7 @@ def test_unknown_keys_are_refused_whatever_their_value(value, tmp_path):
         ("router.selections", 0),
         ("data.validation_fraction", 1.0),
         ("seed", -1),
+        ("seed", 2**64),
     ],
 )
 def test_wrong_values_are_refused_with_the_key(key, value, tmp_path):
@@ -142,6 +143,25 @@ def test_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_path
     assert "router.selections: M = 1" in problems(tmp_path, recipe)[0]
     recipe["router"]["estimator"] = "straight_through"
     assert load_recipe(write(tmp_path, yaml.safe_dump(recipe))).router.selections == 1
+
+
+@pytest.mark.parametrize("estimator", ["control_variate", "straight_through"])
+def test_pools_beyond_exact_inclusion_probabilities_are_refused(estimator, tmp_path):
+    big = {"pool_size": 32, "active": 4}
+    recipe = MINIMAL | {"adapter": big, "router": {"estimator": estimator}}
+    assert "router.estimator: " in problems(tmp_path, recipe)[0]
+    assert load_recipe(write(tmp_path, yaml.safe_dump(MINIMAL | {"adapter": big})))
+
+
+@pytest.mark.parametrize("template", ["{", "{}", "{a.b}", "{0}"])
+def test_templates_name_columns(template, tmp_path):
+    assert "data.train.0.prompt: not a template" in problems(tmp_path, with_key("data.train.prompt", template))[0]
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    recipe = load_recipe(write(tmp_path, yaml.safe_dump(with_key("output_dir", "~/runs/x"))))
+    assert recipe.output_dir == "/somewhere/runs/x"
 
 
 def test_overrides_are_read_as_yaml_and_checked_alike(tmp_path):

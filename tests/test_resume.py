@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import recipe_text, write_rows, write_tiny_model
 
-from remix_cli.errors import ArtefactError, BusyError, DivergedError, Interrupted, RecipeError
+from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import load_recipe
 from remix_cli.storage import lock_folder
 from remix_cli.train import checkpoints, loop
@@ -169,6 +169,28 @@ def test_other_files_in_the_folder_are_left_alone(stage, tmp_path):
     with pytest.raises(RecipeError, match=r"holds other files \(thesis.txt\)"):
         run(recipe_for(stage, folder), overwrite=True)
     assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_overwriting_spares_the_old_run_until_the_new_one_can_start(stage, monkeypatch, tmp_path):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    before = sorted(p.name for p in folder.rglob("*"))
+    broken = recipe_for(stage, folder)
+    source = broken.data.train[0].model_copy(update={"format": "arc"})
+    broken = broken.model_copy(update={"data": broken.data.model_copy(update={"train": [source]})})
+    with pytest.raises(DataError):
+        run(broken, overwrite=True)
+    assert sorted(p.name for p in folder.rglob("*")) == before
+    run(recipe_for(stage, folder), overwrite=True)
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_named_like_ours_without_a_recipe_are_not_ours(stage, tmp_path, overwrite):
+    (tmp_path / "run" / "eval").mkdir(parents=True)
+    (tmp_path / "run" / "eval" / "mine.txt").write_text("x")
+    with pytest.raises(RecipeError, match=r"holds other files \(eval\)"):
+        run(recipe_for(stage, tmp_path / "run"), overwrite=overwrite)
+    assert (tmp_path / "run" / "eval" / "mine.txt").exists()
 
 
 def test_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):

@@ -98,7 +98,7 @@ def recipe_text(model: Path, rows: Path, output: Path, **groups: dict) -> dict:
     """A recipe as a mapping, small enough for a two-second run."""
     recipe = {
         "model": {"name_or_path": str(model), "dtype": "float32"},
-        "adapter": {"pool_size": 4, "active": 2, "rank": 2},
+        "adapter": {"pool_size": 4, "active": 2, "rank": 3},
         "router": {"selections": 2},
         "data": {
             "max_length": 32,

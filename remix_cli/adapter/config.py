@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+MAX_SUBSETS = 4096  # per token, for exact inclusion probabilities
 Omega = Literal["rslora", "lora"]
 Method = Literal["remix", "mixlora"]
 Scope = Literal["block", "module"]
@@ -40,6 +41,11 @@ class AdapterConfig:
         """omega, the constant weight of an active LoRA: 2/(k r), or 2/sqrt(k r) for `rslora`."""
         total_rank = self.active * self.rank
         return 2 / math.sqrt(total_rank) if self.omega == "rslora" else 2 / total_rank
+
+    @property
+    def subsets(self) -> int:
+        """Sets of fewer than k LoRAs: what exact inclusion probabilities sum over for each token."""
+        return sum(math.comb(self.pool_size, size) for size in range(self.active))
 
     @property
     def samples(self) -> bool:

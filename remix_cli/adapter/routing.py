@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from remix_cli.adapter.config import MAX_SUBSETS
+
 # Multipliers and shifts of the SplitMix64 output function (Steele, Lea, Flood 2014), as signed integers.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -37,8 +39,8 @@ def gumbel_noise(key: Tensor, routers: int, pool_size: int) -> Tensor:
     """
     router = torch.arange(routers, device=key.device).view(-1, *[1] * key.dim())
     keys = fold(fold(key, router).unsqueeze(-1), torch.arange(pool_size, device=key.device))
-    uniform = (((keys >> 40) & 0xFFFFFF).float() + 0.5) / (1 << 24)
-    return -torch.log(-torch.log(uniform))
+    uniform = (((keys >> 40) & 0xFFFFFF).double() + 0.5) / (1 << 24)
+    return -torch.log(-torch.log(uniform)).float()
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -97,7 +99,6 @@ def _levels(m: int, sizes: int, device: torch.device) -> list[_Level]:
 
 
 MAX_SET_SIZE = 8  # 2^k subsets per position in set_log_prob
-MAX_SUBSETS = 4096  # subsets per position in inclusion_probabilities
 
 
 def set_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:

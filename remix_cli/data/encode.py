@@ -89,38 +89,45 @@ class Encoder:
         """Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token."""
         return self.tokenizer(text, add_special_tokens=first and not self.chat)["input_ids"]
 
-    def _closed(self, ids: list[int]) -> list[int]:
-        """End the assistant's turn with the end token, dropping white space that a template puts after it."""
+    def _closed(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """An assistant's turn up to its end token, and what a template puts after it, which is not learnt."""
         eos = self.tokenizer.eos_token_id
         if eos in ids:
-            return ids[: len(ids) - ids[::-1].index(eos)]
+            end = len(ids) - ids[::-1].index(eos)
+            return ids[:end], ids[end:]
         special = set(self.tokenizer.all_special_ids)
-        return ids if any(i in special for i in ids[-2:]) else [*ids, eos]
+        return (ids, []) if any(i in special for i in ids[-2:]) else ([*ids, eos], [])
+
+    def _pieces(self, example: Example) -> list[tuple[list[int], bool]]:
+        """The conversation's tokens in order, in stretches that are supervised or not."""
+        pieces: list[tuple[list[int], bool]] = []
+        for text, learnt in self.segments(example):
+            ids = self._ids(text, first=not pieces)
+            if learnt:
+                turn, after = self._closed(ids)
+                pieces += [(turn, True), (after, False)]
+            else:
+                pieces.append((ids, False))
+        return pieces
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Everything before the last assistant's turn, as it is given to the model to continue."""
-        ids: list[int] = []
-        for text, _ in self.segments(example)[:-1]:
-            ids += self._ids(text, first=not ids)
-        return ids
+        return [i for ids, _ in self._pieces(example)[:-2] for i in ids]
 
     def encode(self, example: Example) -> tuple[list[int], list[bool]]:
-        """Token ids and supervision of the whole conversation, not truncated."""
-        ids: list[int] = []
-        supervised: list[bool] = []
-        for text, learnt in self.segments(example):
-            piece = self._ids(text, first=not ids)
-            if learnt:
-                piece = self._closed(piece)
-            ids += piece
-            supervised += [learnt] * len(piece)
-        return ids, supervised
+        """Token ids and supervision of the whole conversation, to the last turn's end token, not truncated."""
+        pieces = self._pieces(example)[:-1]
+        supervised = [learnt for ids, learnt in pieces for _ in ids]
+        return [i for ids, _ in pieces for i in ids], supervised
 
     def encode_rows(self, examples: list[Example]) -> Encoded:
         """Rows over max_length lose their end; a row left without a supervised token is dropped and counted."""
         encoded = Encoded([], len(examples), 0, 0)
-        for example in examples:
-            ids, supervised = self.encode(example)
+        for number, example in enumerate(examples, start=1):
+            try:
+                ids, supervised = self.encode(example)
+            except RowError as error:
+                raise DataError(f"task {example.task}: conversation {number}: {error}") from None
             cut = len(ids) > self.max_length
             ids, supervised = ids[: self.max_length], supervised[: self.max_length]
             if not any(supervised[1:]):
@@ -133,7 +140,7 @@ class Encoder:
 
 
 def _plain_segments(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
-    """Without a chat template: turns separated by one line break, learnt turns ended by the end token."""
+    """Without a chat template: each given turn ends with a line break, each learnt one with the end token."""
     return [(m["content"] + ("" if m["role"] == "assistant" else "\n"), m["role"] == "assistant") for m in messages]
 
 

@@ -68,6 +68,8 @@ def _messages(row: Row, source: Source) -> list[Message]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise RowError(f"a message's role should be one of {', '.join(ROLES)}")
         _text(message, "content")
+    if messages[0]["role"] == "assistant":
+        raise RowError("the first message should not be the assistant's")
     if messages[-1]["role"] != "assistant":
         raise RowError("the last message should be the assistant's")
     return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -54,18 +54,38 @@ def _dataset_rows(source: Source) -> list[dict[str, Any]]:
     datasets.disable_progress_bars()
     try:
         if _looks_local(source.path):
-            path = Path(source.path)
-            files = sorted(f for f in path.iterdir() if f.suffix in LOADERS) if path.is_dir() else [path]
-            if path.is_dir():  # a folder laid out as hub data sets are: one file a split, named after it
-                files = [f for f in files if f.stem.split("-")[0] == source.split] or files
+            files = _files(Path(source.path), source.split)
             kind = LOADERS[files[0].suffix]
             loaded = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train")
         else:
             loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
+    except DataError:
+        raise
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
         reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
         raise DataError(f"{source.path}: cannot be read: {reason}") from None
     return loaded.to_list()
+
+
+SPLITS = ("train", "validation", "valid", "dev", "test")
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """The files of a local source. In a folder: those named after the split, or all if none is named after any.
+
+    Raises DataError rather than read another split's rows, or files of several kinds.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(f for f in path.iterdir() if f.suffix in LOADERS)
+    named = [f for f in files if f.stem.split("-")[0] == split]
+    others = [f.name for f in files if any(name in f.stem.lower() for name in SPLITS)]
+    if not named and others:
+        raise DataError(f"{path}: no file named {split}; it holds {', '.join(others)}: name one file, or set split")
+    files = named or files
+    if len({f.suffix for f in files}) > 1:
+        raise DataError(f"{path}: files of several kinds ({', '.join(f.name for f in files)}); name one file")
+    return files
 
 
 def _reasoning_gym_rows(source: Source) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ class TrainingData:
 
     def total_steps(self, recipe: Recipe) -> int:
         by_epochs = int(np.ceil(self.plan.steps_per_epoch * recipe.train.num_train_epochs))
-        return min(by_epochs, recipe.train.max_steps or by_epochs)
+        return recipe.train.max_steps or by_epochs
 
 
 def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Example]]:
@@ -31,7 +31,7 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
     examples, counts = load_examples(recipe.data.train)
     if recipe.data.validation:
         held, _ = load_examples(recipe.data.validation)
-        return examples, counts, held[: recipe.data.validation_limit]
+        return examples, counts, _evenly(held, recipe.data.validation_limit)
     random = np.random.default_rng([recipe.seed, 1])
     total = sum(counts)
     share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
@@ -43,6 +43,13 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
         kept.append(count - len(out))
         start += count
     return train, kept, held
+
+
+def _evenly(examples: list[Example], limit: int) -> list[Example]:
+    """At most `limit` examples, spread evenly, so that every source keeps its share."""
+    if len(examples) <= limit:
+        return examples
+    return [examples[i] for i in np.linspace(0, len(examples) - 1, limit).round().astype(int)]
 
 
 def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:

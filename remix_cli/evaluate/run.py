@@ -22,7 +22,7 @@ from remix_cli.evaluate.generate import generate
 from remix_cli.evaluate.nll import mean_loss, row_losses
 from remix_cli.recipe import Recipe, Source, Task
 from remix_cli.runs import LoadedRun
-from remix_cli.storage import write_json
+from remix_cli.storage import write_json, write_text
 
 
 @dataclass
@@ -52,9 +52,9 @@ def evaluate(
 ) -> tuple[dict[str, Any], Path]:
     """Score `tasks`, write `eval/<name>.json` and `eval/<name>-<task>.jsonl`, return the report and its path.
 
-    `base`: the unadapted model under the same prompts. Raises DataError.
+    `<name>` is `adapter`, `best`, or for the unadapted model `base`. Raises DataError.
     """
-    name = "base" if base else "adapter"
+    name = "base" if base else run.which
     results = []
     with run.adapter.disabled() if base else nullcontext():
         for task in tasks:
@@ -64,18 +64,15 @@ def evaluate(
             begun = time.monotonic()
             score = {"nll": _nll, "gsm8k": _gsm8k}[task.task]
             scores, lines = score(run, task, examples, progress)
-            results.append(TaskResult(task.task, scores, len(examples), lines, time.monotonic() - begun))
+            results.append(TaskResult(task.task, scores, len(lines), lines, time.monotonic() - begun))
     report = {
         "model": name,
         "results": [r.to_dict() for r in results],
-        "protocol": _protocol(run, tasks, base),
+        "protocol": _protocol(run, tasks, base) | {"limit": limit},
     }
-    run.folder.evaluations.mkdir(exist_ok=True)
     for result in results:
         path = run.folder.evaluations / f"{name}-{result.task}.jsonl"
-        path.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.examples), encoding="utf-8"
-        )
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.examples))
     target = run.folder.evaluations / f"{name}.json"
     write_json(target, report)
     return report, target

@@ -3,15 +3,18 @@
 The descriptions are what `remix schema` prints and editors show. Defaults are stated here and nowhere else.
 """
 
+import os
+import string
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from remix_cli.adapter.config import AdapterConfig, Method, Omega, Scope
+from remix_cli.adapter.config import MAX_SUBSETS, AdapterConfig, Method, Omega, Scope
 
 Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -21,7 +24,7 @@ class Strict(BaseModel):
 
 
 class Model(Strict):
-    name_or_path: str = Field(description="Hub id, model folder, or .gguf file.")
+    name_or_path: Place = Field(description="Hub id, model folder, or .gguf file.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16",
         description="Type of the frozen weights and of the computation; adapters are always float32.",
@@ -75,13 +78,13 @@ class Router(Strict):
 class Source(Strict):
     """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
 
-    path: str | None = Field(None, description="Hub id, or a local json, jsonl, csv or parquet file or folder.")
+    path: Place | None = Field(None, description="Hub id, or a local json, jsonl, csv or parquet file or folder.")
     subset: str | None = Field(None, description="The hub data set's configuration, e.g. `main`.")
     split: str = "train"
     reasoning_gym: str | None = Field(None, description="A task of the reasoning-gym package, made on the fly.")
     options: dict[str, Any] = Field({}, description="Options of the reasoning-gym task.")
     size: Positive = Field(1000, description="How many reasoning-gym rows to make.")
-    seed: NonNegative = Field(0, description="Seed of the reasoning-gym rows; another seed gives other rows.")
+    seed: Seed = Field(0, description="Seed of the reasoning-gym rows; another seed gives other rows.")
     format: Literal["prompt_completion", "messages", "gsm8k", "arc", "codealpaca"] = "prompt_completion"
     prompt: str = Field("{prompt}", description="Template over the row's columns, for prompt_completion.")
     completion: str = Field("{completion}", description="Template over the row's columns, for prompt_completion.")
@@ -90,6 +93,17 @@ class Source(Strict):
     weight: Annotated[float, Field(gt=0, le=100)] = Field(
         1.0, description="How often each row is seen in an epoch; 0.5 takes a new random half every epoch."
     )
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _names_columns(cls, template: str) -> str:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"not a template: {error}; write a column as {{name}}, a brace as {{{{") from None
+        if not all(name.isidentifier() for name in names):
+            raise ValueError("not a template: write a column as {name}, a brace as {{")
+        return template
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -116,7 +130,7 @@ class Data(Strict):
 class Train(Strict):
     learning_rate: Rate = 1e-3
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Positive | None = Field(None, description="Stop here, whatever num_train_epochs says.")
+    max_steps: Positive | None = Field(None, description="Stop after so many steps; overrides num_train_epochs.")
     per_device_train_batch_size: Positive = 8
     per_device_eval_batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1
@@ -154,22 +168,32 @@ class Recipe(Strict):
     data: Data
     train: Train = Train()
     eval: Eval = Eval()
-    output_dir: str
-    seed: NonNegative = 0
+    output_dir: Place
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _estimator_fits(self) -> Self:
-        routed = self.adapter.method == "remix" and self.router.learning_rate > 0
-        needs_baseline = routed and self.router.estimator != "straight_through"
-        if needs_baseline and self.router.selections < 2 and self.adapter.active < self.adapter.pool_size:
+        config, router = self.adapter_config(), self.router
+        if not config.samples:
+            return self
+        if router.selections < 2 and router.estimator != "straight_through" and router.learning_rate > 0:
             raise PydanticCustomError(
                 "conflict",
                 "M = {m}, but the estimator {estimator} compares selections and needs 2 or more "
                 "(or use router.estimator: straight_through, which is biased)",
+                {"m": router.selections, "estimator": router.estimator, "at": ("router", "selections")},
+            )
+        if router.estimator in ("control_variate", "straight_through") and config.subsets > MAX_SUBSETS:
+            raise PydanticCustomError(
+                "conflict",
+                "{estimator} sums over {subsets} sets for k = {k} of n = {n}, more than {most}; use rtg",
                 {
-                    "m": self.router.selections,
-                    "estimator": self.router.estimator,
-                    "at": ("router", "selections"),
+                    "estimator": router.estimator,
+                    "subsets": config.subsets,
+                    "k": config.active,
+                    "n": config.pool_size,
+                    "most": MAX_SUBSETS,
+                    "at": ("router", "estimator"),
                 },
             )
         return self

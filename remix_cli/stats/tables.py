@@ -81,7 +81,7 @@ def eval_stamp(report: dict[str, Any]) -> str:
 
 def eval_table(report: dict[str, Any]) -> Table:
     table = Table(
-        title=f"Evaluation of the {'base' if report['model'] == 'base' else 'adapted'} model",
+        title={"base": "The base model", "best": "The best adapter"}.get(report["model"], "The last adapter"),
         title_justify="left",
         box=None,
         pad_edge=False,

@@ -64,8 +64,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     folder = RunFolder(Path(recipe.output_dir))
     main = accelerator.is_main_process
     with lock_folder(folder.path) if main else nullcontext():
-        if main and not resume:
-            prepare.clear_output(folder)
         if resume:
             _same_recipe(recipe, read_resolved(folder.recipe), folder)
         if resume and folder.summary.is_file():
@@ -100,7 +98,7 @@ class _Run:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, console: Console, resume: bool):
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
-        self.console = console
+        self.console, self.resumed = console, resume
         self.tokenizer = load_tokenizer(recipe.model)
         self.data = load_data(recipe, self.tokenizer, accelerator.num_processes)
         self.total = self.data.total_steps(recipe)
@@ -133,6 +131,8 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         if self.main:
+            if not self.resumed:  # only now: whatever could be refused has been
+                prepare.clear_output(self.folder)
             write_text(self.folder.recipe, dump(self.recipe))
             self.recorder = Recorder(self.recipe, self.folder)
             self.recorder.rewind(self.state.step)
@@ -210,14 +210,15 @@ class _Run:
         )
         lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
         loss, entropy, ess, decisions, variance, products, squares, all_tokens, stop = sums.tolist()
-        if not all(map(math.isfinite, (loss, lora_norm, router_norm))) and scaler is None:
+        judged = (loss,) if scaler else (loss, lora_norm, router_norm)  # a scaler skips overflowing gradients itself
+        if not all(map(math.isfinite, judged)):
             raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
         rates = [base * self.schedule(step) for base in (recipe.train.learning_rate, recipe.router.learning_rate)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.prepared.step()
         self.prepared.zero_grad()
-        if recipe.router.estimator == "control_variate":
+        if recipe.router.estimator == "control_variate" and math.isfinite(products + squares):
             self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))
         self._after_step(
             step + 1,

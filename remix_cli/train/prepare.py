@@ -58,8 +58,15 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     )
     if strange:
         raise RecipeError(f"output_dir: {folder.path} holds other files ({strange[0]}); choose another folder")
-    if folder.recipe.exists() and not overwrite:
-        raise RecipeError(f"output_dir: {folder.path} holds a run; add --resume to go on or --overwrite to replace it")
+    if folder.recipe.exists():
+        if not overwrite:
+            raise RecipeError(
+                f"output_dir: {folder.path} holds a run; add --resume to go on or --overwrite to replace it"
+            )
+        return
+    present = [name for name in RunFolder.OWN if (folder.path / name).exists()]
+    if present:  # without a recipe these are not a run of ours
+        raise RecipeError(f"output_dir: {folder.path} holds other files ({present[0]}); choose another folder")
 
 
 def clear_output(folder: RunFolder) -> None:
