@@ -11,7 +11,7 @@ from remix_cli.adapter.store import CONFIG_FILE, StoredAdapter, fingerprint, loa
 from remix_cli.data.encode import Encoder
 from remix_cli.errors import ArtefactError
 from remix_cli.models import load_model, load_tokenizer
-from remix_cli.recipe import Recipe, read_resolved
+from remix_cli.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def load_run(path: Path, *, best: bool = False, device: torch.device | None = No
                 f"{where}: no evaluation beat the base model, so there is no best adapter; leave out --best"
             )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
-    recipe = read_resolved(folder.recipe)
+    recipe = load_recipe(folder.recipe)
     stored = load_stored(where)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(recipe.model, device)

@@ -123,11 +123,10 @@ class Adapter:
                 del self.model.get_submodule(name).remix_router
 
 
-def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int, hidden_size: int | None = None) -> Adapter:
+def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
     """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
 
-    `hidden_size` is the width of a block's input; by default the model config's. A and P are drawn from
-    `seed` alone. Raises TargetError if a target matches nothing.
+    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing.
     """
     targets = find_targets(model, config.target_modules)
     model.requires_grad_(False)
@@ -137,7 +136,7 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int, hidden_
         base = model.get_submodule(name)
         if config.scope == "block":
             owner = name.rpartition(".")[0]
-            width = hidden_size or _hidden_size(model)
+            width = _hidden_size(model)
         else:
             owner, width = name, int(base.in_features)  # type: ignore[arg-type]
         router = adapter.routers.get(owner)

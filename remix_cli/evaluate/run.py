@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import remix_cli
-from remix_cli.data.encode import Encoder, load_examples
+from remix_cli.data.encode import load_examples
 from remix_cli.data.formats import Example
 from remix_cli.data.splits import split_examples
 from remix_cli.errors import DataError
@@ -96,8 +96,7 @@ def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
 
 def _nll(run: LoadedRun, task: Task, examples: list[Example], progress: Progress) -> tuple[dict[str, float], list]:
     """Token-weighted loss over all rows, and the same for each task name."""
-    encoder = Encoder(run.tokenizer, run.recipe.data.max_length, run.recipe.data.use_chat_template)
-    rows = encoder.encode_rows(examples).rows
+    rows = run.encoder.encode_rows(examples).rows
     if not rows:
         raise DataError("eval task nll: no row has a supervised token within data.max_length")
     bar = progress("nll", len(rows))

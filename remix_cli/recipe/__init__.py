@@ -4,7 +4,7 @@ schema.py    the keys, their types, limits and defaults
 loader.py    reads YAML and overrides; every problem at once, with line and nearest valid name
 """
 
-from remix_cli.recipe.loader import load_recipe, read_resolved
+from remix_cli.recipe.loader import load_recipe
 from remix_cli.recipe.schema import Recipe, Source, Task
 
-__all__ = ["Recipe", "Source", "Task", "load_recipe", "read_resolved"]
+__all__ = ["Recipe", "Source", "Task", "load_recipe"]

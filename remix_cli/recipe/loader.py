@@ -62,11 +62,6 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
     return recipe
 
 
-def read_resolved(path: Path) -> Recipe:
-    """A recipe that a run wrote. Raises RecipeError."""
-    return load_recipe(path)
-
-
 def dump(recipe: Recipe) -> str:
     """The complete recipe as YAML; loading it gives the same recipe."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)

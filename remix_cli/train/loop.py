@@ -26,7 +26,7 @@ from remix_cli.errors import DivergedError, Interrupted, RecipeError
 from remix_cli.evaluate.nll import row_losses
 from remix_cli.models import is_causal, load_model, load_tokenizer
 from remix_cli.objective import ESTIMATORS, Coefficient
-from remix_cli.recipe import Recipe, read_resolved
+from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
 from remix_cli.runs import RunFolder
 from remix_cli.stats.parameters import count_parameters
@@ -65,7 +65,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     main = accelerator.is_main_process
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
-            _same_recipe(recipe, read_resolved(folder.recipe), folder)
+            _same_recipe(recipe, load_recipe(folder.recipe), folder)
         if resume and folder.summary.is_file():
             if main:
                 console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
