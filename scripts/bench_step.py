@@ -9,6 +9,7 @@ run in turn, several rounds, and the median over rounds is printed with its rati
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.layer import RoutedLinear
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
@@ -28,6 +30,7 @@ from remix_cli.models import DTYPES, batch_losses, load_model
 from remix_cli.recipe.schema import Model, Router
 from remix_cli.train.step import accumulate_gradients
 
+REFERENCE = "PEFT LoRA r = 32"
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
@@ -39,9 +42,14 @@ class Arm:
     """One way to adapt the model; `install` patches it, `step` runs one training step, `remove` undoes."""
 
     def __init__(
-        self, name: str, router: Router | None = None, config: AdapterConfig | None = None, peft_rank: int = 0
+        self,
+        name: str,
+        router: Router | None = None,
+        config: AdapterConfig | None = None,
+        peft_rank: int = 0,
+        loop: bool = False,
     ):
-        self.name, self.router, self.config, self.peft_rank = name, router, config, peft_rank
+        self.name, self.router, self.config, self.peft_rank, self.loop = name, router, config, peft_rank, loop
 
     def install(self, model: torch.nn.Module, batch: Batch) -> tuple[Callable[[], None], Callable[[], None]]:
         """(step, remove)"""
@@ -55,6 +63,9 @@ class Arm:
 
             return forward, lambda: None
         adapter = apply_adapter(model, self.config, seed=0)
+        if self.loop:
+            for linear in adapter.linears.values():
+                linear.forward = loop_over_loras.__get__(linear)  # type: ignore[method-assign]
         optimizer = torch.optim.AdamW(adapter.parameters().values(), lr=1e-4, fused=True)
         router, config, steps = self.router, self.config, iter(range(10**9))
 
@@ -98,22 +109,42 @@ class Arm:
         return step, lambda: wrapped.unload()
 
 
-def arms(n: int, k: int, r: int) -> list[Arm]:
+def arms(n: int, k: int, r: int, only: str) -> list[Arm]:
     pool = AdapterConfig(pool_size=n, active=k, rank=r)
+    soft = AdapterConfig(pool_size=n, active=k, rank=r, method="mixlora")
+    once = Router(selections=1, estimator="straight_through")
     made = [
         Arm("frozen forward"),
         Arm(f"PEFT LoRA r = {k * r}", peft_rank=k * r),
         Arm(f"PEFT LoRA r = {n * r}", peft_rank=n * r),
         Arm(f"pool n = {n}, no router, M = 1", config=AdapterConfig(pool_size=n, active=n, rank=r)),
-        Arm("ReMix, straight-through, M = 1", Router(selections=1, estimator="straight_through"), pool),
+        Arm("soft mixture, a loop over LoRAs", once, soft, loop=True),
+        Arm("soft mixture, masked stack", once, soft),
+        Arm("ReMix, router frozen, M = 1", Router(selections=1, learning_rate=0.0), pool),
+        Arm("ReMix, straight-through, M = 1", once, pool),
     ]
-    for m in (2, 4):
-        for gradient in ("mean", "one"):
-            router = Router(selections=m, lora_gradient=gradient)
-            made.append(Arm(f"ReMix, rtg, M = {m}, {gradient}", router, pool))
-    made.append(Arm("ReMix, paper, M = 2, mean", Router(estimator="paper"), pool))
-    made.append(Arm("ReMix, control_variate, M = 2, mean", Router(estimator="control_variate"), pool))
-    return made
+    for m in (2, 4, 8):
+        for gradient in ("one", "mean"):
+            made.append(Arm(f"ReMix, rtg, M = {m}, {gradient}", Router(selections=m, lora_gradient=gradient), pool))
+    for estimator in ("paper", "control_variate"):
+        for gradient in ("one", "mean"):
+            router = Router(estimator=estimator, lora_gradient=gradient)
+            made.append(Arm(f"ReMix, {estimator}, M = 2, {gradient}", router, pool))
+    return [arm for arm in made if re.search(only, arm.name) or arm.name == REFERENCE]
+
+
+def loop_over_loras(self: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
+    """The usual dispatch of a mixture of LoRAs: one turn for each, over the tokens that chose it."""
+    assert self.router.selected is not None
+    flat, weights = x.flatten(0, -2), self.router.selected.flatten(0, -2)
+    y = self.base_layer(x)
+    added = torch.zeros_like(y).flatten(0, -2)
+    a, b = self.lora_A.unflatten(0, (self.pool_size, -1)), self.lora_B.unflatten(1, (self.pool_size, -1))
+    for i in range(self.pool_size):
+        (tokens,) = weights[:, i].nonzero(as_tuple=True)
+        update = flat[tokens] @ a[i].T.to(x.dtype) @ b[:, i].T.to(x.dtype)
+        added = added.index_add(0, tokens, update * weights[tokens, i, None].to(x.dtype))
+    return y + added.view_as(y)
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:
@@ -135,6 +166,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", default="", help="regular expression on the names of the rows")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +187,7 @@ def main() -> None:
     model.train()
     samples: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
-    everything = arms(8, 4, 8)
+    everything = arms(8, 4, 8, args.only)
     for round_number in range(args.rounds):
         for arm in everything:
             step, remove = arm.install(model, batch)
@@ -169,7 +201,7 @@ def main() -> None:
             remove()
         if round_number == 0 and device.type == "cuda":
             torch.cuda.empty_cache()
-    reference = statistics.median(samples["PEFT LoRA r = 32"])
+    reference = statistics.median(samples[REFERENCE])
     table = Table(title=f"{args.shape or args.model}, {args.dtype}, {args.batch} x {args.length} tokens", box=None)
     for column in ("step", "median s", "min", "max", "/ PEFT r = 32", "peak GiB"):
         table.add_column(column, justify="left" if column == "step" else "right")
@@ -182,7 +214,13 @@ def main() -> None:
     Console().print(table)
     if args.json:
         args.json.write_text(
-            json.dumps({"arguments": vars(args) | {"json": None}, "samples": samples, "memory": memory})
+            json.dumps(
+                {
+                    "arguments": {name: str(value) for name, value in vars(args).items()},
+                    "samples": samples,
+                    "memory": memory,
+                }
+            )
         )
 
 

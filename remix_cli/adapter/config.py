@@ -17,7 +17,8 @@ class AdapterConfig:
     `method`: `remix` gives every active LoRA the same constant weight omega; `mixlora` weights the
     active ones by a renormalised softmax (times k * omega, so that the total weight is the same).
     `scope`: `block` places one router on each module that holds targets (an FFN) and lets it read that
-    module's input; `module` gives each adapted linear its own router.
+    module's input; `module` gives each adapted linear its own router. `router_unit_input`: the router
+    reads x / ||x|| instead of x.
     """
 
     pool_size: int = 8
@@ -29,6 +30,7 @@ class AdapterConfig:
     method: Method = "remix"
     scope: Scope = "block"
     router_init_std: float = 0.02
+    router_unit_input: bool = True
 
     def __post_init__(self) -> None:
         if self.pool_size < 1 or self.rank < 1:

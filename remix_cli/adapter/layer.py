@@ -19,7 +19,7 @@ class Router(nn.Module):
 
     The input is scaled to unit length, so that neither the residual stream's growth over the layers nor
     the model's width changes how fast the router learns, and the initial logits have the standard
-    deviation `router_init_std` everywhere. x is detached for ReMix: given the selection the loss does not
+    deviation `router_init_std` everywhere; `router_unit_input: false` takes P x, as published. x is detached for ReMix: given the selection the loss does not
     depend on P, and the score's gradient with respect to x is noise for the LoRAs below.
     """
 
@@ -46,10 +46,10 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(direction, self.weight.to(direction.dtype))
 
-    @staticmethod
-    def direction(x: Tensor) -> Tensor:
-        """x / ||x||, in float32 or wider."""
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    def direction(self, x: Tensor) -> Tensor:
+        """What P multiplies: x / ||x|| (or x), in float32 or wider."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.normalize(wide, dim=-1) if self.config.router_unit_input else wide
 
     @torch.no_grad()
     def add_gradient(self, x: Tensor, logits_gradient: Tensor) -> None:

@@ -71,7 +71,10 @@ class Router(Strict):
         0.3,
         description="The router's own; 0 freezes it. Its input has unit length whatever the model.",
     )
-    init_std: Annotated[float, Field(ge=0, le=10)] = Field(0.02, description="Spread of the initial logits.")
+    init_std: Annotated[float, Field(ge=0, le=10)] = Field(0.02, description="Spread of the router's initial weights.")
+    unit_input: bool = Field(
+        True, description="The router reads x / |x|; false: x itself, as published (then use a rate near 1e-2)."
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")
 
 
@@ -210,4 +213,5 @@ class Recipe(Strict):
             method=a.method,
             scope=self.router.scope,
             router_init_std=self.router.init_std,
+            router_unit_input=self.router.unit_input,
         )
