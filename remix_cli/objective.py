@@ -13,7 +13,8 @@ which is 1/(M-1) sum_m (R_m - mean) grad log Q(J_m) when R is the same for all d
 1. credit: a decision answers only for the losses that it can reach (`reward_to_go`, `local`), not the batch;
 2. score: the log-probability of the chosen set, not of the order it was drawn in;
 3. optionally a linear control variate from the LoRA backward pass.
-Each step keeps the expectation and lowers the variance. Proofs: docs/estimators.md.
+Each step keeps the expectation and lowers the variance. Proofs: docs/estimators.md. The biased alternative
+(`straight_through`, Bengio et al. 2013) is the linear term alone: 1/M sum_m sum_d h_md . grad pi_d, h = dL/dz.
 """
 
 from dataclasses import dataclass
@@ -30,21 +31,22 @@ Name = Literal["paper", "rtg", "control_variate", "straight_through"]
 
 @dataclass(frozen=True)
 class Estimator:
-    """One way to estimate the router's gradient."""
+    """One way to estimate the router's gradient; `linear` ones read h, the loss's gradient by selection."""
 
     name: Name
     unbiased: bool
     min_selections: int
+    linear: bool
     summary: str
 
 
 ESTIMATORS: dict[str, Estimator] = {
     e.name: e
     for e in (
-        Estimator("paper", True, 2, "batch loss as reward, ordered log-probability, as published"),
-        Estimator("rtg", True, 2, "per-position reward-to-go, set log-probability"),
-        Estimator("control_variate", True, 2, "rtg with a linear control variate from the LoRA gradient"),
-        Estimator("straight_through", False, 1, "BIASED: first-order gradient through inclusion probabilities"),
+        Estimator("paper", True, 2, False, "batch loss as reward, ordered log-probability, as published"),
+        Estimator("rtg", True, 2, False, "per-position reward-to-go, set log-probability"),
+        Estimator("control_variate", True, 2, True, "rtg with a linear control variate from the LoRA gradient"),
+        Estimator("straight_through", False, 1, True, "BIASED: first-order gradient through inclusion probabilities"),
     )
 }
 
@@ -55,7 +57,8 @@ class Rollouts:
 
     `logits` (M, L, B, T, n) carries the graph to the routers' parameters; everything else is data.
     `local` (L,) marks routers after the last attention. `mask` (B, T) is True where a real token stands.
-    `selection_gradients` (M or 1, L, B, T, n) is dL_m/dz_m, for the control variate only.
+    `selection_gradients` (M or 1, L, B, T, n) is h = dL_m/dz_m, for the control variate and straight-through.
+    With routing by sequence T is 1 and `losses` are those of whole sequences.
     """
 
     logits: Tensor
@@ -106,9 +109,11 @@ def router_surrogate(estimator: str, rollouts: Rollouts, beta: float = 0.0) -> t
     """A scalar whose gradient with respect to the routers is the estimate, and what is worth logging.
 
     `beta` is the control variate's coefficient; it must not come from these rollouts. Raises ValueError
-    for M < 2.
+    for M < 2, straight-through excepted.
     """
     r = rollouts
+    if estimator == "straight_through":
+        return _straight_through(r), Diagnostics(r.losses.new_zeros(()), None)
     advantages = leave_one_out(credit(estimator, r.losses, r.local))  # (M, L, B, T)
     m = advantages.shape[0]
     share = torch.full((m, 1, 1, 1), 1 / m, dtype=r.losses.dtype, device=r.losses.device)
@@ -121,6 +126,19 @@ def router_surrogate(estimator: str, rollouts: Rollouts, beta: float = 0.0) -> t
     log_prob = score(estimator, r.logits, r.chosen)
     surrogate = (share * advantages.detach() * log_prob * r.mask).sum() + linear
     return surrogate, Diagnostics(advantages.detach().var(), fit)
+
+
+def _straight_through(r: Rollouts) -> Tensor:
+    """Forward z, backward as if it were pi(logits): the mean over the passes that have gradients of h . pi."""
+    h = _selection_gradients(r)
+    pi = routing.inclusion_probabilities(r.logits[: len(h)], r.chosen.shape[-1])
+    return (h * pi).sum() / len(h)
+
+
+def _selection_gradients(r: Rollouts) -> Tensor:
+    if r.selection_gradients is None:
+        raise ValueError("this estimator needs the selections' gradients")
+    return r.selection_gradients * r.mask[..., None]
 
 
 @dataclass
@@ -137,12 +155,10 @@ def _control_variate(r: Rollouts, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     hbar_m is the mean of h = dL/dz over the OTHER samples; a sample's own h would bias the estimate. With
     the gradient of sample 0 alone, the others use it and sample 0 enters without a control variate.
     """
-    if r.selection_gradients is None:
-        raise ValueError("the control variate needs the selections' gradients")
     m, n = r.chosen.shape[0], r.logits.shape[-1]
     z = routing.selection_mask(r.chosen, n)
     pi = routing.inclusion_probabilities(r.logits, r.chosen.shape[-1])  # with graph
-    h = r.selection_gradients * r.mask[..., None]
+    h = _selection_gradients(r)
     share = torch.full((m, 1, 1, 1), 1 / m, dtype=r.losses.dtype, device=r.losses.device)
     if h.shape[0] == m:
         hbar = (h.sum(0) - h) / (m - 1)

@@ -125,7 +125,13 @@ def arms(n: int, k: int, r: int, only: str) -> list[Arm]:
     ]
     for m in (2, 4, 8):
         for gradient in ("one", "mean"):
-            made.append(Arm(f"ReMix, rtg, M = {m}, {gradient}", Router(selections=m, lora_gradient=gradient), pool))
+            made.append(
+                Arm(
+                    f"ReMix, rtg, M = {m}, {gradient}",
+                    Router(estimator="rtg", selections=m, lora_gradient=gradient),
+                    pool,
+                )
+            )
     for estimator in ("paper", "control_variate"):
         for gradient in ("one", "mean"):
             router = Router(estimator=estimator, lora_gradient=gradient)

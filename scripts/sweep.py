@@ -71,7 +71,7 @@ def one_run(sweep: Sweep, name: str, overrides: list[str]) -> dict[str, Any]:
     if sweep.test:
         source = loaded.data.train[0].model_copy(update={"path": sweep.test})
         rows = run.encoder.encode_rows(task_examples(loaded, Task(task="nll", source=source))).rows
-        result["test_loss"] = mean_loss(row_losses(run.model, rows, 64))
+        result["test_loss"] = mean_loss(row_losses(run.model, run.adapter, rows, 64))
         blocks = collect(run, rows[:128], 32, lambda _: None)
         for key in ("entropy", "ess_q", "ess_weights", "token_information", "commonest_set"):
             result[f"routing_{key}"] = sum(getattr(b, key) for b in blocks) / len(blocks)

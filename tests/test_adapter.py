@@ -11,6 +11,7 @@ from remix_cli.adapter.trace import Trace
 from remix_cli.models import is_causal
 
 SMALL = AdapterConfig(pool_size=4, active=2, rank=2)
+BY_SEQUENCE = AdapterConfig(pool_size=4, active=2, rank=2, level="sequence")
 IDS = torch.tensor([[5, 9, 3, 11, 7, 2, 30], [8, 1, 4, 4, 60, 12, 33]])
 
 
@@ -42,11 +43,11 @@ def test_starts_at_the_base_model_and_leaves_it_untouched(family, scope):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_only_adapter_parameters_get_gradients():
+def test_only_loras_get_gradients_from_the_token_loss():
     model, adapter = adapted()
-    with adapter.tracing(Trace(noise=adapter.noise((0,), torch.arange(2), 7), straight_through=True)):
+    with adapter.tracing(Trace(noise=adapter.noise((0,), torch.arange(2), 7))):
         model(IDS, labels=IDS).loss.backward()
-    own = {id(p) for p in adapter.parameters().values()}
+    own = {id(p) for p in adapter.lora_parameters().values()}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in own), name
 
@@ -75,14 +76,6 @@ def test_the_forward_is_the_sum_over_chosen_loras():
     assert (decision.weights != 0).sum(-1).eq(SMALL.active).all()
 
 
-def test_without_straight_through_the_token_loss_leaves_the_router_alone():
-    model, adapter = adapted()
-    with adapter.tracing(Trace(noise=adapter.noise((0,), torch.arange(2), 7))):
-        model(IDS, labels=IDS).loss.backward()
-    assert all(p.grad is None for p in adapter.router_parameters().values())
-    assert all(p.grad is not None for p in adapter.lora_parameters().values())
-
-
 def test_inference_takes_the_top_k_and_a_row_ignores_its_neighbours_and_padding():
     model, adapter = adapted()
     with adapter.tracing(Trace()) as trace:
@@ -99,6 +92,59 @@ def test_inference_takes_the_top_k_and_a_row_ignores_its_neighbours_and_padding(
     assert close(model(left, attention_mask=mask, position_ids=positions).logits[0, 3:], together[1], 1e-5)
 
 
+def test_routing_by_sequence_chooses_once_from_the_prompt():
+    """Completion, padding on either side and neighbours do not change a row's selection; another prompt does."""
+    model, adapter = adapted(config=BY_SEQUENCE)
+    prompt = torch.arange(7) < 4
+
+    def route(ids, prompt, **more):
+        with adapter.tracing(Trace(prompt=prompt)) as trace:
+            logits = model(ids, **more).logits
+        return [trace.decisions[name] for name in adapter.routers], logits
+
+    together, logits = route(IDS, prompt.expand(2, 7))
+    assert together[0].chosen.shape == (2, 1, SMALL.active)
+    completion = IDS[1:].clone()
+    completion[0, 4:] = 5
+    padded = torch.cat([completion, torch.full((1, 3), 63)], dim=1)
+    left = torch.cat([torch.full((1, 3), 63), IDS[1:]], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 7])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    off = torch.zeros(1, 3, dtype=torch.bool)
+    others = [
+        route(padded, torch.cat([prompt[None], off], 1)),
+        route(left, torch.cat([off, prompt[None]], 1), attention_mask=mask, position_ids=positions),
+    ]
+    assert close(others[1][1][0, 3:], logits[1], 1e-5)
+    for decisions, _ in others:
+        assert all(close(a.logits[0], b.logits[1], 1e-5) for a, b in zip(decisions, together, strict=True))
+    changed = IDS[1:].clone()
+    changed[0, 3] = (changed[0, 3] + 1) % 60
+    assert not close(route(changed, prompt[None])[0][0].logits[0], together[0].logits[1], 1e-3)
+
+
+def test_routing_by_sequence_keeps_its_selection_while_generating():
+    model, adapter = adapted(config=BY_SEQUENCE)
+    mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with adapter.tracing(Trace(prompt=mask.bool(), record=False)) as trace:
+        cached = model.generate(IDS, use_cache=True, **options)
+    assert not trace.decisions
+    assert {w.shape for w in trace.kept.values()} == {(2, 1, SMALL.pool_size)}
+    with adapter.tracing(Trace(prompt=mask.bool(), record=False)):
+        assert torch.equal(cached, model.generate(IDS, use_cache=False, **options))
+    whole = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
+    with adapter.tracing(Trace(prompt=torch.nn.functional.pad(mask, (0, 8)).bool())), torch.no_grad():
+        logits = model(cached, attention_mask=whole, position_ids=(whole.cumsum(-1) - 1).clamp(min=0)).logits
+    assert torch.equal(logits[:, 6:-1].argmax(-1), cached[:, 7:])  # one pass over all tokens chooses the same words
+
+
+def test_routing_by_sequence_needs_the_prompt():
+    model, _ = adapted(config=BY_SEQUENCE)
+    with pytest.raises(RuntimeError, match="prompt=mask"):
+        model(IDS)
+
+
 def test_generation_with_the_cache_equals_generation_without():
     model, _ = adapted()
     ids, mask = IDS[:1], torch.ones(1, 7, dtype=torch.long)
@@ -107,8 +153,7 @@ def test_generation_with_the_cache_equals_generation_without():
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("straight_through", [False, True])
-def test_checkpointing_replays_the_selections(straight_through):
+def test_checkpointing_replays_the_selections():
     model, adapter = adapted()
     model.train()
 
@@ -118,7 +163,7 @@ def test_checkpointing_replays_the_selections(straight_through):
             context = adapter.state.checkpoint_contexts
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context})
         noise = adapter.noise((0,), torch.arange(2), 7)
-        with adapter.tracing(Trace(noise=noise, straight_through=straight_through)):
+        with adapter.tracing(Trace(noise=noise)):
             loss = model(IDS, labels=IDS).loss
         loss.backward()
         return [p.grad.clone() for p in adapter.lora_parameters().values()]

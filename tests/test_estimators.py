@@ -50,6 +50,16 @@ def test_the_same_over_all_ordered_draws(orders, estimator):
     assert orders.relative_bias(orders.mean_estimate(estimator, beta=0.7)) < TOLERANCE
 
 
+@pytest.mark.parametrize(("estimator", "beta"), [("rtg", 0.0), ("control_variate", 1.0)])
+def test_the_same_when_routing_by_sequence(estimator, beta, monkeypatch):
+    """Two sequences, two layers, one selection for each: 81 joint selections. Crediting the other sequence is seen."""
+    whole = Enumeration(2, ordered=False, n=3, level="sequence")
+    assert whole.relative_bias(whole.mean_estimate(estimator, beta=beta)) < TOLERANCE
+    swapped = objective.credit
+    monkeypatch.setattr(objective, "credit", lambda *a: swapped(*a).flip(2))
+    assert whole.relative_bias(whole.mean_estimate(estimator, beta=beta)) > 0.1
+
+
 def test_straight_through_is_biased_as_it_says(sets):
     assert 0.01 < sets.relative_bias(sets.mean_straight_through()) < 0.9
     assert not objective.ESTIMATORS["straight_through"].unbiased

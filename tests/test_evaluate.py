@@ -33,19 +33,20 @@ def test_answers(text, strict, flexible):
     assert flexible_answer(text) == flexible
 
 
-def model_and_rows():
+def model_and_rows(**config):
     model = tiny_model()
-    fill_adapter(apply_adapter(model, AdapterConfig(pool_size=4, active=2, rank=2), seed=0))
+    adapter = apply_adapter(model, AdapterConfig(pool_size=4, active=2, rank=2, **config), seed=0)
+    fill_adapter(adapter)
     rows = []
     for length in (5, 13, 8, 21, 6):
         ids = torch.randint(2, 60, (length,))
         rows.append(EncodedRow(ids.numpy(), (torch.arange(length) >= 3).numpy(), "t"))
-    return model, rows
+    return model, adapter, rows
 
 
 def test_row_losses_do_not_depend_on_batch_size_and_match_transformers():
-    model, rows = model_and_rows()
-    together, alone = row_losses(model, rows, 5), row_losses(model, rows, 1)
+    model, adapter, rows = model_and_rows()
+    together, alone = row_losses(model, adapter, rows, 5), row_losses(model, adapter, rows, 1)
     for row, a, b in zip(rows, together, alone, strict=True):
         ids = torch.from_numpy(row.input_ids).long().unsqueeze(0)
         labels = ids.masked_fill(~torch.from_numpy(row.supervised), -100)
@@ -58,7 +59,7 @@ def test_row_losses_do_not_depend_on_batch_size_and_match_transformers():
 
 
 def test_evaluation_restores_training_mode():
-    model, rows = model_and_rows()
+    model, adapter, rows = model_and_rows()
     model.train()
-    row_losses(model, rows, 2)
+    row_losses(model, adapter, rows, 2)
     assert model.training

@@ -145,14 +145,6 @@ def test_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_path
     assert load_recipe(write(tmp_path, yaml.safe_dump(recipe))).router.selections == 1
 
 
-@pytest.mark.parametrize("estimator", ["control_variate", "straight_through"])
-def test_pools_beyond_exact_inclusion_probabilities_are_refused(estimator, tmp_path):
-    big = {"pool_size": 32, "active": 4}
-    recipe = MINIMAL | {"adapter": big, "router": {"estimator": estimator}}
-    assert "router.estimator: " in problems(tmp_path, recipe)[0]
-    assert load_recipe(write(tmp_path, yaml.safe_dump(MINIMAL | {"adapter": big})))
-
-
 @pytest.mark.parametrize("template", ["{", "{}", "{a.b}", "{0}"])
 def test_templates_name_columns(template, tmp_path):
     assert "data.train.0.prompt: not a template" in problems(tmp_path, with_key("data.train.prompt", template))[0]

@@ -235,7 +235,7 @@ def launch(arguments, recipe, processes):
     return done.stdout
 
 
-@pytest.mark.parametrize("estimator", ["rtg", "control_variate"])
+@pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate", "straight_through"])
 def test_two_processes_train_what_one_trains(stage, tmp_path, estimator):
     """The same global batch, once accumulated by one process and once shared by two; an odd tail included."""
     router = {"router": {"estimator": estimator}, "adapter": {"dropout": 0.0}}

@@ -8,6 +8,7 @@ import torch
 from conftest import close
 
 from remix_cli.adapter import routing
+from remix_cli.adapter.quadrature import inclusion_by_quadrature
 
 SIZES = [(4, 1), (4, 2), (5, 3), (6, 4), (8, 4), (4, 4)]
 
@@ -100,8 +101,43 @@ def test_entropy_and_support_size_by_hand():
     assert routing.effective_support_size(torch.tensor([3.0, 1.0])).item() == pytest.approx(1.6)
 
 
-def test_sizes_beyond_the_recursions_are_refused():
+@pytest.mark.parametrize(("n", "k"), [(8, 1), (8, 4), (8, 7), (9, 5)])
+@pytest.mark.parametrize(("spread", "error"), [(1.0, 1e-12), (10.0, 1e-12), (40.0, 1e-7)])
+def test_quadrature_agrees_with_the_sum_over_sets(n, k, spread, error):
+    """Values and gradients, absolutely; logits uniform over `spread` nats."""
+    logits = (torch.rand(32, n, dtype=torch.float64) * spread).requires_grad_()
+    weight = torch.randn(32, n, dtype=torch.float64)
+    exact, ours = routing.inclusion_probabilities(logits, k), inclusion_by_quadrature(logits, k)
+    assert (exact - ours).abs().max() < error
+    slopes = [torch.autograd.grad((x * weight).sum(), logits)[0] for x in (exact, ours)]
+    assert (slopes[0] - slopes[1]).abs().max() < 30 * error
+
+
+def test_large_pools_go_to_quadrature():
+    """n = 64, k = 8: the sum is k, frequencies of draws agree, one gradient agrees with a difference quotient."""
+    logits = (torch.randn(2, 64, dtype=torch.float64) * 2).requires_grad_()
+    pi = routing.inclusion_probabilities(logits, 8)
+    assert close(pi.sum(-1), torch.full((2,), 8.0, dtype=torch.float64), 1e-12)
+    draws = 20_000
+    noise = routing.gumbel_noise(torch.arange(draws), 1, 64)[0]
+    for row, expected in zip(logits.detach().float(), pi.detach(), strict=True):
+        seen = routing.selection_mask(routing.top_k(row + noise, 8), 64).double().mean(0)
+        assert (seen - expected).abs().max() < 5 * math.sqrt(0.25 / draws)
+    (slope,) = torch.autograd.grad(pi[0, 3], logits)
+    moved = logits.detach().clone()
+    moved[0, 5] += 1e-6
+    quotient = (routing.inclusion_probabilities(moved, 8)[0, 3] - pi[0, 3]) / 1e-6
+    assert abs(quotient - slope[0, 5]) < 1e-6 * slope[0].abs().max()
+
+
+def test_quadrature_of_a_saturated_router_is_finite_and_decided():
+    logits = torch.tensor([[0.0, -60.0, -150.0, -400.0]], requires_grad=True)
+    pi = inclusion_by_quadrature(logits, 2)
+    assert close(pi, torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64), 1e-7)
+    (slope,) = torch.autograd.grad(pi[0, 1], logits)
+    assert torch.isfinite(slope).all()
+
+
+def test_sets_beyond_the_recursion_are_refused():
     with pytest.raises(ValueError, match="k <= 8"):
         routing.set_log_prob(torch.zeros(1, 12), torch.arange(9).unsqueeze(0))
-    with pytest.raises(ValueError, match="sets"):
-        routing.inclusion_probabilities(torch.zeros(1, 64), 8)

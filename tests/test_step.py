@@ -5,6 +5,7 @@ import torch
 from conftest import close
 from tiny import fill_adapter, tiny_model
 
+from remix_cli.adapter import layer, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter, apply_adapter
 from remix_cli.data.batches import collate
@@ -26,8 +27,8 @@ def rows(count=4):
     return made
 
 
-def build(checkpointing=False, **config):
-    model = tiny_model().train()
+def build(checkpointing=False, dtype=torch.float32, **config):
+    model = tiny_model(dtype=dtype).train()
     adapter = apply_adapter(model, AdapterConfig(**({"pool_size": 4, "active": 2, "rank": 2} | config)), seed=0)
     fill_adapter(adapter)
     if checkpointing:
@@ -36,9 +37,9 @@ def build(checkpointing=False, **config):
     return model, adapter
 
 
-def gradients(router, cuts=(4,), scale=1.0, beta=0.5, checkpointing=False, **config):
+def gradients(router, cuts=(4,), scale=1.0, beta=0.5, checkpointing=False, dtype=torch.float32, **config):
     """Gradient of one step whose four rows are cut into micro-batches of the given sizes."""
-    model, adapter = build(checkpointing, **config)
+    model, adapter = build(checkpointing, dtype, **config)
     everything, start = rows(), 0
     targets = sum(int(r.supervised[1:].sum()) for r in everything)
     for size in cuts:
@@ -55,6 +56,10 @@ def gradients(router, cuts=(4,), scale=1.0, beta=0.5, checkpointing=False, **con
         )
         start += size
     return {name: p.grad / scale for name, p in adapter.parameters().items() if p.grad is not None}
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
 def same(a, b, relative=1e-5):
@@ -76,15 +81,62 @@ def test_checkpointing_changes_nothing(estimator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_routing_by_sequence_survives_accumulation_and_checkpointing(estimator):
+    router = Router(estimator=estimator)
+    whole = gradients(router, level="sequence")
+    assert same(gradients(router, checkpointing=True, level="sequence"), whole)
+    if estimator != "paper":  # whose reward is the micro-batch
+        assert same(gradients(router, cuts=(3, 1), level="sequence"), whole)
+    assert not same(gradients(router), whole)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_loss_scaling_cancels(estimator):
     router = Router(estimator=estimator)
     assert same(gradients(router, scale=1024.0), gradients(router))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_bfloat16_model_gives_nearly_the_same_gradients(estimator, monkeypatch):
+    """Same selections, so that a rounded logit cannot flip one; adapters and their gradients stay float32."""
+    selections = {}
+    choose = layer.Router._choose
+
+    def same_choice(self, logits, noise):
+        return selections.setdefault((self.name, float(noise.sum())), choose(self, logits, noise))
+
+    monkeypatch.setattr(layer.Router, "_choose", same_choice)
+    router = Router(estimator=estimator)
+    exact, rounded = gradients(router), gradients(router, dtype=torch.bfloat16)
+    assert selections
+    for name, gradient in rounded.items():
+        assert gradient.dtype == torch.float32
+        # A reward is a difference of losses, so a score's gradient loses more digits than a LoRA's.
+        assert cosine(gradient, exact[name]) > (0.999 if "lora" in name else 0.99), name
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_router_learns(estimator):
     found = gradients(Router(estimator=estimator))
     assert all(found[name].norm() > 0 for name in found if name.endswith("router"))
+
+
+def test_straight_through_is_the_gradient_through_inclusion_probabilities(monkeypatch):
+    """Against autograd through a forward pass whose weights are omega (z + pi - stop(pi))."""
+    ours = gradients(Router(estimator="straight_through", selections=1))
+    model, adapter = build()
+    batch = collate(rows())
+    noise = adapter.noise((0, 7, 0), batch.rows, batch.input_ids.shape[1])
+
+    def forward(self, x):
+        logits = self.logits(x.detach())
+        pi = routing.inclusion_probabilities(logits, 2)
+        chosen = routing.top_k(logits.detach() + noise[self.index], 2)
+        return self.config.scale * (routing.selection_mask(chosen, 4) + pi - pi.detach())
+
+    monkeypatch.setattr(layer.Router, "forward", forward)
+    (step_module.batch_losses(model, batch).sum() / len(batch.targets)).backward()
+    assert all(close(ours[name], p.grad, 1e-5) for name, p in adapter.parameters().items())
 
 
 def test_one_selection_gives_the_lora_gradient_of_that_selection():

@@ -4,10 +4,10 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-MAX_SUBSETS = 4096  # per token, for exact inclusion probabilities
 Omega = Literal["rslora", "lora"]
 Method = Literal["remix", "mixlora"]
 Scope = Literal["block", "module"]
+Level = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class AdapterConfig:
     `method`: `remix` gives every active LoRA the same constant weight omega; `mixlora` weights the
     active ones by a renormalised softmax (times k * omega, so that the total weight is the same).
     `scope`: `block` places one router on each module that holds targets (an FFN) and lets it read that
-    module's input; `module` gives each adapted linear its own router. `router_unit_input`: the router
-    reads x / ||x|| instead of x.
+    module's input; `module` gives each adapted linear its own router. `level`: one selection for each
+    position, or one for each sequence, from the mean of the router's inputs over the prompt.
+    `router_unit_input`: the router reads x / ||x|| instead of x.
     """
 
     pool_size: int = 8
@@ -29,6 +30,7 @@ class AdapterConfig:
     dropout: float = 0.0
     method: Method = "remix"
     scope: Scope = "block"
+    level: Level = "token"
     router_init_std: float = 0.02
     router_unit_input: bool = True
 
@@ -43,11 +45,6 @@ class AdapterConfig:
         """omega, the constant weight of an active LoRA: 2/(k r), or 2/sqrt(k r) for `rslora`."""
         total_rank = self.active * self.rank
         return 2 / math.sqrt(total_rank) if self.omega == "rslora" else 2 / total_rank
-
-    @property
-    def subsets(self) -> int:
-        """Sets of fewer than k LoRAs: what exact inclusion probabilities sum over for each token."""
-        return sum(math.comb(self.pool_size, size) for size in range(self.active))
 
     @property
     def samples(self) -> bool:

@@ -19,8 +19,9 @@ class Router(nn.Module):
 
     The input is scaled to unit length, so that neither the residual stream's growth over the layers nor
     the model's width changes how fast the router learns, and the initial logits have the standard
-    deviation `router_init_std` everywhere; `router_unit_input: false` takes P x, as published. x is detached for ReMix: given the selection the loss does not
-    depend on P, and the score's gradient with respect to x is noise for the LoRAs below.
+    deviation `router_init_std` everywhere; `router_unit_input: false` takes P x, as published. x is detached
+    for ReMix: given the selection the loss does not depend on P, and the score's gradient with respect to x is
+    noise for the LoRAs below.
     """
 
     def __init__(
@@ -63,19 +64,23 @@ class Router(nn.Module):
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weights of the n LoRAs for each position, (B, T, n), following the current trace's mode."""
+        """Weights of the n LoRAs for each position, (B, T, n), following the current trace's mode.
+
+        With `level: sequence` (B, 1, n), and the first forward pass under a trace decides for all later ones.
+        """
         trace = self._state.trace or Trace()
+        if self.name in trace.kept:
+            return trace.kept[self.name]
         recorded = trace.replay.decisions[self.name] if trace.replay else None
         mode = trace.replay or trace
+        if self.config.level == "sequence":
+            x = _mean_over_prompt(x, mode.prompt)
         soft = self.config.method == "mixlora"
-        with torch.set_grad_enabled((soft or mode.straight_through) and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(soft and torch.is_grad_enabled()):
             logits = self.logits(x if soft else x.detach())
         chosen = recorded.chosen if recorded else self._choose(logits.detach(), None if soft else mode.noise)
         if soft:
             weights = self._softmax_weights(logits, chosen)
-        elif mode.straight_through:
-            pi = routing.inclusion_probabilities(logits, self.config.active)
-            weights = self._constant_weights(logits, chosen) + self.config.scale * (pi - pi.detach())
         elif recorded:
             return recorded.weights  # the very tensor, so that its gradient gathers there
         else:
@@ -83,7 +88,10 @@ class Router(nn.Module):
             if mode.selection_grad and torch.is_grad_enabled():
                 weights.requires_grad_()
         if self._state.trace is not None and not recorded:
-            trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
+            if trace.record:
+                trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
+            if self.config.level == "sequence":
+                trace.kept[self.name] = weights
         return weights
 
     def _choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
@@ -97,6 +105,17 @@ class Router(nn.Module):
         """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
         share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
         return torch.zeros_like(logits).scatter(-1, chosen, share)
+
+
+def _mean_over_prompt(x: Tensor, prompt: Tensor | None) -> Tensor:
+    """Mean of x (B, T, D) over the positions where `prompt` (B, T) is True, (B, 1, D), in float32 or wider."""
+    if prompt is None:
+        raise RuntimeError(
+            "routing by sequence chooses from the prompt; run the model inside adapter.tracing(Trace(prompt=mask))"
+        )
+    share = prompt / prompt.sum(-1, keepdim=True)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return share.to(wide.dtype).unsqueeze(1) @ wide
 
 
 class RoutedLinear(nn.Module):

@@ -67,7 +67,11 @@ class Adapter:
         return self.state.tracing(trace)
 
     def noise(self, seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
-        """Selection noise of one forward pass over rows (B,) of `length` positions."""
+        """Selection noise of one forward pass over rows (B,) of `length` positions, (routers, B, T, n).
+
+        T is 1 with `level: sequence`.
+        """
+        length = 1 if self.config.level == "sequence" else length
         return selection_noise(seed, rows, length, len(self.routers), self.config.pool_size)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:

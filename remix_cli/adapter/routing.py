@@ -12,7 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from remix_cli.adapter.config import MAX_SUBSETS
+from remix_cli.adapter.quadrature import inclusion_by_quadrature
+
+MAX_SUBSETS = 512  # that exact inclusion probabilities sum over for each token
 
 # Multipliers and shifts of the SplitMix64 output function (Steele, Lea, Flood 2014), as signed integers.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -128,17 +130,17 @@ def set_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
 def inclusion_probabilities(logits: Tensor, k: int) -> Tensor:
     """pi, (..., n): the probability that each LoRA is among k draws without replacement; sums to k.
 
-    Exact, by the recursion of `set_log_prob` over all sets S of fewer than k items:
+    Exact for up to MAX_SUBSETS sets S of fewer than k items, by the recursion of `set_log_prob` over them:
     pi_i = q_i * sum_{S without i} f(S) / (1 - q(S)). Computed in float64, where 1 - q(S) is a sum of what is
     left and so keeps its relative precision; logits more than 300 below the largest are raised to there
-    (in float32 that bound would have to be 40, which a saturated router reaches). Raises ValueError when
-    there are more than MAX_SUBSETS sets.
+    (in float32 that bound would have to be 40, which a saturated router reaches). For larger pools by
+    numerical integration, whose error quadrature.py states.
     """
     n = logits.shape[-1]
     if k == n:
         return torch.ones_like(logits)
     if sum(math.comb(n, size) for size in range(k)) > MAX_SUBSETS:
-        raise ValueError(f"inclusion probabilities of k = {k} of n = {n}: more than {MAX_SUBSETS} sets")
+        return inclusion_by_quadrature(logits, k).to(logits.dtype)
     wide = logits.double()
     q = (wide - wide.amax(-1, keepdim=True).detach()).clamp_min(-300).softmax(-1)
     f = gain = torch.ones_like(q[..., :1])

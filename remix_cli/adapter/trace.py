@@ -21,6 +21,7 @@ from remix_cli.adapter.routing import fold, gumbel_noise
 class Decision:
     """What one router did in one forward pass."""
 
+    # With `level: sequence` T is 1: one decision for the whole sequence.
     inputs: Tensor  # x, (B, T, D), detached: the router's gradient is formed from it once the losses are known
     logits: Tensor  # (B, T, n) float32, detached
     chosen: Tensor  # ids of the k active LoRAs, (B, T, k), in order of preference or of drawing
@@ -33,15 +34,18 @@ class Trace:
 
     `noise` (routers, B, T, n): choose by the top k of logits + noise, that is, draw from q without
     replacement; None: top k of the logits. `selection_grad`: let the backward pass leave dL/dz in each
-    decision's `weights.grad`. `straight_through`: gradients to the router through the inclusion
-    probabilities (biased). `replay`: repeat that trace's mode and selections, recording nothing.
+    decision's `weights.grad`. `prompt` (B, T) bool: the positions that routing by sequence chooses from.
+    `record`: keep every decision, for one forward pass; False keeps none. `replay`: repeat that trace's mode
+    and selections, recording nothing.
     """
 
     noise: Tensor | None = None
     selection_grad: bool = False
-    straight_through: bool = False
+    prompt: Tensor | None = None
+    record: bool = True
     replay: Trace | None = None
     decisions: dict[str, Decision] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)  # weights in force for a whole generation, by router
 
     def add(self, router: str, decision: Decision) -> None:
         if router in self.decisions:

@@ -23,6 +23,7 @@ class Batch:
 
     input_ids: Tensor  # (B, T) int64
     mask: Tensor  # (B, T) bool: True where a real token stands
+    prompt: Tensor  # (B, T) bool: True before the first supervised token
     positions: Tensor  # (S,) where the logits of the targets stand in the flattened (B * T)
     targets: Tensor  # (S,) token ids; targets[j] follows position positions[j]
     rows: Tensor  # (B,) row ids, unique within the step over all ranks
@@ -33,7 +34,7 @@ class Batch:
         return replace(self, **moved)
 
 
-TENSORS = ("input_ids", "mask", "positions", "targets", "rows")
+TENSORS = ("input_ids", "mask", "prompt", "positions", "targets", "rows")
 
 
 def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
@@ -42,16 +43,19 @@ def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
     length = -(-length // 8) * 8  # kernels like multiples of 8
     ids = np.zeros((len(rows), length), dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
+    prompt = np.zeros((len(rows), length), dtype=bool)
     wanted = np.zeros((len(rows), length), dtype=bool)  # at the logit's position
     following = np.zeros((len(rows), length), dtype=np.int64)
     for i, row in enumerate(rows):
         t = len(row.input_ids)
         ids[i, :t], mask[i, :t] = row.input_ids, True
+        prompt[i, : max(1, int(row.supervised.argmax()))] = True
         following[i, : t - 1], wanted[i, : t - 1] = row.input_ids[1:], row.supervised[1:]
     positions = np.flatnonzero(wanted)
     return Batch(
         input_ids=torch.from_numpy(ids),
         mask=torch.from_numpy(mask),
+        prompt=torch.from_numpy(prompt),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(following.reshape(-1)[positions]),
         rows=torch.arange(first_row, first_row + len(rows)),

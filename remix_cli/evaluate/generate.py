@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
+from remix_cli.adapter.patch import Adapter
+from remix_cli.adapter.trace import Trace
+
 
 def generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], *, batch_size: int, max_new_tokens: int
+    model: Any, adapter: Adapter, tokenizer: Any, prompts: list[list[int]], *, batch_size: int, max_new_tokens: int
 ) -> Iterator[tuple[int, str]]:
     """(index, text) for every prompt, longest prompts first, so that running out of memory shows at once.
 
@@ -25,7 +28,8 @@ def generate(
         for j, i in enumerate(chunk):
             ids[j, length - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[j, length - len(prompts[i]) :] = 1
-        with torch.no_grad():
+        trace = Trace(prompt=mask.bool().to(device), record=False)
+        with torch.no_grad(), adapter.tracing(trace):
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from remix_cli.adapter.patch import Adapter
+from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import batch_losses
@@ -21,9 +23,13 @@ class RowLoss:
 
 @torch.no_grad()
 def row_losses(
-    model: nn.Module, rows: list[EncodedRow], batch_size: int, advance: Callable[[int], None] | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    rows: list[EncodedRow],
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
 ) -> list[RowLoss]:
-    """The loss of every row, in the rows' order, under the routing that is in force (top-k by default).
+    """The loss of every row, in the rows' order, under top-k routing (of the base model while it is disabled).
 
     Rows are batched by length, which changes nothing but the time it takes.
     """
@@ -34,7 +40,9 @@ def row_losses(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        losses = batch_losses(model, collate([rows[i] for i in chunk]).to(device)).double().sum(-1).tolist()
+        batch = collate([rows[i] for i in chunk]).to(device)
+        with adapter.tracing(Trace(prompt=batch.prompt, record=False)):
+            losses = batch_losses(model, batch).double().sum(-1).tolist()
         for i, nats in zip(chunk, losses, strict=True):
             results[i] = RowLoss(nats, int(rows[i].supervised[1:].sum()))
         if advance:

@@ -100,7 +100,7 @@ def _nll(run: LoadedRun, task: Task, examples: list[Example], progress: Progress
     if not rows:
         raise DataError("eval task nll: no row has a supervised token within data.max_length")
     bar = progress("nll", len(rows))
-    losses = row_losses(run.model, rows, run.recipe.eval.batch_size, bar.advance)
+    losses = row_losses(run.model, run.adapter, rows, run.recipe.eval.batch_size, bar.advance)
     scores = {"loss": mean_loss(losses)}
     scores["perplexity"] = math.exp(min(scores["loss"], 700))
     names = sorted({row.task for row in rows})
@@ -120,6 +120,7 @@ def _gsm8k(run: LoadedRun, task: Task, examples: list[Example], progress: Progre
     lines: list[dict[str, Any]] = []
     for i, text in generate(
         run.model,
+        run.adapter,
         run.tokenizer,
         prompts,
         batch_size=run.recipe.eval.batch_size,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from remix_cli.adapter.config import MAX_SUBSETS, AdapterConfig, Method, Omega, Scope
+from remix_cli.adapter.config import AdapterConfig, Level, Method, Omega, Scope
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -59,7 +59,7 @@ class Adapter(Strict):
 class Router(Strict):
     selections: Positive = Field(2, description="M, selections sampled for each batch; the baseline needs 2.")
     estimator: Literal["paper", "rtg", "control_variate", "straight_through"] = Field(
-        "rtg",
+        "control_variate",
         description="How the router's gradient is estimated. straight_through is biased; the others are not.",
     )
     lora_gradient: Literal["mean", "one"] = Field(
@@ -67,6 +67,10 @@ class Router(Strict):
         description="LoRA gradient from all M selections, or from one (the others run without gradients).",
     )
     scope: Scope = Field("block", description="One router for each FFN block, or for each adapted module.")
+    level: Level = Field(
+        "token",
+        description="One selection for each token, or one for each sequence, made from its prompt and kept.",
+    )
     learning_rate: Annotated[float, Field(ge=0, le=100)] = Field(
         0.3,
         description="The router's own; 0 freezes it. Its input has unit length whatever the model.",
@@ -186,19 +190,6 @@ class Recipe(Strict):
                 "(or use router.estimator: straight_through, which is biased)",
                 {"m": router.selections, "estimator": router.estimator, "at": ("router", "selections")},
             )
-        if router.estimator in ("control_variate", "straight_through") and config.subsets > MAX_SUBSETS:
-            raise PydanticCustomError(
-                "conflict",
-                "{estimator} sums over {subsets} sets for k = {k} of n = {n}, more than {most}; use rtg",
-                {
-                    "estimator": router.estimator,
-                    "subsets": config.subsets,
-                    "k": config.active,
-                    "n": config.pool_size,
-                    "most": MAX_SUBSETS,
-                    "at": ("router", "estimator"),
-                },
-            )
         return self
 
     def adapter_config(self) -> AdapterConfig:
@@ -212,6 +203,7 @@ class Recipe(Strict):
             dropout=a.dropout,
             method=a.method,
             scope=self.router.scope,
+            level=self.router.level,
             router_init_std=self.router.init_std,
             router_unit_input=self.router.unit_input,
         )

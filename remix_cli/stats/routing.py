@@ -49,8 +49,12 @@ class BlockCounter:
         self.sets: dict[tuple[int, ...], int] = {}
 
     def add(self, decision: Decision, mask: Tensor, token_ids: Tensor, task_ids: Tensor) -> None:
-        """One batch; only positions where `mask` (B, T) is True count. `token_ids`, `task_ids` are (B, T)."""
-        logits, chosen, weights = (x.cpu()[mask] for x in (decision.logits, decision.chosen, decision.weights))
+        """One batch; only positions where `mask` (B, T) is True count. `token_ids`, `task_ids` are (B, T).
+
+        A decision for a whole sequence counts once for each of its tokens.
+        """
+        parts = (decision.logits, decision.chosen, decision.weights)
+        logits, chosen, weights = (x.cpu().expand(*mask.shape, x.shape[-1])[mask] for x in parts)
         use = routing.selection_mask(chosen, self.pool_size).float()  # (S, n)
         self.by_token.index_add_(0, token_ids[mask], use)
         self.by_task.index_add_(0, task_ids[mask], use)
@@ -105,7 +109,7 @@ def collect(
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         batch = collate(chunk).to(run.device)
-        with run.adapter.tracing(Trace()) as trace:
+        with run.adapter.tracing(Trace(prompt=batch.prompt)) as trace:
             batch_losses(run.model, batch)
         task_ids = torch.tensor([tasks.index(row.task) for row in chunk]).unsqueeze(1).expand(batch.mask.shape)
         for name, decision in trace.decisions.items():

@@ -302,7 +302,8 @@ class _Run:
         if not rows:
             return
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = row_losses(self.model, rows[rank::world], self.recipe.train.per_device_eval_batch_size)
+        size = self.recipe.train.per_device_eval_batch_size
+        mine = row_losses(self.model, self.adapter, rows[rank::world], size)
         sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
         nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
         loss = nats / tokens

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from remix_cli.adapter import routing
 from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.trace import Trace
+from remix_cli.adapter.trace import Decision, Trace
 from remix_cli.data.batches import Batch
 from remix_cli.models import batch_losses
-from remix_cli.objective import Rollouts, router_surrogate
+from remix_cli.objective import ESTIMATORS, Rollouts, router_surrogate
 from remix_cli.recipe.schema import Router as RouterRecipe
 
 
@@ -54,18 +54,16 @@ def accumulate_gradients(
     `seed` is (run seed, step); `backward` multiplies its argument by `loss_scale` before differentiating.
     """
     sampled = adapter.config.samples
-    by_policy = sampled and router.estimator != "straight_through" and router.learning_rate > 0
+    learns = sampled and router.learning_rate > 0
+    linear = learns and ESTIMATORS[router.estimator].linear
     selections = router.selections if sampled else 1
     with_gradient = selections if router.lora_gradient == "mean" else 1
     traces: list[Trace] = []
     losses: list[Tensor] = []
     for m in range(selections):
         keep = m < with_gradient
-        trace = Trace(
-            noise=adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1]),
-            selection_grad=router.estimator == "control_variate",
-            straight_through=router.estimator == "straight_through",
-        )
+        noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1])
+        trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
         torch.manual_seed(dropout_seed(seed, batch.first_row))  # one dropout mask for all M: it cancels in the baseline
         with adapter.tracing(trace), torch.set_grad_enabled(keep):
             loss = batch_losses(model, batch) / targets_in_step  # (B, T)
@@ -73,44 +71,53 @@ def accumulate_gradients(
             backward(loss.sum() / with_gradient)
         traces.append(trace)
         losses.append(loss.detach())
-    routers = list(adapter.routers.values())
-    # (M, L, B, T, n): logits are a few numbers a token, so they are worked on for all routers at once.
-    logits = torch.stack([torch.stack([t.decisions[r.name].logits for r in routers]) for t in traces])
+    rollouts = _gather(adapter, batch, traces, losses)
+    if linear:
+        scale = adapter.config.scale * with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz
+        rollouts.selection_gradients = scale * _stack(adapter, traces[:with_gradient], _weight_gradient)
     variance, fit = loss.new_zeros(()), loss.new_zeros(2)
-    if by_policy:
-        rollouts = Rollouts(
-            logits=logits.requires_grad_(),
-            chosen=torch.stack([torch.stack([t.decisions[r.name].chosen for r in routers]) for t in traces]),
-            losses=torch.stack(losses),
-            local=torch.tensor([r.local for r in routers], device=logits.device),
-            mask=batch.mask,
-        )
-        if router.estimator == "control_variate":
-            scale = adapter.config.scale * with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz
-            rollouts.selection_gradients = scale * torch.stack(
-                [torch.stack([_weight_gradient(t, r.name) for r in routers]) for t in traces[:with_gradient]]
-            )
+    if learns:
         surrogate, diagnostics = router_surrogate(router.estimator, rollouts, beta)
-        (slopes,) = torch.autograd.grad(surrogate, logits)  # (M, L, B, T, n)
+        (slopes,) = torch.autograd.grad(surrogate, rollouts.logits)  # (M, L, B, T, n)
         for m, trace in enumerate(traces):
-            for i, r in enumerate(routers):
+            for i, r in enumerate(adapter.routers.values()):
                 r.add_gradient(trace.decisions[r.name].inputs, slopes[m, i] * loss_scale)
         variance = diagnostics.advantage_variance
         fit = diagnostics.fit if diagnostics.fit is not None else fit
     with torch.no_grad():
-        logits = logits.detach()
+        logits, mask = rollouts.logits, rollouts.mask
         return MicroResult(
             loss=torch.stack(losses).sum() / selections,
-            entropy=(routing.entropy(logits) * batch.mask).sum(),
-            ess=(routing.effective_support_size(logits.softmax(-1)) * batch.mask).sum(),
-            decisions=batch.mask.sum() * (selections * len(routers)),
+            entropy=(routing.entropy(logits) * mask).sum(),
+            ess=(routing.effective_support_size(logits.softmax(-1)) * mask).sum(),
+            decisions=mask.sum() * (selections * len(adapter.routers)),
             advantage_variance=variance,
             fit=fit,
         )
 
 
-def _weight_gradient(trace: Trace, router: str) -> Tensor:
-    gradient = trace.decisions[router].weights.grad
+def _gather(adapter: Adapter, batch: Batch, traces: list[Trace], losses: list[Tensor]) -> Rollouts:
+    """All routers' decisions in single tensors: they are a few numbers a token, and few kernels beat many."""
+    rollouts = Rollouts(
+        logits=_stack(adapter, traces, lambda d: d.logits).requires_grad_(),
+        chosen=_stack(adapter, traces, lambda d: d.chosen),
+        losses=torch.stack(losses),
+        local=torch.tensor([r.local for r in adapter.routers.values()], device=batch.mask.device),
+        mask=batch.mask,
+    )
+    if adapter.config.level == "sequence":  # one decision a sequence, answering for all of its losses
+        rollouts.losses = rollouts.losses.sum(-1, keepdim=True)
+        rollouts.mask = batch.mask.any(-1, keepdim=True)
+    return rollouts
+
+
+def _stack(adapter: Adapter, traces: list[Trace], part: Callable[[Decision], Tensor]) -> Tensor:
+    """(M, L, ...)"""
+    return torch.stack([torch.stack([part(t.decisions[name]) for name in adapter.routers]) for t in traces])
+
+
+def _weight_gradient(decision: Decision) -> Tensor:
+    gradient = decision.weights.grad
     assert gradient is not None  # the trace asked for it and the backward pass has run
     return gradient
 

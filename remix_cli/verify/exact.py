@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from remix_cli.adapter import routing
+from remix_cli.adapter.config import Level
 from remix_cli.objective import ESTIMATORS
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
@@ -39,37 +40,52 @@ class Enumeration:
     """Every joint selection of a tiny testbed, with its probability and what its pass left behind.
 
     `ordered` enumerates draws with their order, for `paper`; then one layer is routed, since orders multiply.
+    Routing by token has one sequence of two decisions a layer, by sequence two sequences of one.
     """
 
-    def __init__(self, k: int, ordered: bool, n: int = 4):
+    def __init__(self, k: int, ordered: bool, n: int = 4, level: Level = "token"):
         self.bed = Testbed(
-            n=n, k=k, hidden=8, lengths=[3], strength=0.5, dtype=torch.float64, routed="0" if ordered else r"\d"
+            n=n,
+            k=k,
+            hidden=8,
+            lengths=[3] if level == "token" else [3, 4],
+            strength=0.5,
+            dtype=torch.float64,
+            routed="0" if ordered else r"\d",
+            level=level,
         )
-        # Positions 0 and 1 can reach a target, 2 is the last token, the rest padding. Masking position 2 too
-        # leaves the gradient as it is (its decisions reach no loss) and the enumeration small.
-        batch = self.bed.batch
-        self.bed.batch = replace(batch, input_ids=batch.input_ids[:, :4], mask=batch.mask[:, :4])
-        self.bed.batch.mask[0, 2] = False
+        if level == "token":
+            self._shorten()
+        self.slots = self.bed.mask.nonzero().tolist()  # (sequence, position) of each router's decisions
         choices = itertools.permutations(range(n), k) if ordered else itertools.combinations(range(n), k)
-        decisions = len(self.bed.routers) * 2
+        decisions = len(self.bed.routers) * len(self.slots)
         self.trajectories = list(itertools.product(list(choices), repeat=decisions))
         self.all: Rollout = stack([self.bed.rollout(self._prescribe(t)) for t in self.trajectories])
         score = routing.ordered_log_prob if ordered else routing.set_log_prob
         logits = self.all.logits.clone().requires_grad_()
-        log_q = (score(logits, self.all.chosen) * self.bed.batch.mask).sum((1, 2, 3))
+        log_q = (score(logits, self.all.chosen) * self.bed.mask).sum((1, 2, 3))
         self.probability = log_q.detach().exp()
         expected_loss = (log_q.exp() * self.all.losses.sum((1, 2))).sum()
         (slopes,) = torch.autograd.grad(expected_loss, logits)
         self.truth = self._to_parameters(slopes)
 
+    def _shorten(self) -> None:
+        """Positions 0 and 1 can reach a target, 2 is the last token, the rest padding. Masking position 2 too
+        leaves the gradient as it is (its decisions reach no loss) and the enumeration small."""
+        batch = self.bed.batch
+        changes = {name: getattr(batch, name)[:, :4] for name in ("input_ids", "mask", "prompt")}
+        self.bed.batch = replace(batch, **changes)
+        self.bed.batch.mask[0, 2] = False
+
     def _prescribe(self, trajectory: tuple[tuple[int, ...], ...]) -> Tensor:
         """Noise under which the routers choose exactly this trajectory, in this order."""
-        config, (b, t) = self.bed.adapter.config, self.bed.batch.input_ids.shape
-        noise = torch.zeros(len(self.bed.routers), b, t, config.pool_size, dtype=torch.float64)
+        config = self.bed.adapter.config
+        noise = torch.zeros(len(self.bed.routers), *self.bed.mask.shape, config.pool_size, dtype=torch.float64)
         for index, chosen in enumerate(trajectory):
-            layer, position = divmod(index, 2)
+            layer, slot = divmod(index, len(self.slots))
+            sequence, position = self.slots[slot]
             for rank, item in enumerate(chosen):
-                noise[layer, 0, position, item] = 1e6 * (len(chosen) - rank)
+                noise[layer, sequence, position, item] = 1e6 * (len(chosen) - rank)
         return noise
 
     def _to_parameters(self, slopes: Tensor) -> Tensor:
@@ -100,12 +116,11 @@ class Enumeration:
         return self._to_parameters(slopes)
 
     def mean_straight_through(self) -> Tensor:
-        """E of the straight-through gradient, flat: the LoRA gradient's h through the inclusion probabilities."""
+        """E over all J of the straight-through estimator with M = 1, flat."""
         logits = self.all.logits.clone().requires_grad_()
-        pi = routing.inclusion_probabilities(logits, self.bed.adapter.config.active)
-        weighted = self.probability.view(-1, 1, 1, 1, 1) * self.all.h * pi * self.bed.batch.mask[..., None]
-        (slopes,) = torch.autograd.grad(weighted.sum(), logits)
-        return self._to_parameters(slopes)
+        (slopes,) = torch.autograd.grad(self.bed.surrogate(logits, self.all, "straight_through", 0.0, False), logits)
+        weight = self.probability * len(self.trajectories)  # the surrogate is a plain mean
+        return self._to_parameters(slopes * weight.view(-1, 1, 1, 1, 1))
 
     def relative_bias(self, mean: Tensor) -> float:
         return float((mean - self.truth).norm() / self.truth.norm())
@@ -114,11 +129,13 @@ class Enumeration:
 def exact_biases(k: int = 2) -> list[Bias]:
     """Every estimator of the recipe; seconds of work."""
     sets, orders = Enumeration(k, ordered=False), Enumeration(k, ordered=True)
+    whole = Enumeration(2, ordered=False, n=3, level="sequence")
     arms: list[tuple[str, Enumeration, str, dict[str, Any]]] = [
         ("paper", orders, "paper", {}),
         ("rtg", sets, "rtg", {}),
         ("control_variate, beta = 1", sets, "control_variate", {"beta": 1.0}),
         ("control_variate, one backward", orders, "control_variate", {"beta": 0.5, "one_backward": True}),
+        ("rtg, by sequence", whole, "rtg", {}),
     ]
     found = []
     for arm, enumeration, name, options in arms:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.config import AdapterConfig, Level
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
@@ -19,7 +19,7 @@ from remix_cli.objective import Rollouts, router_surrogate
 
 @dataclass
 class Rollout:
-    """One pass, or a stack of S of them along a leading dimension."""
+    """One pass, or a stack of S of them along a leading dimension. T is 1 when routing by sequence."""
 
     losses: Tensor  # (S, B, T)
     logits: Tensor  # (S, L, B, T, n)
@@ -49,6 +49,7 @@ class Testbed:
         dtype: torch.dtype,
         rank: int = 1,
         routed: str = r"\d",
+        level: Level = "token",
         seed: int = 0,
     ):
         torch.manual_seed(seed)
@@ -63,7 +64,7 @@ class Testbed:
         model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads))
         self.model = model.to(dtype)
         targets = rf".*layers\.{routed}\.mlp\..*_proj"
-        config = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,))
+        config = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,), level=level)
         self.adapter = apply_adapter(self.model, config, seed=seed)
         self.routers = list(self.adapter.routers.values())
         for part in [*self.adapter.linears.values(), *self.routers]:
@@ -78,12 +79,20 @@ class Testbed:
         self.batch = collate(rows)
         self.local = torch.tensor([r.local for r in self.routers])
 
+    @property
+    def mask(self) -> Tensor:
+        """Where decisions stand: (B, T), or (B, 1) when routing by sequence."""
+        whole = self.adapter.config.level == "sequence"
+        return self.batch.mask.any(-1, keepdim=True) if whole else self.batch.mask
+
     def rollout(self, noise: Tensor) -> Rollout:
         """One pass whose routers take the top k of logits + noise, (L, B, T, n), with its backward pass."""
-        trace = Trace(noise=noise, selection_grad=True)
+        trace = Trace(noise=noise, selection_grad=True, prompt=self.batch.prompt)
         with self.adapter.tracing(trace):
             losses = batch_losses(self.model, self.batch) / len(self.batch.targets)
         losses.sum().backward()
+        if self.adapter.config.level == "sequence":
+            losses = losses.sum(-1, keepdim=True)
         decisions = [trace.decisions[r.name] for r in self.routers]
         gradients = [d.weights.grad for d in decisions]
         return Rollout(
@@ -101,7 +110,7 @@ class Testbed:
             chosen=r.chosen,
             losses=r.losses,
             local=self.local,
-            mask=self.batch.mask,
+            mask=self.mask,
             selection_gradients=r.h[:1] if one_backward else r.h,
         )
         return router_surrogate(estimator, rollouts, beta)[0]

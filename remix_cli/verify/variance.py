@@ -52,7 +52,7 @@ def estimates(bed: Testbed, rollouts: Rollout, m: int, arm: str) -> Tensor:
         logits = r.logits.clone().requires_grad_()
         surrogate, diagnostics = router_surrogate(
             estimator,
-            Rollouts(logits, r.chosen, r.losses, bed.local, bed.batch.mask, r.h[:1] if one_backward else r.h),
+            Rollouts(logits, r.chosen, r.losses, bed.local, bed.mask, r.h[:1] if one_backward else r.h),
             coefficient.beta,
         )
         if diagnostics.fit is not None:
