@@ -31,6 +31,9 @@ Overrides = Annotated[
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of `remix train`.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Best = Annotated[bool, typer.Option("--best", help="Use the adapter of lowest held-out loss, not the last.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Use the adapter even if base model or tokenizer have changed.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")]
 
 
@@ -74,6 +77,7 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
     limit: Limit = None,
     best: Best = False,
+    any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
     """Score a run: held-out loss, or GSM8K by greedy generation."""
@@ -83,7 +87,7 @@ def evaluate(
     from remix_cli.stats.tables import eval_stamp, eval_table
 
     console = Console(stderr=as_json)
-    loaded = load_run(run, best=best)
+    loaded = load_run(run, best=best, any_base=any_base)
     tasks = [override_source(loaded.recipe, t, data) for t in _tasks(loaded.recipe, task)]
     with _Bars() as bars:
         report, target = score(loaded, tasks, base=base, limit=limit, progress=bars.start)
@@ -103,6 +107,7 @@ def route_stats(
     ] = None,
     limit: Limit = None,
     best: Best = False,
+    any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
     """Show how the routers choose: entropy, effective support size, use of each LoRA."""
@@ -115,7 +120,7 @@ def route_stats(
     from remix_cli.storage import write_json
 
     console = Console(stderr=as_json)
-    loaded = load_run(run, best=best)
+    loaded = load_run(run, best=best, any_base=any_base)
     examples = task_examples(loaded.recipe, override_source(loaded.recipe, Task(task="nll"), data))[:limit]
     rows = loaded.encoder.encode_rows(examples).rows
     if not rows:

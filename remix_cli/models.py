@@ -1,5 +1,7 @@
 """The frozen base model: from a hub id, a folder or a GGUF file. And its losses, at supervised positions only."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.data.batches import Batch
-from remix_cli.errors import RecipeError
+from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.objective import token_losses
 from remix_cli.recipe.schema import Model
 
@@ -109,6 +112,34 @@ def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
     losses = token_losses(logits, batch.targets)
     flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)
     return flat.view(batch.input_ids.shape)
+
+
+def identify(model: Model, base: nn.Module, tokenizer: Any) -> BaseIdentity:
+    """What an adapter trained on `base` belongs to; the same whether or not an adapter is in place."""
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id])
+    return BaseIdentity(
+        base_model=model.name_or_path,
+        base_dtype=model.dtype,
+        base_fingerprint=fingerprint(base),
+        tokenizer_fingerprint=hashlib.sha256(vocabulary.encode()).hexdigest(),
+    )
+
+
+@torch.no_grad()
+def check_base(model: nn.Module, vocabulary: int) -> None:
+    """Refuse a base model that cannot be trained on. Raises RecipeError, or ArtefactError for damaged weights."""
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    if vocabulary > rows:
+        raise RecipeError(
+            f"model.name_or_path: the tokenizer has {vocabulary} tokens, the model embeds {rows}; "
+            "resize the model's embeddings or use its own tokenizer"
+        )
+    device = next(model.parameters()).device
+    if not torch.isfinite(model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=device)).logits).all():
+        bad = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+        raise ArtefactError(f"model.name_or_path: the base model's {bad or 'logits'} holds non-finite values")
+    if not is_causal(model, vocabulary):
+        raise RecipeError("model.name_or_path: later tokens change earlier logits; remix trains causal models only")
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from remix_cli.adapter.patch import Adapter, apply_adapter
-from remix_cli.adapter.store import CONFIG_FILE, StoredAdapter, fingerprint, load_stored
+from remix_cli.adapter.store import CONFIG_FILE, StoredAdapter, load_stored
 from remix_cli.data.encode import Encoder
 from remix_cli.errors import ArtefactError
-from remix_cli.models import load_model, load_tokenizer
+from remix_cli.models import identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe, load_recipe
 
 
@@ -83,10 +83,13 @@ class LoadedRun:
         return next(self.model.parameters()).device
 
 
-def load_run(path: Path, *, best: bool = False, device: torch.device | None = None) -> LoadedRun:
+def load_run(
+    path: Path, *, best: bool = False, any_base: bool = False, device: torch.device | None = None
+) -> LoadedRun:
     """Load the recipe, base model and adapter of the run at `path`.
 
-    Raises ArtefactError if this is not a finished run or the adapter was trained on another base model.
+    Raises ArtefactError if this is not a finished run, or the adapter was trained on another base model or
+    tokenizer and `any_base` does not allow it.
     """
     folder = RunFolder(path)
     where = folder.best if best else folder.adapter
@@ -102,10 +105,20 @@ def load_run(path: Path, *, best: bool = False, device: torch.device | None = No
     stored = load_stored(where)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(recipe.model, device)
-    if fingerprint(model) != stored.base_fingerprint:
+    tokenizer = load_tokenizer(recipe.model)
+    found = identify(recipe.model, model, tokenizer)
+    other = [
+        what
+        for what, same in (
+            ("base model", found.base_fingerprint == stored.identity.base_fingerprint),
+            ("tokenizer", found.tokenizer_fingerprint == stored.identity.tokenizer_fingerprint),
+        )
+        if not same
+    ]
+    if other and not any_base:
         raise ArtefactError(
-            f"{where}: trained on another base model than {recipe.model.name_or_path} now holds; "
-            f"restore the {stored.base_model} it was trained on"
+            f"{where}: trained on another {' and '.join(other)} than {recipe.model.name_or_path} now holds; "
+            f"restore the {stored.identity.base_model} it was trained on, or add --any-base"
         )
     adapter = apply_adapter(model, stored.config, seed=0)
     try:
@@ -113,6 +126,5 @@ def load_run(path: Path, *, best: bool = False, device: torch.device | None = No
     except ValueError as error:
         raise ArtefactError(f"{where}: {error}") from None
     model.requires_grad_(False).eval()
-    tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
     return LoadedRun(folder, where.name, recipe, stored, model, tokenizer, adapter, encoder)

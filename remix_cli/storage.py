@@ -6,22 +6,34 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from remix_cli.errors import BusyError, StorageError
 
+MIB = 2**20
+
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the file system's refusals into a StorageError that names `path`, the bytes needed and those free."""
     try:
         yield
     except OSError as error:
-        free = ""
+        room = [] if needed is None else [f"{needed / MIB:.1f} MiB needed"]
         if path.parent.is_dir():
-            free = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)"
-        raise StorageError(f"cannot write {path}: {error.strerror or error}{free}") from error
+            room.append(f"{shutil.disk_usage(path.parent).free / MIB:.1f} MiB free")
+        space = f" ({', '.join(room)})" if room else ""
+        fix = "make room or choose another output_dir, then go on with --resume"
+        raise StorageError(f"cannot write {path}: {error.strerror or error}{space}; {fix}") from error
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where `path` is or would be. Raises StorageError."""
+    with storage_errors(path):
+        existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        return shutil.disk_usage(existing).free
 
 
 def _sync(path: Path) -> None:
@@ -38,24 +50,24 @@ def scratch_name(target: Path) -> Path:
 
 
 @contextmanager
-def publish_folder(target: Path) -> Iterator[Path]:
+def publish_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
     """Fill the folder that is yielded; it becomes `target` when the block ends well, and vanishes otherwise.
 
-    Files, folder and parent are flushed to disk in that order. An existing `target` is replaced.
-    Raises StorageError when the file system refuses.
+    Files, folder and parent are flushed to disk in that order. An existing `target` is replaced. `needed`
+    bytes are named when there is no room. Raises StorageError when the file system refuses.
     """
     scratch = scratch_name(target)
-    with _storage_errors(target):
+    with storage_errors(target, needed):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
     try:
-        with _storage_errors(target):
+        with storage_errors(target, needed):
             yield scratch
             for path in sorted(scratch.rglob("*")):
                 _sync(path)
             _sync(scratch)
-            if target.exists():  # two renames: a crash between them leaves the old one under its hidden name
+            if target.exists():  # two renames: after a crash between them `recover` puts the old one back
                 retired = scratch.with_name(scratch.name + ".old")
                 target.rename(retired)
                 scratch.rename(target)
@@ -67,11 +79,29 @@ def publish_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def recover(folder: Path) -> None:
+    """Tidy what a killed process left directly in `folder`: the caller holds its lock, so nobody else writes there.
+
+    A folder that was moved aside and not yet replaced comes back; unfinished scratch goes. Raises StorageError.
+    """
+    with storage_errors(folder):
+        for path in sorted(folder.glob(".tmp-*")):
+            name, _, process = path.name.removeprefix(".tmp-").removesuffix(".old").rpartition("-")
+            if not name or not process.isdigit():
+                continue
+            if path.name.endswith(".old") and not (folder / name).exists():
+                path.rename(folder / name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` in one step. Raises StorageError."""
     scratch = scratch_name(path)
     try:
-        with _storage_errors(path):
+        with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with scratch.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -95,11 +125,15 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the kernel frees it however the process ends. Raises BusyError."""
-    with _storage_errors(folder / ".lock"):
+    """Hold `folder` for this process; the kernel frees it however the process ends. Raises BusyError.
+
+    A folder that was made for the lock and holds nothing else when the block fails is removed again.
+    """
+    with storage_errors(folder / ".lock"):
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
-    with file:
+    with file, _removed_if_empty(folder) if made else nullcontext():
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,3 +143,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if [p.name for p in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
+        raise

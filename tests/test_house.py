@@ -19,7 +19,7 @@ ALLOWED = {
     "recipe": {"adapter.config"},
     "objective": {"adapter"},
     "data": {"recipe"},
-    "models": {"recipe", "data", "objective"},
+    "models": {"adapter", "recipe", "data", "objective"},
     "runs": {"adapter", "recipe", "data", "models"},
     "stats": {"adapter", "recipe", "data", "models", "runs"},
     "evaluate": {"adapter", "recipe", "data", "models", "runs"},

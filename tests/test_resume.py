@@ -106,13 +106,13 @@ def test_the_comparison_sees_a_resume_that_forgets_something(stage, whole, monke
     """Negative controls: without optimizer state, without the coefficient, with other draws."""
     original = checkpoints.restore
 
-    def forgetful(checkpoint, adapter, optimizer):
-        state = original(checkpoint, adapter, optimizer)
+    def forgetful(*arguments):
+        state, different = original(*arguments)
         if broken == "optimizer":
-            optimizer.state.clear()
+            arguments[2].state.clear()
         if broken == "coefficient":
             state.coefficient = {}
-        return state
+        return state, different
 
     monkeypatch.setattr(checkpoints, "restore", forgetful)
     if broken == "seed":

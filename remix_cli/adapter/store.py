@@ -5,7 +5,7 @@ Never an `adapter_config.json`: PEFT would load such a folder as a plain LoRA an
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,9 +19,19 @@ from remix_cli.adapter.patch import Adapter
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import sha256, write_json
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_FILE = "remix_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The model an adapter belongs to: its name, for people, and hashes of its weights and tokenizer."""
+
+    base_model: str
+    base_dtype: str
+    base_fingerprint: str
+    tokenizer_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,7 @@ class StoredAdapter:
     """An adapter folder's contents, checked."""
 
     config: AdapterConfig
-    base_model: str
-    base_dtype: str
-    base_fingerprint: str
+    identity: BaseIdentity
     tensors: dict[str, Tensor]
 
 
@@ -52,7 +60,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(folder: Path, adapter: Adapter, *, base_model: str, base_dtype: str, base_fingerprint: str) -> None:
+def save_adapter(folder: Path, adapter: Adapter, identity: BaseIdentity) -> None:
     """Write both files into `folder`, which must exist. Equal adapters give equal bytes."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.parameters().items()}
     weights = folder / WEIGHTS_FILE
@@ -60,9 +68,7 @@ def save_adapter(folder: Path, adapter: Adapter, *, base_model: str, base_dtype:
     described = {
         "format": FORMAT,
         "adapter": adapter.config.to_dict(),
-        "base_model": base_model,
-        "base_dtype": base_dtype,
-        "base_fingerprint": base_fingerprint,
+        **asdict(identity),
         "weights_sha256": sha256(weights),
     }
     write_json(folder / CONFIG_FILE, described)
@@ -79,7 +85,7 @@ def load_stored(folder: Path) -> StoredAdapter:
         if described["format"] != FORMAT:
             raise ArtefactError(f"{config_file}: format {described['format']}, this version reads {FORMAT}")
         config = AdapterConfig.from_dict(described["adapter"])
-        names = {key: str(described[key]) for key in ("base_model", "base_dtype", "base_fingerprint")}
+        identity = BaseIdentity(**{field.name: str(described[field.name]) for field in fields(BaseIdentity)})
         expected = described["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{config_file}: not a readable adapter description ({error})") from None
@@ -92,4 +98,4 @@ def load_stored(folder: Path) -> StoredAdapter:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtefactError(f"{weights_file}: tensor {name} holds non-finite values")
-    return StoredAdapter(config=config, tensors=tensors, **names)
+    return StoredAdapter(config, identity, tensors)

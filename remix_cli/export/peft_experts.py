@@ -47,7 +47,7 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
 def _readme(stored: StoredAdapter) -> str:
     c = stored.config
     return README.format(
-        base=stored.base_model,
+        base=stored.identity.base_model,
         last=c.pool_size - 1,
         rank=c.rank,
         scale=c.scale,
@@ -70,7 +70,7 @@ def _write_lora(folder: Path, stored: StoredAdapter, i: int) -> None:
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": stored.base_model,
+        "base_model_name_or_path": stored.identity.base_model,
         "r": config.rank,
         "lora_alpha": config.scale * config.rank,
         "lora_dropout": config.dropout,

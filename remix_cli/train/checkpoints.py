@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.store import load_stored, save_adapter
+from remix_cli.adapter.store import BaseIdentity, load_stored, save_adapter
 from remix_cli.errors import ArtefactError
-from remix_cli.storage import publish_folder, sha256, write_json
+from remix_cli.storage import publish_folder, sha256, storage_errors, write_json
 
-FORMAT = 1
+FORMAT = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -31,8 +31,32 @@ class TrainingState:
     best_loss: float | None = None
     best_step: int | None = None
     coefficient: dict[str, float] = field(default_factory=dict)  # of the control variate
+    evaluation_due: bool = False  # the run was stopped before this step's held-out loss was known
     seconds: float = 0.0  # training time so far
     tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint belongs to; a resumed run must agree. Hashes."""
+
+    recipe: str
+    data: str  # of the encoded training rows
+    base: str  # fingerprint of the base model
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What equal bits depend on besides; a resumed run that differs goes on, but says so."""
+
+    torch_version: str
+    threads: int
+    device: str
+
+    @classmethod
+    def here(cls, device: torch.device) -> "Machine":
+        return cls(torch.__version__, torch.get_num_threads(), device.type)
 
 
 def save_checkpoint(
@@ -40,20 +64,30 @@ def save_checkpoint(
     state: TrainingState,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
-    identity: dict[str, str],
+    identity: BaseIdentity,
+    origin: Origin,
     keep: int,
 ) -> Path:
-    """Publish a checkpoint for `state.step` and only then remove the oldest beyond `keep`."""
+    """Publish a checkpoint for `state.step` and only then remove the oldest beyond `keep`. Raises StorageError."""
     target = folder / f"step-{state.step:06d}"
-    with publish_folder(target) as scratch:
-        save_adapter(scratch, adapter, **identity)
-        (scratch / OPTIMIZER_FILE).write_bytes(save(_flatten(optimizer, adapter), metadata={"format": "pt"}))
+    device = next(iter(adapter.parameters().values())).device
+    moments = save(_flatten(optimizer, adapter), metadata={"format": "pt"})
+    with publish_folder(target, needed=len(moments) + adapter_bytes(adapter)) as scratch:
+        save_adapter(scratch, adapter, identity)
+        (scratch / OPTIMIZER_FILE).write_bytes(moments)
         write_json(scratch / "state.json", asdict(state))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
-        write_json(scratch / "manifest.json", {"format": FORMAT, "step": state.step, "files": files})
+        made = {"origin": asdict(origin), "machine": asdict(Machine.here(device))}
+        write_json(scratch / "manifest.json", {"format": FORMAT, "step": state.step, "files": files} | made)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        with storage_errors(old):
+            shutil.rmtree(old)
     return target
+
+
+def adapter_bytes(adapter: Adapter) -> int:
+    """Size of the adapter's weights on disk; a checkpoint holds them and AdamW's two moments, three times as much."""
+    return sum(4 * p.numel() for p in adapter.parameters().values())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -98,12 +132,34 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def restore(checkpoint: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Load a verified checkpoint into adapter and optimizer. Raises ArtefactError."""
+CAUSES = {
+    "recipe": "another recipe",
+    "data": "other rows",
+    "base": "another base model",
+    "tokenizer": "another tokenizer",
+}
+
+
+def restore(
+    checkpoint: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, origin: Origin
+) -> tuple[TrainingState, list[str]]:
+    """Load a verified checkpoint into adapter and optimizer; the state, and what forbids equal bits, one line each.
+
+    Raises ArtefactError if it was made from another recipe, data, base model or tokenizer than `origin`.
+    """
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    changed = [CAUSES[name] for name, value in asdict(origin).items() if manifest["origin"].get(name) != value]
+    if changed:
+        raise ArtefactError(
+            f"{checkpoint}: made from {' and '.join(changed)} than this run would use; restore what it was begun "
+            "with, or start a new output_dir"
+        )
+    here = asdict(Machine.here(next(iter(adapter.parameters().values())).device))
+    different = [f"{name} was {was}, is {here[name]}" for name, was in manifest["machine"].items() if here[name] != was]
     try:
         adapter.load(load_stored(checkpoint).tensors)
         _unflatten(load_file(checkpoint / OPTIMIZER_FILE), optimizer, adapter)
-        return TrainingState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        return TrainingState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))), different
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"{checkpoint}: does not fit this run ({error})") from None
 

@@ -12,40 +12,32 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
 from remix_cli.adapter.patch import Adapter, apply_adapter
-from remix_cli.adapter.store import fingerprint, save_adapter
+from remix_cli.adapter.store import save_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.splits import load_data
-from remix_cli.errors import DivergedError, Interrupted, RecipeError
+from remix_cli.errors import DivergedError, Interrupted
 from remix_cli.evaluate.nll import row_losses
-from remix_cli.models import is_causal, load_model, load_tokenizer
+from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.objective import ESTIMATORS, Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
 from remix_cli.runs import RunFolder
 from remix_cli.stats.parameters import count_parameters
-from remix_cli.storage import lock_folder, publish_folder, write_json, write_text
+from remix_cli.storage import lock_folder, publish_folder, recover, write_json, write_text
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.console import TrainingConsole
 from remix_cli.train.record import Recorder, peak_memory, summarise
+from remix_cli.train.resume import check_same_recipe, origin_of
 from remix_cli.train.signals import Signals
 from remix_cli.train.step import MicroResult, accumulate_gradients
-
-MAY_CHANGE = {"output_dir", "eval"}  # recipe groups that a resumed run may set anew
-MAY_CHANGE_TRAIN = {
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "per_device_eval_batch_size",
-}
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -53,8 +45,9 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
 
     Raises RecipeError, DataError, ArtefactError, BusyError, StorageError, DivergedError or Interrupted.
     """
-    prepare.check_recipe(recipe)
+    skeleton = prepare.check_recipe(recipe)
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
+    prepare.check_space(recipe, skeleton)
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
         # rank 0 may tokenise, evaluate or write for a while
@@ -65,31 +58,19 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     main = accelerator.is_main_process
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
-            _same_recipe(recipe, load_recipe(folder.recipe), folder)
+            check_same_recipe(recipe, load_recipe(folder.recipe), folder)
         if resume and folder.summary.is_file():
             if main:
                 console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
             return json.loads(folder.summary.read_text(encoding="utf-8"))
+        if main:
+            recover(folder.path)
+            recover(folder.checkpoints)
         return _Run(recipe, accelerator, folder, console, resume).execute()
 
 
-def _same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
-    """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs."""
-
-    def flatten(value: Any, at: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{at}.{key}").items()}
-        return {at.removeprefix("."): value}
-
-    before, after = flatten(old.model_dump()), flatten(new.model_dump())
-    free = {f"train.{name}" for name in MAY_CHANGE_TRAIN}
-    changed = [
-        f"{key}: {after.get(key)!r}, but {folder.path} was begun with {before.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in free and key.split(".")[0] not in MAY_CHANGE
-    ]
-    if changed:
-        raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
+class _SignalDuringEvaluation(Exception):
+    """SIGTERM or Ctrl-C while the held-out loss was being measured."""
 
 
 class _Run:
@@ -103,13 +84,9 @@ class _Run:
         self.data = load_data(recipe, self.tokenizer, accelerator.num_processes)
         self.total = self.data.total_steps(recipe)
         self.model = load_model(recipe.model, accelerator.device)
-        self.identity = {
-            "base_model": recipe.model.name_or_path,
-            "base_dtype": recipe.model.dtype,
-            "base_fingerprint": fingerprint(self.model),
-        }
-        if not is_causal(self.model, len(self.tokenizer)):
-            raise RecipeError("model.name_or_path: later tokens change earlier logits; remix trains causal models only")
+        self.identity = identify(recipe.model, self.model, self.tokenizer)
+        self.origin = origin_of(recipe, self.data.train, self.identity)
+        check_base(self.model, len(self.tokenizer))
         self.adapter: Adapter = apply_adapter(self.model, recipe.adapter_config(), seed=recipe.seed)
         self.loras = list(self.adapter.lora_parameters().values())
         self.routers = list(self.adapter.router_parameters().values())
@@ -141,8 +118,8 @@ class _Run:
             TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,
         ):
             self._announce()
-            if self.state.step == 0:
-                self._evaluate()
+            if self.state.step == 0 or self.state.evaluation_due:
+                self._evaluate_or_stop()
             self.model.train()
             self._open_window()
             for step in range(self.state.step, self.total):
@@ -276,19 +253,34 @@ class _Run:
             self._record(record)
             self._open_window()
         every = recipe.train.eval_steps
-        if last or (every and done % every == 0):
-            self._evaluate()
+        self.state.evaluation_due = last or bool(every and done % every == 0)
+        if stop:  # whoever asked has little patience: the held-out loss is for the resumed run
+            self._stop()
+        if self.state.evaluation_due:
+            self._evaluate_or_stop()
             self.model.train()
             self._open_window()
         every = recipe.train.save_steps
-        if last or stop or (every and done % every == 0):
+        if last or (every and done % every == 0):
             self._save()
-        if stop and not last:
-            number = self.signals.received or signal.SIGTERM
-            raise Interrupted(
-                number,
-                f"interrupted after step {done}; go on with: remix train {self.folder.recipe} --resume",
-            )
+
+    def _evaluate_or_stop(self) -> None:
+        try:
+            self._evaluate()
+        except _SignalDuringEvaluation:
+            self._stop()
+        self.state.evaluation_due = False
+
+    def _stop(self) -> NoReturn:
+        """Save and end. Raises Interrupted."""
+        done = self.state.step
+        if done:
+            self._save()
+        raise Interrupted(
+            self.signals.received or signal.SIGTERM,
+            f"interrupted after step {done}{'' if done else ', nothing to save'}; "
+            f"go on with: remix train {self.folder.recipe} --resume",
+        )
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.recorder:
@@ -303,7 +295,7 @@ class _Run:
             return
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.recipe.train.per_device_eval_batch_size
-        mine = row_losses(self.model, self.adapter, rows[rank::world], size)
+        mine = row_losses(self.model, self.adapter, rows[rank::world], size, self._heed_signals)
         sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
         nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
         loss = nats / tokens
@@ -318,6 +310,11 @@ class _Run:
                 self._write_adapter(self.folder.best)
         self._record({"step": self.state.step, "eval_loss": loss, "eval_tokens": int(tokens), "best": best})
 
+    def _heed_signals(self, _: int) -> None:
+        """Between batches of an evaluation; several processes must agree, so they stop at the next step."""
+        if self.signals.received and self.accelerator.num_processes == 1:
+            raise _SignalDuringEvaluation
+
     def _write_adapter(self, target: Path) -> None:
         if not self.main:
             return
@@ -325,7 +322,7 @@ class _Run:
             if not torch.isfinite(parameter).all():
                 raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
         with publish_folder(target) as scratch:
-            save_adapter(scratch, self.adapter, **self.identity)
+            save_adapter(scratch, self.adapter, self.identity)
             self.tokenizer.save_pretrained(scratch)
 
     def _save(self) -> None:
@@ -337,6 +334,7 @@ class _Run:
                 self.adapter,
                 self.optimizer,
                 self.identity,
+                self.origin,
                 self.recipe.train.save_total_limit,
             )
         self.accelerator.wait_for_everyone()
@@ -347,7 +345,10 @@ class _Run:
             for line in skipped:
                 self.console.print(f"skipped a damaged checkpoint: {line}", highlight=False, soft_wrap=True)
         if checkpoint is not None:
-            self.state = checkpoints.restore(checkpoint, self.adapter, self.optimizer)
+            self.state, different = checkpoints.restore(checkpoint, self.adapter, self.optimizer, self.origin)
+            if different and self.main:
+                line = f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made"
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def _summary(self) -> dict[str, Any]:
         counts = count_parameters(self.adapter)

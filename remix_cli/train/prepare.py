@@ -7,10 +7,12 @@ import torch
 
 from remix_cli.adapter.patch import Adapter, TargetError, apply_adapter
 from remix_cli.data.sources import check_source
-from remix_cli.errors import RecipeError
+from remix_cli.errors import RecipeError, StorageError
 from remix_cli.models import skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
+from remix_cli.storage import MIB, free_bytes
+from remix_cli.train.checkpoints import adapter_bytes
 
 
 def check_recipe(recipe: Recipe) -> Adapter:
@@ -67,6 +69,22 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     present = [name for name in RunFolder.OWN if (folder.path / name).exists()]
     if present:  # without a recipe these are not a run of ours
         raise RecipeError(f"output_dir: {folder.path} holds other files ({present[0]}); choose another folder")
+
+
+def check_space(recipe: Recipe, skeleton: Adapter) -> None:
+    """Refuse a run whose checkpoints cannot fit. Raises StorageError.
+
+    At most `save_total_limit` checkpoints and a new one stand side by side, each the adapter and AdamW's two
+    moments in float32; besides them the last and the best adapter.
+    """
+    needed = adapter_bytes(skeleton) * (3 * (recipe.train.save_total_limit + 1) + 2)
+    free = free_bytes(Path(recipe.output_dir))
+    if needed > free:
+        raise StorageError(
+            f"output_dir: {recipe.output_dir} needs {needed / MIB:.1f} MiB for {recipe.train.save_total_limit} "
+            f"checkpoints and the one being written, {free / MIB:.1f} MiB are free; lower train.save_total_limit, "
+            "adapter.rank or adapter.pool_size, or choose another disk"
+        )
 
 
 def clear_output(folder: RunFolder) -> None:

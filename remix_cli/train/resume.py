@@ -1,0 +1,60 @@
+"""Whether a run may go on from what another process left: the same recipe, rows, base model and tokenizer."""
+
+import hashlib
+import json
+from typing import Any
+
+from remix_cli.adapter.store import BaseIdentity
+from remix_cli.data.encode import Encoded
+from remix_cli.errors import RecipeError
+from remix_cli.recipe import Recipe
+from remix_cli.runs import RunFolder
+from remix_cli.train.checkpoints import Origin
+
+MAY_CHANGE = {"output_dir", "eval"}  # recipe groups that a resumed run may set anew
+MAY_CHANGE_TRAIN = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "per_device_eval_batch_size",
+}
+
+
+def _binding(recipe: Recipe) -> dict[str, Any]:
+    """Every value that a resumed run must keep, by dotted key."""
+
+    def flatten(value: Any, at: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{at}.{key}").items()}
+        return {at.removeprefix("."): value}
+
+    free = {f"train.{name}" for name in MAY_CHANGE_TRAIN}
+    values = flatten(recipe.model_dump(), "")
+    return {k: v for k, v in values.items() if k not in free and k.split(".")[0] not in MAY_CHANGE}
+
+
+def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
+    """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs."""
+    before, after = _binding(old), _binding(new)
+    changed = [
+        f"{key}: {after.get(key)!r}, but {folder.path} was begun with {before.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if changed:
+        raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
+
+
+def origin_of(recipe: Recipe, train: Encoded, identity: BaseIdentity) -> Origin:
+    """Hashes of everything a checkpoint of this run belongs to."""
+    rows = hashlib.sha256()
+    for row in train.rows:
+        rows.update(row.input_ids.tobytes() + b"|" + row.supervised.tobytes() + b"\n")
+    text = json.dumps(_binding(recipe), sort_keys=True)
+    return Origin(
+        recipe=hashlib.sha256(text.encode()).hexdigest(),
+        data=rows.hexdigest(),
+        base=identity.base_fingerprint,
+        tokenizer=identity.tokenizer_fingerprint,
+    )
