@@ -5,6 +5,7 @@ Workers are imported inside the commands, so that `remix --help` needs neither t
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -274,22 +275,31 @@ def main() -> None:
             raise
         if int(os.environ.get("RANK", "0")) == 0:
             for line in error.problems:
-                print(f"error: {line}", file=sys.stderr)
+                print(f"error: {_one_line(line)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
+        if _out_of_memory(error):
             fix = "lower train.per_device_train_batch_size, data.max_length or eval.batch_size"
             print(f"error: out of memory; {fix}, or set train.gradient_checkpointing", file=sys.stderr)
             sys.exit(2)
-        print(
-            f"error: unexpected {type(error).__name__}: {error} (a bug: run again with --debug and report it)",
-            file=sys.stderr,
-        )
+        what = _one_line(f"{type(error).__name__}: {error}")
+        print(f"error: unexpected {what} (a bug: run again with --debug and report it)", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without the user name and password of any address."""
+    return re.sub(r"//[^/@\s]+@", "//***@", " ".join(text.split()))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, torch's on a GPU and torch's on a CPU, which is a plain RuntimeError; without importing torch."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

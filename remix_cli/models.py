@@ -42,6 +42,14 @@ def load_model(model: Model, device: torch.device) -> Any:
     dequantise = getattr(transformers, "GgufConfig", None)  # transformers before 5.2x always dequantised
     if model.name_or_path.endswith(".gguf") and dequantise is not None:
         options["quantization_config"] = dequantise(dequantize=True)
+    if not model.name_or_path.endswith(".gguf"):
+        options["use_safetensors"] = True  # the other format is pickle, which can run code
+        pickled = sorted(Path(model.name_or_path).glob("pytorch_model*.bin"))
+        if pickled and not any(Path(model.name_or_path).glob("*.safetensors")):
+            raise ArtefactError(
+                f"model.name_or_path: {pickled[0]}: pickled weights are not read, because loading them can run "
+                "code; save the model again with safe_serialization=True"
+            )
     with _quiet():
         loaded = _loading(model, lambda: AutoModelForCausalLM.from_pretrained(**_where(model), **options))
     loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32

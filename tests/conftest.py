@@ -1,6 +1,8 @@
 """Shared by all tests: tiny models built in code, one place for tolerances, no network."""
 
 import os
+import socket
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,3 +35,57 @@ def demo_model() -> Path:
     if not (DEMO_MODEL / "config.json").exists():
         pytest.fail("the demo model is missing: run `make model`")
     return DEMO_MODEL
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """L4: nothing in this process opens a connection (`unshare -n make test` shows it for all processes)."""
+
+    def refuse(self, address):
+        raise AssertionError(f"a test tried to connect to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory):
+    """(model folder, rows, folder) of a tiny model with a tokenizer, and 40 rows for it."""
+    folder = tmp_path_factory.mktemp("stage")
+    return write_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl", 40), folder
+
+
+@pytest.fixture
+def verb(capsys, monkeypatch):
+    """Run `remix ARGUMENTS` in this process; (stdout, stderr) after checking the exit code and what every
+    failure owes its reader: one `error:` line for each problem, no traceback."""
+
+    def call(*arguments, expect=0):
+        from remix_cli import cli
+
+        monkeypatch.setattr(sys, "argv", ["remix", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == expect, f"exit {ended.value.code}\n{out}\n{err}"
+        assert "Traceback" not in err
+        if expect not in (0, 1):
+            assert all(line.startswith("error: ") for line in err.splitlines()), err
+        return out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(stage):
+    """A finished run, made once."""
+    from rich.console import Console
+
+    from remix_cli.recipe import load_recipe
+    from remix_cli.train.loop import train
+
+    model, rows, folder = stage
+    evaluation = {"tasks": [{"task": "nll"}, {"task": "gsm8k", "max_new_tokens": 6}]}
+    recipe = recipe_text(model, rows, folder / "run", eval=evaluation)
+    train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)), Console(quiet=True))
+    return folder / "run"

@@ -2,60 +2,11 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from tiny import recipe_text, write_rows, write_tiny_model
-
-from remix_cli import cli
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stage")
-    return write_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl", 40), folder
-
-
-def write_recipe(path, recipe):
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def run(capsys, monkeypatch, *arguments, expect=0):
-    """Run `remix ARGUMENTS` in this process; returns (stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["remix", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert ended.value.code == expect, f"exit {ended.value.code}\n{out}\n{err}"
-    assert "Traceback" not in err
-    if expect not in (0,):
-        assert err.startswith("error: ")
-    return out, err
-
-
-@pytest.fixture
-def verb(capsys, monkeypatch):
-    return lambda *a, expect=0: run(capsys, monkeypatch, *a, expect=expect)
-
-
-@pytest.fixture(scope="module")
-def finished(stage):
-    """A finished run, made once."""
-    from rich.console import Console
-
-    from remix_cli.recipe import load_recipe
-    from remix_cli.train.loop import train
-
-    model, rows, folder = stage
-    evaluation = {"tasks": [{"task": "nll"}, {"task": "gsm8k", "max_new_tokens": 6}]}
-    recipe = recipe_text(model, rows, folder / "run", eval=evaluation)
-    train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)), Console(quiet=True))
-    return folder / "run"
+from tiny import recipe_text, write_recipe
 
 
 def test_a_run_leaves_exactly_its_files(finished):
@@ -121,7 +72,7 @@ def test_route_stats_counts_real_tokens(verb, finished):
         assert block["ess_weights"] == pytest.approx(2, rel=1e-5)
 
 
-def test_a_finished_run_resumes_to_nothing(verb, finished, stage):
+def test_K3_a_finished_run_resumes_to_nothing(verb, finished, stage):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     out, _ = verb("train", stage[2] / "recipe.yaml", "--resume")
     assert "already complete" in out
@@ -192,7 +143,7 @@ def test_bad_recipes_exit_2_before_anything_is_written(verb, stage, tmp_path, ch
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
-def test_rows_that_lose_every_supervised_token_are_refused(verb, stage, tmp_path):
+def test_D8_rows_that_lose_every_supervised_token_are_refused(verb, stage, tmp_path):
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"question": "w1 " * 20, "answer": "w2"}) + "\n")
     recipe = recipe_text(stage[0], rows, tmp_path / "out", data={"max_length": 16, "validation_fraction": 0.0})

@@ -93,7 +93,7 @@ def test_the_prompt_is_what_generation_starts_from(tokenizer):
     assert encoder.encode(example)[0][: len(prompt)] == prompt
 
 
-def test_truncation_is_counted_and_never_leaves_an_unsupervised_row(tokenizer):
+def test_D8_truncation_is_counted_and_never_leaves_an_unsupervised_row(tokenizer):
     encoded = Encoder(tokenizer, 8, None).encode_rows(
         [talk("w1", "w2"), talk("w1 w1 w1", "w2 w2 w2 w2"), talk("w1 " * 9, "w2")]
     )

@@ -62,7 +62,7 @@ LEAVES = [key for key in all_keys() if key.split(".")[-1] not in ("options",)]
 
 
 @pytest.mark.parametrize("key", LEAVES)
-def test_a_misspelt_key_is_named_with_its_line_and_the_right_name(key, tmp_path):
+def test_R1_a_misspelt_key_is_named_with_its_line_and_the_right_name(key, tmp_path):
     """R1, generated from the schema: one letter lost from every key."""
     *parents, last = key.split(".")
     wrong = last[:-1] if len(last) > 2 else last + "x"
@@ -74,7 +74,7 @@ def test_a_misspelt_key_is_named_with_its_line_and_the_right_name(key, tmp_path)
 
 
 @pytest.mark.parametrize("value", [3, "x", [1], {"a": 1}, None])
-def test_unknown_keys_are_refused_whatever_their_value(value, tmp_path):
+def test_R2_unknown_keys_are_refused_whatever_their_value(value, tmp_path):
     assert "unknown key" in problems(tmp_path, with_key("adapter.colour", value))[0]
 
 
@@ -100,20 +100,20 @@ def test_unknown_keys_are_refused_whatever_their_value(value, tmp_path):
         ("seed", 2**64),
     ],
 )
-def test_wrong_values_are_refused_with_the_key(key, value, tmp_path):
+def test_R3_R5_R7_wrong_values_are_refused_with_the_key(key, value, tmp_path):
     found = problems(tmp_path, with_key(key, value))
     assert len(found) == 1
     assert f"{key}: " in found[0].replace("target_modules.0", "target_modules")
 
 
 @pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e400", "nan"])
-def test_rates_are_finite(text, tmp_path):
+def test_R5_rates_are_finite(text, tmp_path):
     recipe = yaml.safe_dump(MINIMAL) + f"train:\n  learning_rate: {text}\n"
     assert "train.learning_rate" in problems(tmp_path, recipe)[0]
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), (".5", 0.5), ("5.", 5.0), ("1", 1.0)])
-def test_numbers_are_numbers(text, value, tmp_path):
+def test_R4_numbers_are_numbers(text, value, tmp_path):
     recipe = yaml.safe_dump(MINIMAL) + f"train:\n  learning_rate: {text}\n"
     assert load_recipe(write(tmp_path, recipe)).train.learning_rate == value
 
@@ -138,7 +138,7 @@ def test_all_problems_at_once_with_their_lines(tmp_path):
 
 
 @pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate"])
-def test_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_path):
+def test_R6_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_path):
     recipe = with_key("router.selections", 1) | {"router": {"selections": 1, "estimator": estimator}}
     assert "router.selections: M = 1" in problems(tmp_path, recipe)[0]
     recipe["router"]["estimator"] = "straight_through"
@@ -156,7 +156,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert recipe.output_dir == "/somewhere/runs/x"
 
 
-def test_overrides_are_read_as_yaml_and_checked_alike(tmp_path):
+def test_R15_overrides_are_read_as_yaml_and_checked_alike(tmp_path):
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
     recipe = load_recipe(path, ["train.learning_rate=1e-4", "data.train.0.path=b.jsonl", "seed=3"])
     assert (recipe.train.learning_rate, recipe.data.train[0].path, recipe.seed) == (1e-4, "b.jsonl", 3)
@@ -176,7 +176,7 @@ def test_overrides_are_read_as_yaml_and_checked_alike(tmp_path):
         "\x00",
     ],
 )
-def test_files_that_are_no_recipes(text, tmp_path):
+def test_R11_files_that_are_no_recipes(text, tmp_path):
     found = problems(tmp_path, text)
     assert len(found) == 1
     assert "recipe.yaml" in found[0]

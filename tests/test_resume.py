@@ -22,6 +22,16 @@ from remix_cli.train.step import MicroResult
 
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
 STEPS = 6
+TRAIN = {
+    "max_steps": STEPS,
+    "num_train_epochs": 9,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 3,
+    "learning_rate": 0.02,
+    "logging_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +43,7 @@ def stage(tmp_path_factory):
 def recipe_for(stage, output, **groups):
     """Dropout, shuffling, accumulation, M = 2 and more than one epoch, so that nothing exact is exact by luck."""
     model, rows, _ = stage
-    train = {
-        "max_steps": STEPS,
-        "num_train_epochs": 9,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 3,
-        "learning_rate": 0.02,
-        "logging_steps": 1,
-        "eval_steps": 2,
-        "save_steps": 2,
-    }
-    settings = {"train": train, "adapter": {"dropout": 0.2}, "router": {"estimator": "control_variate"}} | groups
+    settings = {"train": TRAIN, "adapter": {"dropout": 0.2}, "router": {"estimator": "control_variate"}} | groups
     recipe = recipe_text(model, rows, output, **settings)
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
@@ -97,12 +97,12 @@ def interrupted_run(stage, folder, monkeypatch, *stops):
 
 
 @pytest.mark.parametrize("stops", [(1,), (2,), (3,), (5,), (1, 2, 4)], ids=str)
-def test_a_stopped_run_ends_with_the_same_bits(stage, whole, monkeypatch, tmp_path, stops):
+def test_K3_K4_K6_a_stopped_run_ends_with_the_same_bits(stage, whole, monkeypatch, tmp_path, stops):
     assert interrupted_run(stage, tmp_path / "run", monkeypatch, *stops) == whole
 
 
 @pytest.mark.parametrize("broken", ["optimizer", "coefficient", "seed"])
-def test_the_comparison_sees_a_resume_that_forgets_something(stage, whole, monkeypatch, tmp_path, broken):
+def test_K5_the_comparison_sees_a_resume_that_forgets_something(stage, whole, monkeypatch, tmp_path, broken):
     """Negative controls: without optimizer state, without the coefficient, with other draws."""
     original = checkpoints.restore
 
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_serves(stage
     assert outcome(folder) == whole
 
 
-def test_no_valid_checkpoint_is_refused_not_started_afresh(stage, monkeypatch, tmp_path):
+def test_K10_no_valid_checkpoint_is_refused_not_started_afresh(stage, monkeypatch, tmp_path):
     folder = half_done(stage, tmp_path / "run", monkeypatch)
     for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints"):
         (checkpoint / "manifest.json").write_text("{")
@@ -156,13 +156,13 @@ def test_a_resumed_run_keeps_its_recipe(stage, monkeypatch, tmp_path):
         run(changed, resume=True)
 
 
-def test_a_folder_in_use_is_refused_with_its_process(stage, tmp_path):
+def test_M1_a_folder_in_use_is_refused_with_its_process(stage, tmp_path):
     folder = tmp_path / "run"
     with lock_folder(folder), pytest.raises(BusyError, match=f"in use by process {os.getpid()}"):
         run(recipe_for(stage, folder))
 
 
-def test_other_files_in_the_folder_are_left_alone(stage, tmp_path):
+def test_S7_other_files_in_the_folder_are_left_alone(stage, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
@@ -171,7 +171,7 @@ def test_other_files_in_the_folder_are_left_alone(stage, tmp_path):
     assert (folder / "thesis.txt").read_text() == "mine"
 
 
-def test_overwriting_spares_the_old_run_until_the_new_one_can_start(stage, monkeypatch, tmp_path):
+def test_S7_overwriting_spares_the_old_run_until_the_new_one_can_start(stage, monkeypatch, tmp_path):
     folder = half_done(stage, tmp_path / "run", monkeypatch)
     before = sorted(p.name for p in folder.rglob("*"))
     broken = recipe_for(stage, folder)
@@ -185,7 +185,7 @@ def test_overwriting_spares_the_old_run_until_the_new_one_can_start(stage, monke
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_folders_named_like_ours_without_a_recipe_are_not_ours(stage, tmp_path, overwrite):
+def test_S7_folders_named_like_ours_without_a_recipe_are_not_ours(stage, tmp_path, overwrite):
     (tmp_path / "run" / "eval").mkdir(parents=True)
     (tmp_path / "run" / "eval" / "mine.txt").write_text("x")
     with pytest.raises(RecipeError, match=r"holds other files \(eval\)"):
@@ -193,7 +193,7 @@ def test_folders_named_like_ours_without_a_recipe_are_not_ours(stage, tmp_path, 
     assert (tmp_path / "run" / "eval" / "mine.txt").exists()
 
 
-def test_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):
+def test_N1_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):
     """N1: a NaN loss at step 3."""
     original, steps = loop.accumulate_gradients, []
 
@@ -213,7 +213,7 @@ def test_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):
     assert checkpoints.verify(folder / "checkpoints" / "step-000002") is None
 
 
-def test_equal_runs_give_equal_bytes(stage, whole, tmp_path):
+def test_A8_equal_runs_give_equal_bytes(stage, whole, tmp_path):
     run(recipe_for(stage, tmp_path / "again"))
     assert outcome(tmp_path / "again") == whole
 
@@ -261,7 +261,7 @@ def test_two_processes_train_what_one_trains(stage, tmp_path, estimator):
             assert x[key] == pytest.approx(y[key], rel=2e-4)
 
 
-def test_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):
+def test_K14_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):
     folder = half_done(stage, tmp_path / "here", monkeypatch)
     shutil.move(folder, tmp_path / "there")
     run(recipe_for(stage, tmp_path / "there"), resume=True)

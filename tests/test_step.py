@@ -172,7 +172,7 @@ def test_dropout_is_shared_by_the_selections(monkeypatch):
     assert not torch.equal(seen[0], seen[3])
 
 
-def test_equal_losses_leave_the_router_where_it_is():
+def test_N4_equal_losses_leave_the_router_where_it_is():
     """B = 0: selections make no difference, so advantages and the router's gradient are exactly zero."""
     model = tiny_model().train()
     adapter = apply_adapter(model, AdapterConfig(pool_size=4, active=2, rank=2), seed=0)

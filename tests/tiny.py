@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -118,3 +119,8 @@ def recipe_text(model: Path, rows: Path, output: Path, **groups: dict) -> dict:
     for group, values in groups.items():
         recipe[group] = recipe.get(group, {}) | values
     return recipe
+
+
+def write_recipe(path: Path, recipe: dict) -> Path:
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -1,5 +1,6 @@
 """Rows from one source of the recipe, as plain dictionaries."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _looks_local(path: str) -> bool:
 
 def load_rows(source: Source) -> list[dict[str, Any]]:
     """All rows of `source`, in order. Raises DataError."""
-    rows = _reasoning_gym_rows(source) if source.reasoning_gym else _dataset_rows(source)
+    rows = _reasoning_gym_rows(source) if source.reasoning_gym else _path_rows(source)
     if source.limit is not None:
         rows = rows[: source.limit]
     if not rows:
@@ -44,27 +45,72 @@ def load_rows(source: Source) -> list[dict[str, Any]]:
     return rows
 
 
-def _dataset_rows(source: Source) -> list[dict[str, Any]]:
-    import datasets
-
+def _path_rows(source: Source) -> list[dict[str, Any]]:
     assert source.path is not None
     problems = check_source(source, "data")
     if problems:
         raise DataError(*problems)
+    if not _looks_local(source.path):
+        return _dataset_rows(source.path, name=source.subset, split=source.split)
+    files = _files(Path(source.path), source.split)
+    kind = LOADERS[files[0].suffix]
+    if kind == "json":
+        return [row for file in files for row in _json_rows(file)]
+    place = files[0] if len(files) == 1 else files[0].parent
+    return _dataset_rows(kind, str(place), data_files=[str(f) for f in files], split="train")
+
+
+def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[dict[str, Any]]:
+    """Through the datasets library: a hub id, or csv and parquet files."""
+    import datasets
+
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises
     try:
-        if _looks_local(source.path):
-            files = _files(Path(source.path), source.split)
-            kind = LOADERS[files[0].suffix]
-            loaded = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train")
-        else:
-            loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
-    except DataError:
-        raise
+        return datasets.load_dataset(what, **options).to_list()
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise DataError(f"{source.path}: cannot be read: {reason}") from None
-    return loaded.to_list()
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)[:200]
+        raise DataError(f"{place or what}: cannot be read: {reason}") from None
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, or one JSON list of objects. Read here rather than by a table library, which would name no
+    line and fill in columns that a row does not have."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if text.lstrip().startswith("["):
+        rows = _json(text, f"{path}")
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_json(line, f"{path}: line {n}") for n, line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}: should be an object of columns, is {type(row).__name__}")
+    return rows
+
+
+def _json(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise DataError(f"{where}: key {twice!r} stands twice in one object")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 20) : error.pos + 20].strip()
+        at = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{where}: not JSON ({at}column {error.colno}: {error.msg}) near {near!r:.80}") from None
+    except RecursionError:
+        raise DataError(f"{where}: not JSON that can be read: nested too deeply") from None
 
 
 SPLITS = ("train", "validation", "valid", "dev", "test")

@@ -17,6 +17,7 @@ class TrainingData:
     train: Encoded
     validation: Encoded
     plan: Plan
+    overlap: int  # held-out conversations that are also trained on
 
     def total_steps(self, recipe: Recipe) -> int:
         by_epochs = int(np.ceil(self.plan.steps_per_epoch * recipe.train.num_train_epochs))
@@ -31,6 +32,12 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
     examples, counts = load_examples(recipe.data.train)
     if recipe.data.validation:
         held, _ = load_examples(recipe.data.validation)
+        seen = overlap(examples, held)
+        if seen and not recipe.data.allow_overlap:
+            raise DataError(
+                f"data.validation: {seen} of {len(held)} rows are also in data.train, so the held-out loss would "
+                "flatter; remove them, or set data.allow_overlap: true"
+            )
         return examples, counts, _evenly(held, recipe.data.validation_limit)
     random = np.random.default_rng([recipe.seed, 1])
     total = sum(counts)
@@ -43,6 +50,16 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
         kept.append(count - len(out))
         start += count
     return train, kept, held
+
+
+def overlap(train: list[Example], held: list[Example]) -> int:
+    """How many held-out conversations are word for word in `train`."""
+    known = {_words(example) for example in train}
+    return sum(_words(example) in known for example in held)
+
+
+def _words(example: Example) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in example.messages)
 
 
 def _evenly(examples: list[Example], limit: int) -> list[Example]:
@@ -80,4 +97,4 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
         group_by_length=recipe.train.group_by_length,
         seed=recipe.seed,
     )
-    return TrainingData(train, encoder.encode_rows(held), plan)
+    return TrainingData(train, encoder.encode_rows(held), plan, overlap(examples, held))

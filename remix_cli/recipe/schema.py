@@ -127,6 +127,7 @@ class Data(Strict):
     train: Annotated[list[Source], Field(min_length=1)]
     validation: list[Source] = Field([], description="Held-out rows; empty: cut from train.")
     validation_fraction: Share = Field(0.05, description="Share of train held out when `validation` is empty.")
+    allow_overlap: bool = Field(False, description="Accept `validation` rows that are also in `train`.")
     validation_limit: Positive = Field(512, description="At most so many held-out rows.")
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens; longer rows lose their end.")
     use_chat_template: bool | None = Field(

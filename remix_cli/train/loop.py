@@ -135,7 +135,8 @@ class _Run:
         recipe, counts = self.recipe, count_parameters(self.adapter)
         estimator = ESTIMATORS[recipe.router.estimator]
         self.view.line(f"train     {self.data.train.describe()}")
-        self.view.line(f"held out  {self.data.validation.describe()}")
+        also = f", {self.data.overlap} of them also in train" if self.data.overlap else ""
+        self.view.line(f"held out  {self.data.validation.describe()}{also}")
         self.view.line(
             f"adapter   {counts.trained:,} trained (A {counts.lora_a:,}, B {counts.lora_b:,}, "
             f"router {counts.router:,}), {counts.active:,} active per token"
