@@ -1,5 +1,6 @@
 # make demo   set everything up, fetch the demo model, train, evaluate, show the routing
 # make test   the tests, after the same set-up
+# make kills  the tests of durability at length
 PYTHON ?= python3
 # The CPU build of torch. On a machine with a GPU: make TORCH=torch demo
 TORCH ?= torch==2.13.0
@@ -9,7 +10,7 @@ MODEL := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup model demo test lint types check bench clean
+.PHONY: setup model demo test kills lint types check bench clean
 
 setup: $(VENV)/.done
 
@@ -33,6 +34,13 @@ demo: setup model
 
 test: setup model
 	$(BIN)/python -m pytest
+
+# 2,000 kills, every file-changing call killed and refused, 200 signals: about ten minutes
+kills: setup
+	$(BIN)/python tests/faultlab.py kills 2000
+	$(BIN)/python tests/faultlab.py points
+	$(BIN)/python tests/faultlab.py errors
+	$(BIN)/python tests/faultlab.py signals 200
 
 lint: setup
 	$(BIN)/ruff check .

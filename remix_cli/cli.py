@@ -293,7 +293,7 @@ def main() -> None:
 
 def _one_line(text: str) -> str:
     """Without line breaks, and without the user name and password of any address."""
-    return re.sub(r"//[^/@\s]+@", "//***@", " ".join(text.split()))
+    return re.sub(r"(:/+)[^/@\s]+@", r"\1***@", " ".join(text.split()))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from remix_cli.adapter.patch import Adapter, apply_adapter
-from remix_cli.adapter.store import CONFIG_FILE, StoredAdapter, load_stored
+from remix_cli.adapter.store import CONFIG_FILE, BaseIdentity, StoredAdapter, load_stored
 from remix_cli.data.encode import Encoder
 from remix_cli.errors import ArtefactError
 from remix_cli.models import identify, load_model, load_tokenizer
@@ -73,6 +73,7 @@ class LoadedRun:
     which: str  # `adapter` (the last) or `best`
     recipe: Recipe
     stored: StoredAdapter
+    identity: BaseIdentity  # of the base model and tokenizer that were loaded
     model: Any
     tokenizer: Any
     adapter: Adapter
@@ -127,4 +128,4 @@ def load_run(
         raise ArtefactError(f"{where}: {error}") from None
     model.requires_grad_(False).eval()
     encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
-    return LoadedRun(folder, where.name, recipe, stored, model, tokenizer, adapter, encoder)
+    return LoadedRun(folder, where.name, recipe, stored, found, model, tokenizer, adapter, encoder)

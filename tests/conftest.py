@@ -64,6 +64,7 @@ def verb(capsys, monkeypatch):
 
         monkeypatch.setattr(sys, "argv", ["remix", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "80")
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capsys.readouterr()

@@ -3,6 +3,7 @@
     python tests/faultlab.py kills 2000          SIGKILL at random instants, half of them while something is written
     python tests/faultlab.py points [EVERY]      SIGKILL at every EVERY-th file-changing call of one evaluation and save
     python tests/faultlab.py errors [EVERY]      the disk refuses at that call instead (no space, I/O error)
+    python tests/faultlab.py signals 100         SIGTERM or Ctrl-C at random instants
 
 Each run is resumed until it is done; its adapter, optimizer state and metrics must then equal, bit for bit, those of
 a run that nothing happened to. Prints one JSON document. A process of its own, because torch cannot be
@@ -67,7 +68,7 @@ class Lab:
             self.tools.run(recipe, resume=(output / "recipe.yaml").exists())
             code = 0
         except BaseException as error:
-            code = getattr(error, "exit_code", 1)
+            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
             if code == 1:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:
@@ -124,6 +125,28 @@ def random_kills(lab: Lab, kills: int, seed: int) -> dict:
         elif not hit:
             report["errors"] += 1
             break
+    return report
+
+
+def random_signals(lab: Lab, count: int, seed: int) -> dict:
+    """A polite request to stop at a random instant, then the resumed run to its end."""
+    draw = random.Random(seed)
+    report = {"signals": 0, "saved": 0, "mismatches": 0, "lost": 0, "wrong_exit": 0}
+    for i in range(count):
+        output, number = lab.folder / f"signal{i}", (signal.SIGTERM, signal.SIGINT)[i % 2]
+        child = lab.start(output)
+        time.sleep(draw.uniform(0, lab.seconds))
+        os.kill(child, number)
+        code = lab.wait(child)
+        report["signals"] += 1
+        report["saved"] += code == 128 + number and lab.valid(output)
+        # 0: it was done; minus the signal: it had not begun and Python's own handling held
+        report["wrong_exit"] += code not in (0, 128 + number, -number)
+        report["lost"] += code == 128 + number and (output / "checkpoints").exists() and not lab.valid(output)
+        if code:
+            report["wrong_exit"] += lab.wait(lab.start(output)) != 0
+        report["mismatches"] += not lab.same(output)
+        shutil.rmtree(output)
     return report
 
 
@@ -193,6 +216,8 @@ def main() -> None:
         lab = Lab(Path(folder))
         if mode == "kills":
             report = random_kills(lab, count, seed)
+        elif mode == "signals":
+            report = random_signals(lab, count, seed)
         else:
             report = every_point(lab, count, kill=mode == "points")
         print(json.dumps(report | {"seconds": round(time.monotonic() - begun, 1)}))

@@ -1,6 +1,7 @@
 """The house's own rules: which room may import which, and how big rooms get."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -101,3 +102,21 @@ def test_help_is_quick_and_needs_no_torch(verb):
     assert done.returncode == 0, done.stderr
     assert "Usage: remix" in done.stdout
     assert time.monotonic() - begun < 3  # 0.3 s on an idle machine
+
+
+def test_every_fault_of_the_reliability_page_has_a_test_of_its_name():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| ([A-Z]\d+) \|.*\| (.*) \|$", page.split("Not covered")[0], flags=re.MULTILINE)
+    assert len(rows) > 50
+    tests = {p.stem: re.findall(r"^def (test_\w+)", p.read_text(), flags=re.MULTILINE) for p in ROOT.glob("tests/*.py")}
+    for fault, where in rows:
+        if fault == "L4":
+            continue
+        patterns = re.findall(r"`(test_\w+)\*`", where)
+        assert any(fault in pattern.split("_") for pattern in patterns), fault
+        for pattern in patterns:
+            assert any(name.startswith(pattern) for names in tests.values() for name in names), (fault, pattern)
+    named = {
+        part for names in tests.values() for n in names for part in n.split("_") if re.fullmatch("[RDKSMNAL]\\d+", part)
+    }
+    assert named <= {fault for fault, _ in rows}

@@ -14,6 +14,8 @@ def check_source(source: Source, key: str) -> list[str]:
     """Problems that can be seen without reading rows: one line each, `key` being the source's place."""
     if source.path is None or not _looks_local(source.path):
         return []
+    if "://" in source.path:
+        return [f"{key}.path: {source.path}: addresses are not read; download the file and name it here"]
     path = Path(source.path)
     if path.is_dir():
         if any(file.suffix in LOADERS for file in path.iterdir()):

@@ -161,7 +161,7 @@ def _protocol(run: LoadedRun, tasks: list[Task], base: bool) -> dict[str, Any]:
         "chat_template": run.encoder.chat,
         "model": run.recipe.model.name_or_path,
         "dtype": run.recipe.model.dtype,
-        "base_fingerprint": run.stored.identity.base_fingerprint,
+        "base_fingerprint": run.identity.base_fingerprint,
         "versions": {
             "remix": remix_cli.__version__,
             "torch": torch.__version__,

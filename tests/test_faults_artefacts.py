@@ -1,0 +1,256 @@
+"""Adapters and checkpoints that are damaged, forged or somebody else's: rows A* of docs/reliability.md."""
+
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny import recipe_text, write_recipe, write_tiny_model
+
+from remix_cli.adapter.store import CONFIG_FILE, WEIGHTS_FILE, load_stored
+from remix_cli.errors import ArtefactError
+from remix_cli.storage import sha256
+
+
+@pytest.fixture
+def adapter(finished, tmp_path):
+    return shutil.copytree(finished / "adapter", tmp_path / "adapter")
+
+
+def sign(folder):
+    """Make the description vouch for whatever the weights file holds now, as a forger would."""
+    described = json.loads((folder / CONFIG_FILE).read_text())
+    described["weights_sha256"] = sha256(folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(described))
+
+
+def refused(folder) -> str:
+    with pytest.raises(ArtefactError) as caught:
+        load_stored(folder)
+    (line,) = caught.value.problems
+    assert str(folder) in line
+    return line
+
+
+def header(length: int, text: bytes = b"{}") -> bytes:
+    return struct.pack("<Q", length) + text
+
+
+def tensor(**changes) -> bytes:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+    text = json.dumps({"x": entry}).encode()
+    return header(len(text), text) + b"\0" * 8
+
+
+MALFORMED = {
+    "empty": b"",
+    "short": b"\x08",
+    "no header": header(0, b""),
+    "header longer than the file": header(1 << 20),
+    "header of 2^63 bytes": header((1 << 63) - 1),
+    "header of 2^64 - 1 bytes": b"\xff" * 8,
+    "header not JSON": header(4, b"oops"),
+    "header a list": header(2, b"[]"),
+    "header not UTF-8": header(4, b'{"\xff"'),
+    "header nested": header(100_000, b"[" * 100_000),
+    "offsets past the end": tensor(data_offsets=[0, 800]),
+    "offsets reversed": tensor(data_offsets=[8, 0]),
+    "negative offset": tensor(data_offsets=[-8, 0]),
+    "shape larger than the data": tensor(shape=[1 << 40]),
+    "shape overflowing": tensor(shape=[1 << 32, 1 << 32]),
+    "negative shape": tensor(shape=[-2]),
+    "unknown dtype": tensor(dtype="F31"),
+    "no dtype": header(20, b'{"x":{"shape":[2]}} '),
+    "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    "zip": b"PK\x03\x04" + b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_A1_malformed_weights_are_refused(adapter, content):
+    (adapter / WEIGHTS_FILE).write_bytes(content)
+    assert "damaged or replaced" in refused(adapter)
+    sign(adapter)
+    refused(adapter)
+
+
+def test_A1_3000_edited_headers_crash_nothing(adapter):
+    """Each loads or is refused; memory stays bounded because no size is believed."""
+    good = (adapter / WEIGHTS_FILE).read_bytes()
+    (length,) = struct.unpack("<Q", good[:8])
+    draw, refusals = random.Random(0), 0
+    for _ in range(3000):
+        data = bytearray(good)
+        for _ in range(draw.randint(1, 3)):
+            data[draw.randrange(8 + length)] = draw.randrange(256)
+        (adapter / WEIGHTS_FILE).write_bytes(data)
+        sign(adapter)
+        try:
+            load_stored(adapter)
+        except ArtefactError:
+            refusals += 1
+    assert refusals > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.clear(), "not a readable adapter description"),
+        (lambda d: d.update(format=99), "format 99"),
+        (lambda d: d.pop("base_fingerprint"), "not a readable adapter description"),
+        (lambda d: d["adapter"].update(pool_size=-1), "not a readable adapter description"),
+        (lambda d: d["adapter"].update(pool_size="4"), "not a readable adapter description"),
+        (lambda d: d["adapter"].update(colour=1), "not a readable adapter description"),
+        (lambda d: d.update(adapter=[1]), "not a readable adapter description"),
+    ],
+)
+def test_A1_malformed_descriptions_are_refused(adapter, change, message):
+    described = json.loads((adapter / CONFIG_FILE).read_text())
+    change(described)
+    (adapter / CONFIG_FILE).write_text(json.dumps(described))
+    assert message in refused(adapter)
+    (adapter / CONFIG_FILE).write_text("{")
+    assert "not a readable" in refused(adapter)
+
+
+def test_A2_one_flipped_bit_or_another_runs_weights(adapter, finished):
+    good = (adapter / WEIGHTS_FILE).read_bytes()
+    for position in (9, len(good) // 2, len(good) - 1):
+        data = bytearray(good)
+        data[position] ^= 1
+        (adapter / WEIGHTS_FILE).write_bytes(data)
+        assert "damaged or replaced" in refused(adapter)
+    shutil.copy(finished / "checkpoints" / "step-000002" / WEIGHTS_FILE, adapter / WEIGHTS_FILE)
+    assert "damaged or replaced" in refused(adapter)
+
+
+def test_A3_a_pickle_is_not_unpickled(adapter, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sentinel"), "w"))
+
+    torch.save(Evil(), adapter / WEIGHTS_FILE)
+    sign(adapter)
+    refused(adapter)
+    for name in ("adapter.bin", "adapter.pt", "optimizer.pt"):
+        torch.save(Evil(), adapter / name)
+    (adapter / WEIGHTS_FILE).unlink()
+    assert "missing" in refused(adapter)
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_N3_an_adapter_with_a_nan_is_refused_by_tensor(adapter):
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, adapter / WEIGHTS_FILE)
+    sign(adapter)
+    assert f"tensor {name} holds non-finite values" in refused(adapter)
+
+
+@pytest.fixture
+def movable(finished, stage, tmp_path):
+    """A copy of the finished run whose recipe names a copy of its base model, both free to be changed."""
+    model = shutil.copytree(stage[0], tmp_path / "model")
+    run = shutil.copytree(finished, tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(stage[0]), str(model)))
+    return model, run
+
+
+def test_A4_other_weights_of_the_same_shapes_are_refused_unless_allowed(movable, verb, tmp_path):
+    model, run = movable
+    verb("eval", run, "--task", "nll")
+    shutil.rmtree(model)
+    write_tiny_model(model, seed=1)
+    for arguments in (("eval", run, "--task", "nll"), ("route-stats", run)):
+        _, err = verb(*arguments, expect=5)
+        assert "trained on another base model than" in err
+        assert "--any-base" in err
+        verb(*arguments, "--any-base")
+
+
+def test_A4_another_tokenizer_is_refused(movable, verb):
+    model, run = movable
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "trained on another tokenizer than" in verb("eval", run, "--task", "nll", expect=5)[1]
+
+
+def test_A4_other_shapes_and_other_names(movable, verb):
+    _, run = movable
+    weights = run / "adapter" / WEIGHTS_FILE
+    original = load_file(weights)
+    name = next(iter(original))
+    for change, message in (
+        (lambda t: t.update({name: t[name][:-1].clone()}), "has another shape"),
+        (lambda t: t.pop(name), "1 missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected"),
+    ):
+        tensors = dict(original)
+        change(tensors)
+        save_file(tensors, weights)
+        sign(run / "adapter")
+        assert message in verb("eval", run, "--task", "nll", expect=5)[1]
+
+
+def test_A7_settings_that_would_import_code_are_ignored_or_refused(adapter, tmp_path):
+    described = json.loads((adapter / CONFIG_FILE).read_text())
+    described |= {"auto_map": {"AutoModel": "evil.M"}, "parent_library": "evil", "megatron_core": "evil"}
+    (adapter / CONFIG_FILE).write_text(json.dumps(described))
+    load_stored(adapter)
+    assert "evil" not in sys.modules
+
+
+def test_A8_loading_and_saving_changes_no_byte(finished, tmp_path):
+    from remix_cli.adapter.store import save_adapter
+    from remix_cli.runs import load_run
+
+    run = load_run(finished)
+    (tmp_path / "again").mkdir()
+    save_adapter(tmp_path / "again", run.adapter, run.stored.identity)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
+
+
+def test_A8_bytes_do_not_depend_on_the_process(finished, stage, tmp_path):
+    """Two processes with different hash seeds write the same adapter."""
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], "out", train={"max_steps": 1}))
+    found = set()
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-m", "remix_cli", "train", str(recipe), "--overwrite"],
+            env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        found.add((tmp_path / "out" / "adapter" / WEIGHTS_FILE).read_bytes())
+    assert len(found) == 1
+
+
+def test_A9_an_export_that_fails_half_way_leaves_nothing(finished, tmp_path, monkeypatch):
+    from remix_cli.export import peft_experts
+
+    original, written = peft_experts._write_lora, []
+
+    def failing(folder, stored, i):
+        original(folder, stored, i)
+        written.append(i)
+        if i == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(peft_experts, "_write_lora", failing)
+    with pytest.raises(Exception, match="No space left"):
+        peft_experts.export_peft_experts(finished / "adapter", tmp_path / "experts")
+    assert written == [0, 1, 2]
+    assert not list(tmp_path.iterdir())

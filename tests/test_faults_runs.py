@@ -1,0 +1,423 @@
+"""Runs that are killed, starved, crowded or poisoned: rows K*, S*, M*, N*, L* of docs/reliability.md."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tiny import recipe_text, write_recipe
+
+from remix_cli import storage
+from remix_cli.errors import BusyError, DivergedError, Interrupted, StorageError
+from remix_cli.recipe import load_recipe
+from remix_cli.storage import lock_folder, publish_folder, recover
+from remix_cli.train import checkpoints, loop
+
+
+def laboratory(*arguments) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tests" / "faultlab.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finding(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_K1_200_kills_at_random_instants_change_no_bit():
+    """Half of them while a file is being written. 2,000 by `make kills`."""
+    found = [finding(p) for p in [laboratory("kills", 100, seed) for seed in (1, 2)]]
+    assert sum(f["kills"] for f in found) == 200
+    assert sum(f["while_writing"] for f in found) > 40
+    for f in found:
+        assert f["finished"] > 10
+        assert (f["mismatches"], f["lost"], f["errors"]) == (0, 0, 0), f
+
+
+def test_K2_S1_S4_at_every_fourth_file_changing_call():
+    """A kill, or a disk that refuses, at calls 1, 5, 9 ... of an evaluation with a new best, a save and its pruning
+    (one checkpoint is kept: K12). All of them by `make kills`."""
+    killed, starved = [finding(p) for p in [laboratory("points", 4), laboratory("errors", 4)]]
+    for f in (killed, starved):
+        assert f["points"] >= 12
+        assert (f["mismatches"], f["lost"], f["wrong_exit"], f["scratch_left"]) == (0, 0, 0, 0), f
+
+
+def test_K7_K8_signals_at_random_instants():
+    """SIGTERM and Ctrl-C: exit 143 or 130, or the signal itself before the run begins; the resumed run is the same."""
+    f = finding(laboratory("signals", 24))
+    assert f["signals"] == 24
+    assert f["saved"] > 6
+    assert (f["mismatches"], f["lost"], f["wrong_exit"]) == (0, 0, 0), f
+
+
+def start_cli(recipe, *arguments):
+    command = [sys.executable, "-m", "remix_cli", "train", str(recipe), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent)
+
+
+def wait_for(path: Path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def long_recipe(stage, tmp_path):
+    """Thousands of steps: something is always running when a signal arrives."""
+    model, rows, _ = stage
+    train = {"max_steps": 100_000, "save_steps": 5, "eval_steps": None, "logging_steps": 1000}
+    return write_recipe(tmp_path / "r.yaml", recipe_text(model, rows, "out", train=train))
+
+
+def test_K7_M1_sigterm_and_a_second_run_in_the_same_folder(long_recipe):
+    """A real process: the second is refused at once and names the first; SIGTERM saves and says how to go on."""
+    first = start_cli(long_recipe)
+    folder = long_recipe.parent / "out"
+    wait_for(folder / "checkpoints" / "step-000005")
+    second = start_cli(long_recipe, "--resume")
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 6
+    assert re.fullmatch(rf"error: out: in use by process {first.pid}\n", err)
+    first.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    _, err = first.communicate(timeout=60)
+    assert time.monotonic() - begun < 5
+    assert first.returncode == 143
+    assert re.fullmatch(r"error: interrupted after step \d+; go on with: remix train out/recipe.yaml --resume\n", err)
+    step = int(re.search(r"step (\d+)", err).group(1))
+    assert checkpoints.verify(folder / "checkpoints" / f"step-{step:06d}") is None
+    with lock_folder(folder):  # the kernel freed it
+        pass
+
+
+def test_K8_a_second_ctrl_c_ends_at_once(long_recipe):
+    process = start_cli(long_recipe, "train.per_device_train_batch_size=40", "router.selections=3000")
+    wait_for(long_recipe.parent / "out" / "recipe.yaml")
+    time.sleep(2)  # into the first step, which takes many seconds
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - begun < 1
+
+
+def small(stage, tmp_path, **groups):
+    model, rows, _ = stage
+    return load_recipe(write_recipe(tmp_path / "r.yaml", recipe_text(model, rows, tmp_path / "out", **groups)))
+
+
+def run(recipe, **options):
+    return loop.train(recipe, Console(quiet=True), **options)
+
+
+def test_K7_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(stage, tmp_path, monkeypatch):
+    recipe = small(stage, tmp_path, train={"per_device_eval_batch_size": 2})
+    (tmp_path / "whole").mkdir()
+    run(small(stage, tmp_path / "whole"))
+    original = loop._Run._heed_signals
+
+    def arriving(self, n):
+        if self.state.step == 2:
+            self.signals.received = signal.SIGTERM
+        original(self, n)
+
+    monkeypatch.setattr(loop._Run, "_heed_signals", arriving)
+    with pytest.raises(Interrupted, match="after step 2;"):
+        run(recipe)
+    monkeypatch.setattr(loop._Run, "_heed_signals", original)
+    assert json.loads((tmp_path / "out/checkpoints/step-000002/state.json").read_text())["evaluation_due"]
+    run(recipe, resume=True)
+
+    def losses(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(m["step"], round(m.get("eval_loss", m.get("loss")), 6)) for m in lines]
+
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole" / "out")
+
+
+def test_K11_what_a_killed_process_left_is_tidied(tmp_path):
+    (tmp_path / ".tmp-best-123.old").mkdir()
+    (tmp_path / ".tmp-best-123.old" / "a").write_text("old")
+    (tmp_path / ".tmp-best-123").mkdir()
+    (tmp_path / ".tmp-summary.json-9").write_text("{")
+    (tmp_path / ".tmp-mine").write_text("not ours")
+    recover(tmp_path)
+    assert (tmp_path / "best" / "a").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-mine", "best"]
+    (tmp_path / ".tmp-best-124.old").mkdir()  # replaced already: the new one stays
+    recover(tmp_path)
+    assert (tmp_path / "best" / "a").exists()
+    assert not (tmp_path / ".tmp-best-124.old").exists()
+
+
+def test_K12_checkpoints_are_ordered_by_number_and_pruned_after_the_new_one(tmp_path):
+    for step in (9, 10, 100):
+        (tmp_path / f"step-{step}").mkdir()
+    (tmp_path / "step-x").mkdir()
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-9", "step-10", "step-100"]
+
+
+def test_K14_another_thread_count_is_said(stage, tmp_path, monkeypatch, capsys):
+    recipe = small(stage, tmp_path)
+    original = loop._Run._after_step
+
+    def stopping(self, done, *_):
+        self.state.step = done
+        self._stop()
+
+    monkeypatch.setattr(loop._Run, "_after_step", stopping)
+    with pytest.raises(Interrupted):
+        run(recipe)
+    monkeypatch.setattr(loop._Run, "_after_step", original)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    loop.train(recipe, Console(width=200), resume=True)
+    assert re.search(r"not bit-reproducible: threads was \d+, is 77 when step-000001 was made", capsys.readouterr().out)
+
+
+def test_K14_other_rows_or_another_base_model_are_refused(stage, tmp_path, verb):
+    model, rows, _ = stage
+    mine = tmp_path / "rows.jsonl"
+    mine.write_bytes(rows.read_bytes())
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(model, mine, tmp_path / "out"))
+    verb("train", recipe)
+    (tmp_path / "out" / "summary.json").unlink()  # as if it had been killed at the very end
+    mine.write_text(rows.read_text().replace("w1", "w2"))
+    assert "made from other rows than this run would use" in verb("train", recipe, "--resume", expect=5)[1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte")])
+def test_K15_out_of_memory_is_said_and_the_checkpoint_serves(stage, tmp_path, verb, monkeypatch, error):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
+    original = loop.accumulate_gradients
+
+    def greedy(*arguments, seed, **options):
+        if seed[1] == 3:
+            raise error
+        return original(*arguments, seed=seed, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate_gradients", greedy)
+        assert "out of memory; lower train.per_device" in verb("train", recipe, expect=2)[1]
+    verb("train", recipe, "--resume")
+
+
+def test_S1_the_error_says_how_much_is_missing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "_sync", full)
+    wanted = r"cannot write .*out: No space left on device \(3.0 MiB needed, [\d.]+ MiB free\); make room"
+    with pytest.raises(StorageError, match=wanted), publish_folder(tmp_path / "out", needed=3 * 2**20) as scratch:
+        (scratch / "a").write_text("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_S1_a_really_full_disk(stage, tmp_path, verb):
+    """A 200 KiB file system; skipped where mounting is not allowed."""
+    small_disk = tmp_path / "disk"
+    small_disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small_disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], small_disk / "out"))
+        (small_disk / "ballast").write_bytes(b"x" * 120_000)
+        _, err = verb("train", recipe, expect=4)
+        assert "No space left on device" in err or "MiB are free" in err
+        (small_disk / "ballast").unlink()
+        resume = ["--resume"] if (small_disk / "out" / "recipe.yaml").exists() else []
+        verb("train", recipe, "train.save_total_limit=1", *resume)
+    finally:
+        subprocess.run(["umount", "-l", str(small_disk)], check=False)
+
+
+def test_S2_a_disk_that_is_too_small_is_refused_before_the_model_loads(stage, tmp_path, verb, monkeypatch):
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("remix_cli.train.prepare.free_bytes", lambda _: 1000)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
+    _, err = verb("train", recipe, expect=4)
+    assert re.search(r"needs 0\.\d MiB for 2 checkpoints and the one being written, 0\.0 MiB are free", err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["below a file", "a file", "read-only"])
+def test_S3_outputs_that_cannot_be_written(stage, tmp_path, verb, monkeypatch, kind):
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    place = tmp_path / "place"
+    if kind == "read-only":
+        place.mkdir()
+        bind = [["mount", "--bind", place, place], ["mount", "-o", "remount,ro,bind", place]]
+        if any(subprocess.run(list(map(str, c)), capture_output=True, check=False).returncode for c in bind):
+            pytest.skip("mounting is not allowed here")
+    else:
+        place.write_text("x")
+    output = place if kind == "a file" else place / "out"
+    try:
+        recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], output))
+        verb("train", recipe, expect=2 if kind == "a file" else 4)
+    finally:
+        if kind == "read-only":
+            subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def test_S5_files_folder_and_parent_are_flushed_in_that_order(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(Path(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
+    monkeypatch.setattr(Path, "rename", lambda a, b: calls.append("rename") or rename(a, b))
+    with publish_folder(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("x")
+        (scratch / "b").write_text("y")
+    assert calls == [scratch / "a", scratch / "b", scratch, "rename", tmp_path]
+
+
+def test_S6_the_temporary_folder_is_not_used(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    run(small(stage, tmp_path, train={"max_steps": 1}))
+
+
+def test_M1_the_lock_of_a_killed_process_is_free(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from remix_cli.storage import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BusyError, match=f"in use by process {holder.pid}"), lock_folder(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_M3_two_runs_read_the_same_table_at_once(stage, tmp_path):
+    """csv goes through the datasets library's cache, which both processes share."""
+    rows = tmp_path / "rows.csv"
+    pairs = [json.loads(line) for line in stage[1].read_text().splitlines()]
+    rows.write_text("question,answer\n" + "".join(f"{p['question']},{p['answer']}\n" for p in pairs))
+    processes = []
+    for name in ("a", "b"):
+        recipe = recipe_text(stage[0], rows, name, train={"max_steps": 2, "save_steps": None})
+        processes.append(start_cli(write_recipe(tmp_path / f"{name}.yaml", recipe)))
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    a, b = ((tmp_path / n / "adapter" / "adapter.safetensors").read_bytes() for n in ("a", "b"))
+    assert a == b
+
+
+def test_M4_when_one_of_two_processes_dies_both_end_and_nothing_half_done_is_published(stage, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(
+        "import os, signal, sys\nfrom remix_cli import cli\nfrom remix_cli.train import loop\n"
+        "step = loop._Run._step\n"
+        "def dying(self, index):\n"
+        "    if index == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    step(self, index)\n"
+        "loop._Run._step = dying\ncli.main()\n"
+    )
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*command, str(script), "train", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 60
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert checkpoints.newest_valid(tmp_path / "out" / "checkpoints")[0].name == "step-000002"
+
+
+@pytest.mark.parametrize("what", ["lora_A", "router"])
+def test_N2_an_infinite_gradient_stops_before_the_update(stage, tmp_path, monkeypatch, what):
+    original = loop.accumulate_gradients
+    recipe = small(stage, tmp_path)
+    seen = {}
+
+    def poisoned(model, adapter, *arguments, seed, **options):
+        result = original(model, adapter, *arguments, seed=seed, **options)
+        if seed[1] == 2:
+            seen.update({name: p.detach().clone() for name, p in adapter.parameters().items()}, adapter=adapter)
+            next(p for name, p in adapter.parameters().items() if name.endswith(what)).grad[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    with pytest.raises(DivergedError, match=r"diverged at step 3.*gradient norm inf"):
+        run(recipe)
+    after = seen.pop("adapter").parameters()
+    assert all(torch.equal(seen[name], p) for name, p in after.items())
+
+
+def test_N3_a_base_model_with_a_nan_is_refused_by_tensor(stage, tmp_path, verb):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(stage[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(folder, stage[1], tmp_path / "out"))
+    _, err = verb("train", recipe, expect=5)
+    assert "model.layers.1.mlp.up_proj.weight holds non-finite values" in err
+
+
+def test_N6_what_exit_0_left_is_finite_and_whole(finished):
+    checked = 0
+    for path in finished.rglob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert torch.isfinite(tensor).all(), name
+            assert tensor.dtype in (torch.float32,), name
+            checked += tensor.numel()
+    assert checked > 10_000
+    for path in [*finished.rglob("*.json"), *finished.rglob("*.jsonl")]:
+        for text in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+
+
+def test_L1_no_secret_is_written_or_printed(stage, tmp_path, verb, monkeypatch):
+    secret = "hf_verysecrettoken"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, secret)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
+    printed = [verb("train", recipe), verb("eval", tmp_path / "out", "--task", "nll"), verb("validate", recipe)]
+    printed.append(verb("train", recipe, f"data.train.0.path=https://me:{secret}@example.org/x.jsonl", expect=2))
+    monkeypatch.setattr(loop, "accumulate_gradients", lambda *a, **k: 1 / 0)
+    printed.append(verb("train", recipe, "--overwrite", expect=1))
+    assert secret not in repr(printed)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_L2_a_bug_of_ours_shows_no_values(stage, tmp_path, verb, monkeypatch):
+    def broken(*arguments, **options):
+        password = "hunter2"
+        return {}[len(password)]
+
+    monkeypatch.setattr(loop, "accumulate_gradients", broken)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
+    _, err = verb("train", recipe, expect=1)
+    assert "hunter2" not in err
+    assert "unexpected KeyError" in err
+    assert "--debug" in err
