@@ -1,7 +1,9 @@
 """Shared by all tests: tiny models built in code, one place for tolerances, no network."""
 
+import fcntl
 import os
 import socket
+import struct
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +25,16 @@ def close(a: Tensor, b: Tensor, relative: float) -> bool:
     assert 0 < relative < 1e-2, "a tolerance that accepts anything is no tolerance"
     assert a.shape == b.shape
     return bool((a.double() - b.double()).norm() <= relative * b.double().norm())
+
+
+def pytest_configure() -> None:
+    """Two-process tests talk over the loopback device, which `unshare -n` leaves down."""
+    get_flags, set_flags, up = 0x8913, 0x8914, 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        name = struct.pack("16sH14x", b"lo", 0)
+        (flags,) = struct.unpack_from("H", fcntl.ioctl(any_socket, get_flags, name), 16)
+        if not flags & up:
+            fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", b"lo", flags | up))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from tiny import WORDS, write_tiny_model
 from remix_cli.data.batches import Plan, collate, micro_batches
 from remix_cli.data.encode import EncodedRow, Encoder, load_examples
 from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.data.sources import load_rows
 from remix_cli.errors import DataError
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe.schema import Model, Source
@@ -172,6 +173,16 @@ def test_local_files_of_every_kind(tmp_path, suffix):
         examples, counts = load_examples([Source(path=str(path))])
         assert counts == [3]
         assert examples[0].messages[1]["content"] == "b"
+
+
+def test_another_seed_gives_other_reasoning_gym_rows():
+    """The package itself makes row i from seed + i, so that neighbouring seeds share nearly all rows."""
+    made = [
+        {row["prompt"] for row in load_rows(Source(reasoning_gym="family_relationships", size=200, seed=seed))}
+        for seed in (0, 1, 2)
+    ]
+    assert not made[0] & made[1]
+    assert not made[1] & made[2]
 
 
 def test_reasoning_gym_rows_are_repeatable():

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from remix_cli.errors import DataError
 from remix_cli.recipe.schema import Source
 
@@ -141,8 +143,10 @@ def _reasoning_gym_rows(source: Source) -> list[dict[str, Any]]:
         import reasoning_gym
     except ImportError:
         raise DataError("reasoning_gym: not installed; pip install 'remix-cli[demo]'") from None
+    # reasoning-gym makes row i from seed + i: seeds 0 and 1 would share all rows but one.
+    seed = int(np.random.SeedSequence(source.seed).generate_state(1)[0] >> 1)
     try:
-        made = reasoning_gym.create_dataset(source.reasoning_gym, size=source.size, seed=source.seed, **source.options)
+        made = reasoning_gym.create_dataset(source.reasoning_gym, size=source.size, seed=seed, **source.options)
     except (ValueError, TypeError, AssertionError) as error:
         raise DataError(f"reasoning_gym {source.reasoning_gym!r}: {error}") from None
     return [{"prompt": entry["question"], "completion": str(entry["answer"])} for entry in made]
