@@ -35,7 +35,7 @@ demo: setup model
 test: setup model
 	$(BIN)/python -m pytest
 
-# 2,000 kills, every file-changing call killed and refused, 200 signals: about ten minutes
+# 2,000 kills, every file-changing call killed and refused, 200 signals: about twenty minutes on one core
 kills: setup
 	$(BIN)/python tests/faultlab.py kills 2000
 	$(BIN)/python tests/faultlab.py points

@@ -1,7 +1,7 @@
 """Kill or starve training runs on purpose, many times, from one warmed process that forks.
 
     python tests/faultlab.py kills 2000          SIGKILL at random instants, half of them while something is written
-    python tests/faultlab.py points [EVERY]      SIGKILL at every EVERY-th file-changing call of one evaluation and save
+    python tests/faultlab.py points [EVERY]      SIGKILL at every EVERY-th file-changing call of evaluations, saves, prunings
     python tests/faultlab.py errors [EVERY]      the disk refuses at that call instead (no space, I/O error)
     python tests/faultlab.py signals 100         SIGTERM or Ctrl-C at random instants
 
@@ -154,12 +154,13 @@ def at_call(number: int, output: Path, act: Callable[[], None]) -> Callable[[], 
     """For a child: call `act` in front of the `number`-th file-changing call after the first checkpoint."""
 
     def install() -> None:
-        seen = 0
+        seen, begun = 0, False
         sync = os.fsync
 
         def count(place: str) -> None:
-            nonlocal seen
-            if str(output) in place and (output / "checkpoints" / "step-000002").exists():
+            nonlocal seen, begun
+            begun = begun or (output / "checkpoints" / "step-000002").exists()
+            if str(output) in place and begun:
                 seen += 1
                 if seen == number:
                     act()

@@ -44,10 +44,10 @@ def test_K1_200_kills_at_random_instants_change_no_bit():
         assert (f["mismatches"], f["lost"], f["errors"]) == (0, 0, 0), f
 
 
-def test_K2_S1_S4_at_every_fourth_file_changing_call():
-    """A kill, or a disk that refuses, at calls 1, 5, 9 ... of an evaluation with a new best, a save and its pruning
+def test_K2_S1_S4_at_every_eighth_file_changing_call():
+    """A kill, or a disk that refuses, at calls 1, 9, 17 ... of evaluations with a new best, saves and prunings
     (one checkpoint is kept: K12). All of them by `make kills`."""
-    killed, starved = [finding(p) for p in [laboratory("points", 4), laboratory("errors", 4)]]
+    killed, starved = [finding(p) for p in [laboratory("points", 8), laboratory("errors", 8)]]
     for f in (killed, starved):
         assert f["points"] >= 12
         assert (f["mismatches"], f["lost"], f["wrong_exit"], f["scratch_left"]) == (0, 0, 0, 0), f
