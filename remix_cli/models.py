@@ -110,7 +110,7 @@ def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1)[batch.positions].unsqueeze(0),)
+        return (args[0].flatten(0, 1).index_select(0, batch.positions).unsqueeze(0),)
 
     hook = head.register_forward_pre_hook(gather)
     try:

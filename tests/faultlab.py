@@ -1,7 +1,7 @@
 """Kill or starve training runs on purpose, many times, from one warmed process that forks.
 
     python tests/faultlab.py kills 2000          SIGKILL at random instants, half of them while something is written
-    python tests/faultlab.py points [EVERY]      SIGKILL at every EVERY-th file-changing call of evaluations, saves, prunings
+    python tests/faultlab.py points [EVERY]      SIGKILL at every EVERY-th file-changing call after the first save
     python tests/faultlab.py errors [EVERY]      the disk refuses at that call instead (no space, I/O error)
     python tests/faultlab.py signals 100         SIGTERM or Ctrl-C at random instants
 

@@ -1,5 +1,7 @@
 """Layer, router, patching and traces on tiny models of three families."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import close
@@ -7,7 +9,8 @@ from tiny import FAMILIES, fill_adapter, tiny_model
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import TargetError, apply_adapter, find_targets
-from remix_cli.adapter.trace import Trace
+from remix_cli.adapter.product import pool_linear
+from remix_cli.adapter.trace import RoutingState, Trace
 from remix_cli.models import is_causal
 
 SMALL = AdapterConfig(pool_size=4, active=2, rank=2)
@@ -41,6 +44,56 @@ def test_starts_at_the_base_model_and_leaves_it_untouched(family, scope):
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("positions", [5, 1], ids=["by token", "by sequence"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_product_by_hand_is_the_product_by_autograd(bias, positions, dtype):
+    """Values and every gradient, odd shapes, in exact and in rounded arithmetic."""
+    n, r, d_in, d_out = 3, 2, 7, 11
+    base = torch.nn.Linear(d_in, d_out, bias=bias).to(dtype).requires_grad_(False)
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = [torch.randn(2, 5, d_in, dtype=dtype), torch.rand(2, positions, n, dtype=wide)]
+    pool = [
+        torch.nn.Parameter(torch.randn(n * r, d_in, dtype=wide)),
+        torch.nn.Parameter(torch.randn(d_out, n * r, dtype=wide)),
+    ]
+
+    def by_hand(x, w, a, b):
+        return pool_linear(x, base, a, b, w, RoutingState())
+
+    def by_autograd(x, w, a, b):
+        down = torch.nn.functional.linear(x, a.to(dtype)).unflatten(-1, (n, r))
+        return base(x) + torch.nn.functional.linear((down * w.to(dtype)[..., None]).flatten(-2), b.to(dtype))
+
+    results = []
+    for product in (by_hand, by_autograd):
+        leaves = [t.detach().clone().requires_grad_() for t in (*inputs, *pool)]
+        y = product(*leaves)
+        gradients = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(dtype)).sum(), leaves)
+        with torch.no_grad():
+            assert close(product(*leaves), y, 1e-9 if dtype == torch.float64 else 9e-3)
+        results.append([y, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert close(ours, theirs, 1e-12 if dtype == torch.float64 else 9e-3)
+
+
+def test_casts_are_shared_inside_a_scope_and_fresh_outside():
+    """Fused AdamW changes a parameter without autograd's version counter seeing it, so a scope must end the sharing."""
+    parameter, state = torch.nn.Parameter(torch.ones(3)), RoutingState()
+    with state.unchanging():
+        first = state.cast(parameter, torch.bfloat16)
+        with state.unchanging():
+            assert state.cast(parameter, torch.bfloat16) is first
+        assert state.cast(parameter, torch.bfloat16) is first
+    parameter.grad = torch.ones(3)
+    torch.optim.AdamW([parameter], lr=1.0, weight_decay=0.0, fused=True).step()
+    for scope in (state.unchanging, contextlib.nullcontext):
+        with scope():
+            assert state.cast(parameter, torch.bfloat16).float().abs().max() < 0.01
+            assert state.cast(parameter, torch.float32).abs().max() < 0.01
 
 
 def test_only_loras_get_gradients_from_the_token_loss():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from remix_cli.adapter import routing
 from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.product import pool_linear
 from remix_cli.adapter.trace import Decision, RoutingState, Trace
 
 
@@ -33,7 +34,7 @@ class Router(nn.Module):
         self.config = config
         self.local = False  # True: no attention follows, so a choice at s changes only the loss at s
         self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32, device=device))
-        self._state = state
+        self.state = state
         self.selected: Tensor | None = None  # weights of the block being computed, (B, T, n)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -68,7 +69,7 @@ class Router(nn.Module):
 
         With `level: sequence` (B, 1, n), and the first forward pass under a trace decides for all later ones.
         """
-        trace = self._state.trace or Trace()
+        trace = self.state.trace or Trace()
         if self.name in trace.kept:
             return trace.kept[self.name]
         recorded = trace.replay.decisions[self.name] if trace.replay else None
@@ -87,7 +88,7 @@ class Router(nn.Module):
             weights = self._constant_weights(logits, chosen)
             if mode.selection_grad and torch.is_grad_enabled():
                 weights.requires_grad_()
-        if self._state.trace is not None and not recorded:
+        if self.state.trace is not None and not recorded:
             if trace.record:
                 trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
             if self.config.level == "sequence":
@@ -129,6 +130,7 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.pool_size, self.rank = config.pool_size, config.rank
+        self.state = router.state
         width_in, width_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
         stacked = config.pool_size * config.rank
         where = next(base_layer.parameters()).device
@@ -149,11 +151,16 @@ class RoutedLinear(nn.Module):
             self.lora_A.copy_(values)
             self.lora_B.zero_()
 
+    def _drops(self) -> bool:
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
     def forward(self, x: Tensor) -> Tensor:
         weights = self.router(x) if self.routes_itself else self.router.selected
         if weights is None:
             raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
-        y = self.base_layer(x)
+        if type(self.base_layer) is nn.Linear and self.base_layer.weight.dtype == x.dtype and not self._drops():
+            return pool_linear(x, self.base_layer, self.lora_A, self.lora_B, weights, self.state)
+        y = self.base_layer(x)  # a quantised layer, autocast or dropout: the same by autograd
         # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64)
         mixed = down.unflatten(-1, (self.pool_size, self.rank)) * weights.to(x.dtype).unsqueeze(-1)

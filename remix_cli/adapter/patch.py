@@ -66,6 +66,10 @@ class Adapter:
         """Context: forward passes inside follow and fill `trace`."""
         return self.state.tracing(trace)
 
+    def unchanging(self) -> Any:
+        """Context: a promise that no parameter of the adapter changes inside, so that each is cast only once."""
+        return self.state.unchanging()
+
     def noise(self, seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
         """Selection noise of one forward pass over rows (B,) of `length` positions, (routers, B, T, n).
 

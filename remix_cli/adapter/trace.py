@@ -58,6 +58,29 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
+        self.casts: dict[tuple[int, torch.dtype], Tensor] | None = None
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """A promise that no adapter parameter changes inside: each is cast to the computation's type only once.
+
+        A scope rather than a check of what has changed, because fused optimizers change parameters unseen.
+        """
+        before = self.casts
+        self.casts = {} if before is None else before
+        try:
+            yield
+        finally:
+            self.casts = before
+
+    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """`parameter`, detached, in another type."""
+        if parameter.dtype == dtype or self.casts is None:
+            return parameter.detach().to(dtype)
+        key = id(parameter), dtype
+        if key not in self.casts:
+            self.casts[key] = parameter.detach().to(dtype)
+        return self.casts[key]
 
     @contextmanager
     def tracing(self, trace: Trace) -> Iterator[Trace]:

@@ -29,7 +29,7 @@ def generate(
             ids[j, length - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[j, length - len(prompts[i]) :] = 1
         trace = Trace(prompt=mask.bool().to(device), record=False)
-        with torch.no_grad(), adapter.tracing(trace):
+        with torch.no_grad(), adapter.tracing(trace), adapter.unchanging():
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

@@ -60,17 +60,18 @@ def accumulate_gradients(
     with_gradient = selections if router.lora_gradient == "mean" else 1
     traces: list[Trace] = []
     losses: list[Tensor] = []
-    for m in range(selections):
-        keep = m < with_gradient
-        noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1])
-        trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
-        torch.manual_seed(dropout_seed(seed, batch.first_row))  # one dropout mask for all M: it cancels in the baseline
-        with adapter.tracing(trace), torch.set_grad_enabled(keep):
-            loss = batch_losses(model, batch) / targets_in_step  # (B, T)
-        if keep:
-            backward(loss.sum() / with_gradient)
-        traces.append(trace)
-        losses.append(loss.detach())
+    with adapter.unchanging():
+        for m in range(selections):
+            keep = m < with_gradient
+            noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1])
+            trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
+            torch.manual_seed(dropout_seed(seed, batch.first_row))  # one mask for all M: it cancels in the baseline
+            with adapter.tracing(trace), torch.set_grad_enabled(keep):
+                loss = batch_losses(model, batch) / targets_in_step  # (B, T)
+            if keep:
+                backward(loss.sum() / with_gradient)
+            traces.append(trace)
+            losses.append(loss.detach())
     rollouts = _gather(adapter, batch, traces, losses)
     if linear:
         scale = adapter.config.scale * with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz

@@ -1,0 +1,73 @@
+"""A frozen linear layer and its pool of LoRAs as one differentiable product, with the backward pass by hand.
+
+    y = x W^T + bias + (w . (x A^T)) B^T       w repeats each LoRA's weight r times
+
+Autograd would give the same gradients through about twice as many kernels, which is what a step of a small model
+or a few tokens is made of. By hand the sums are folded into the products (`addmm`), the gradient with respect to
+W is never considered.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remix_cli.adapter.trace import RoutingState
+
+
+def pool_linear(
+    x: Tensor, base: nn.Linear, lora_a: nn.Parameter, lora_b: nn.Parameter, weights: Tensor, state: RoutingState
+) -> Tensor:
+    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r) and weights (B, T or 1, n)."""
+    a, b = state.cast(lora_a, x.dtype), state.cast(lora_b, x.dtype)
+    if not torch.is_grad_enabled():
+        y = F.linear(x, base.weight, base.bias)
+        mixed = _weighted(F.linear(x, a), weights)
+        y.view(-1, y.shape[-1]).addmm_(mixed.flatten(0, -2), b.T)
+        return y
+    return _PoolLinear.apply(x, base.weight, base.bias, lora_a, lora_b, a, b, weights)
+
+
+def _weighted(down: Tensor, weights: Tensor) -> Tensor:
+    """Multiply each LoRA's r columns of `down` (B, T, n r) by its weight (B, T or 1, n)."""
+    by_lora = down.unflatten(-1, (weights.shape[-1], -1))
+    return (by_lora * weights.to(down.dtype).unsqueeze(-1)).flatten(-2)
+
+
+class _PoolLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        down = F.linear(x, a)  # (B, T, n r)
+        mixed = _weighted(down, weights)
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(mixed.flatten(0, -2), b.T)
+        ctx.save_for_backward(x, weight, a, b, weights, down, mixed)
+        ctx.types = lora_a.dtype, lora_b.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, weights, down, mixed = ctx.saved_tensors
+        rows = g.flatten(0, -2)  # (S, D_out), S = B T
+        d_mixed = F.linear(g, b.T)  # (B, T, n r)
+        d_down = _weighted(d_mixed, weights).flatten(0, -2)
+        d_b = (rows.T @ mixed.flatten(0, -2)).to(ctx.types[1])
+        d_a = (d_down.T @ x.flatten(0, -2)).to(ctx.types[0])
+        d_x = d_weights = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.addmm(rows @ weight, d_down, a).view(x.shape)
+        if ctx.needs_input_grad[7]:
+            by_lora = (d_mixed.to(weights.dtype) * down).unflatten(-1, (weights.shape[-1], -1))
+            d_weights = by_lora.sum(-1).sum_to_size(weights.shape)
+        return d_x, None, None, d_a, d_b, None, None, d_weights
