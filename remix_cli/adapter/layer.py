@@ -44,14 +44,20 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores before the softmax, (..., n) float32 (float64 for a float64 model), for x (..., D)."""
-        direction = self.direction(x)
+        wide = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(direction, self.weight.to(direction.dtype))
+            return F.linear(wide, self.weight.to(wide.dtype)) / self._length(wide)
+
+    def _length(self, wide: Tensor) -> Tensor | float:
+        """What the scores are divided by, (..., 1): after the product, which leaves n numbers a token, not D."""
+        if not self.config.router_unit_input:
+            return 1.0
+        return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
 
     def direction(self, x: Tensor) -> Tensor:
-        """What P multiplies: x / ||x|| (or x), in float32 or wider."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=-1) if self.config.router_unit_input else wide
+        """The logits' derivative with respect to each row of P, (..., D): x / ||x|| (or x), in float32 or wider."""
+        wide = _wide(x)
+        return wide / self._length(wide)
 
     @torch.no_grad()
     def add_gradient(self, x: Tensor, logits_gradient: Tensor) -> None:
@@ -60,8 +66,9 @@ class Router(nn.Module):
         x (..., D), logits_gradient (..., n). Closed form, so that no autograd graph has to keep x / ||x||
         of every router and selection until the losses are known.
         """
-        gradient = logits_gradient.flatten(0, -2).T @ self.direction(x).flatten(0, -2)
-        gradient = gradient.to(self.weight.dtype)
+        wide = _wide(x)
+        scaled = (logits_gradient / self._length(wide)).flatten(0, -2)
+        gradient = (scaled.T @ wide.flatten(0, -2)).to(self.weight.dtype)
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,18 +79,19 @@ class Router(nn.Module):
         trace = self.state.trace or Trace()
         if self.name in trace.kept:
             return trace.kept[self.name]
+        soft = self.config.method == "mixlora"
         recorded = trace.replay.decisions[self.name] if trace.replay else None
+        if recorded and not soft:
+            return recorded.weights  # the very tensor, so that its gradient gathers there
         mode = trace.replay or trace
+        x = x if soft else x.detach()
         if self.config.level == "sequence":
             x = _mean_over_prompt(x, mode.prompt)
-        soft = self.config.method == "mixlora"
         with torch.set_grad_enabled(soft and torch.is_grad_enabled()):
-            logits = self.logits(x if soft else x.detach())
+            logits = self.logits(x)
         chosen = recorded.chosen if recorded else self._choose(logits.detach(), None if soft else mode.noise)
         if soft:
             weights = self._softmax_weights(logits, chosen)
-        elif recorded:
-            return recorded.weights  # the very tensor, so that its gradient gathers there
         else:
             weights = self._constant_weights(logits, chosen)
             if mode.selection_grad and torch.is_grad_enabled():
@@ -100,12 +108,17 @@ class Router(nn.Module):
         return routing.top_k(scores, self.config.active)
 
     def _constant_weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
-        return routing.selection_mask(chosen, self.config.pool_size).to(logits.dtype) * self.config.scale
+        return torch.zeros_like(logits).scatter_(-1, chosen, self.config.scale)
 
     def _softmax_weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
         """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
         share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
         return torch.zeros_like(logits).scatter(-1, chosen, share)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is if wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean_over_prompt(x: Tensor, prompt: Tensor | None) -> Tensor:
@@ -115,7 +128,7 @@ def _mean_over_prompt(x: Tensor, prompt: Tensor | None) -> Tensor:
             "routing by sequence chooses from the prompt; run the model inside adapter.tracing(Trace(prompt=mask))"
         )
     share = prompt / prompt.sum(-1, keepdim=True)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = _wide(x)
     return share.to(wide.dtype).unsqueeze(1) @ wide
 
 

@@ -79,10 +79,15 @@ def save_checkpoint(
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
         made = {"origin": asdict(origin), "machine": asdict(Machine.here(device))}
         write_json(scratch / "manifest.json", {"format": FORMAT, "step": state.step, "files": files} | made)
+    prune(folder, keep)
+    return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, which must be known to be whole. Raises StorageError."""
     for old in list_checkpoints(folder)[:-keep]:
         with storage_errors(old):
             shutil.rmtree(old)
-    return target
 
 
 def adapter_bytes(adapter: Adapter) -> int:

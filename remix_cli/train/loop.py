@@ -124,6 +124,8 @@ class _Run:
             self._open_window()
             for step in range(self.state.step, self.total):
                 self._step(step)
+        if self.main:  # a process killed while it removed an old checkpoint left a part of it
+            checkpoints.prune(self.folder.checkpoints, self.recipe.train.save_total_limit)
         self._write_adapter(self.folder.adapter)
         return self._summary()
 
