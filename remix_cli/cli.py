@@ -35,7 +35,7 @@ Best = Annotated[bool, typer.Option("--best", help="Use the adapter of lowest he
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Use the adapter even if base model or tokenizer have changed.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use so many rows, spread evenly over all.")]
 
 
 @app.command()
@@ -122,7 +122,7 @@ def route_stats(
 
     console = Console(stderr=as_json)
     loaded = load_run(run, best=best, any_base=any_base)
-    examples = task_examples(loaded.recipe, override_source(loaded.recipe, Task(task="nll"), data))[:limit]
+    examples = task_examples(loaded.recipe, override_source(loaded.recipe, Task(task="nll"), data), limit)
     rows = loaded.encoder.encode_rows(examples).rows
     if not rows:
         raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")

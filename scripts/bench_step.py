@@ -217,7 +217,7 @@ def main() -> None:
         table.add_row(
             name, f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}", f"{median / reference:.2f}", peak
         )
-    Console().print(table)
+    Console(width=100).print(table)
     if args.json:
         args.json.write_text(
             json.dumps(

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import recipe_text, write_recipe
 
@@ -54,6 +55,20 @@ def test_eval_reports_as_json_and_writes_one_line_per_example(verb, finished):
     assert nll["scores"]["loss"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-5)
     base = json.loads(verb("eval", finished, "--json", "--base", "--task", "nll")[0])
     assert base["results"][0]["scores"]["loss"] == pytest.approx(metrics[0]["eval_loss"], rel=1e-5)
+
+
+def test_two_tasks_of_one_kind_keep_their_rows_apart(verb, finished, stage, tmp_path):
+    import shutil
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    other = {"task": "nll", "source": {"path": str(stage[1]), "format": "gsm8k"}}
+    recipe["eval"]["tasks"] = [{"task": "nll"}, other]
+    write_recipe(run / "recipe.yaml", recipe)
+    report = json.loads(verb("eval", run, "--json", "--limit", "5")[0])
+    assert [(r["task"], r["count"]) for r in report["results"]] == [("nll", 5), ("nll-2", 5)]
+    lines = [(run / "eval" / f"adapter-{name}.jsonl").read_text() for name in ("nll", "nll-2")]
+    assert lines[0] != lines[1]
 
 
 def test_tables_fit_80_columns(verb, finished):

@@ -38,7 +38,7 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
                 f"data.validation: {seen} of {len(held)} rows are also in data.train, so the held-out loss would "
                 "flatter; remove them, or set data.allow_overlap: true"
             )
-        return examples, counts, _evenly(held, recipe.data.validation_limit)
+        return examples, counts, evenly(held, recipe.data.validation_limit)
     random = np.random.default_rng([recipe.seed, 1])
     total = sum(counts)
     share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
@@ -62,7 +62,7 @@ def _words(example: Example) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in example.messages)
 
 
-def _evenly(examples: list[Example], limit: int) -> list[Example]:
+def evenly(examples: list[Example], limit: int) -> list[Example]:
     """At most `limit` examples, spread evenly, so that every source keeps its share."""
     if len(examples) <= limit:
         return examples

@@ -15,7 +15,7 @@ import transformers
 import remix_cli
 from remix_cli.data.encode import load_examples
 from remix_cli.data.formats import Example
-from remix_cli.data.splits import split_examples
+from remix_cli.data.splits import evenly, split_examples
 from remix_cli.errors import DataError
 from remix_cli.evaluate import gsm8k
 from remix_cli.evaluate.generate import generate
@@ -27,7 +27,7 @@ from remix_cli.storage import write_json, write_text
 
 @dataclass
 class TaskResult:
-    """Scores of one task; `examples` go to a file of their own."""
+    """Scores of one task; `examples` go to a file of their own. A second task of a kind is `nll-2` and so on."""
 
     task: str
     scores: dict[str, float]
@@ -58,13 +58,15 @@ def evaluate(
     results = []
     with run.adapter.disabled() if base else nullcontext():
         for task in tasks:
-            examples = task_examples(run.recipe, task)[: limit or task.limit]
+            examples = task_examples(run.recipe, task, limit or task.limit)
             if not examples:
                 raise DataError(f"eval task {task.task}: no rows; give data.validation or a source for the task")
             begun = time.monotonic()
             score = {"nll": _nll, "gsm8k": _gsm8k}[task.task]
             scores, lines = score(run, task, examples, progress)
-            results.append(TaskResult(task.task, scores, len(lines), lines, time.monotonic() - begun))
+            same = sum(result.task.split("-")[0] == task.task for result in results)
+            label = f"{task.task}-{same + 1}" if same else task.task
+            results.append(TaskResult(label, scores, len(lines), lines, time.monotonic() - begun))
     report = {
         "model": name,
         "results": [r.to_dict() for r in results],
@@ -78,11 +80,10 @@ def evaluate(
     return report, target
 
 
-def task_examples(recipe: Recipe, task: Task) -> list[Example]:
-    """The task's own rows, or the rows the recipe held out of training."""
-    if task.source is not None:
-        return load_examples([task.source])[0]
-    return split_examples(recipe)[2]
+def task_examples(recipe: Recipe, task: Task, limit: int | None = None) -> list[Example]:
+    """The task's own rows, or the rows the recipe held out of training; at most `limit`, spread evenly over them."""
+    examples = load_examples([task.source])[0] if task.source is not None else split_examples(recipe)[2]
+    return evenly(examples, limit) if limit else examples
 
 
 def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:

@@ -92,7 +92,7 @@ def eval_table(report: dict[str, Any]) -> Table:
     table.add_column("rows", justify="right")
     for result in report["results"]:
         for name, value in result["scores"].items():
-            share = result["task"] != "nll"
+            share = not result["task"].startswith("nll")
             table.add_row(
                 result["task"],
                 name,

@@ -111,8 +111,7 @@ class _Run:
             if not self.resumed:  # only now: whatever could be refused has been
                 prepare.clear_output(self.folder)
             write_text(self.folder.recipe, dump(self.recipe))
-            self.recorder = Recorder(self.recipe, self.folder)
-            self.recorder.rewind(self.state.step)
+            self.recorder = Recorder(self.recipe, self.folder, self.state.step)
         with (
             Signals() as self.signals,
             TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,

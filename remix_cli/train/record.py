@@ -21,8 +21,10 @@ from remix_cli.train.checkpoints import TrainingState
 class Recorder:
     """Appends to metrics.jsonl; used by the main process only."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder):
+    def __init__(self, recipe: Recipe, folder: RunFolder, step: int):
+        """Go on after `step`: what a resumed run is about to do again is forgotten."""
         self.folder = folder
+        self._rewind(step)
         self.tracker: Any = None
         if recipe.train.report_to == "tensorboard":
             try:
@@ -30,7 +32,7 @@ class Recorder:
             except ImportError:
                 fix = "pip install 'remix-cli[trackers]'"
                 raise RecipeError(f"train.report_to: tensorboard is not installed; {fix}") from None
-            self.tracker = SummaryWriter(str(folder.path / "tensorboard"))
+            self.tracker = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def add(self, record: dict[str, Any]) -> None:
         """Raises StorageError."""
@@ -44,8 +46,8 @@ class Recorder:
                 if isinstance(value, int | float) and key != "step":
                     self.tracker.add_scalar(key, value, record["step"])
 
-    def rewind(self, step: int) -> None:
-        """Forget what a resumed run is about to do again: records after `step`, and a line cut off by a crash.
+    def _rewind(self, step: int) -> None:
+        """Drop records after `step`, and a line cut off by a crash.
 
         The records of `step` itself were written before its checkpoint; with no checkpoint all go.
         """
