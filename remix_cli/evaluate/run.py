@@ -55,7 +55,7 @@ def evaluate(
     `<name>` is `adapter`, `best`, or for the unadapted model `base`. Raises DataError.
     """
     name = "base" if base else run.which
-    results = []
+    results: list[TaskResult] = []
     with run.adapter.disabled() if base else nullcontext():
         for task in tasks:
             examples = task_examples(run.recipe, task, limit or task.limit)
