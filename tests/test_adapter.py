@@ -80,6 +80,17 @@ def test_the_product_by_hand_is_the_product_by_autograd(bias, positions, dtype):
         assert close(ours, theirs, 1e-12 if dtype == torch.float64 else 9e-3)
 
 
+def test_autocast_takes_the_way_by_autograd():
+    model, adapter = adapted()
+    exact = model(IDS).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(IDS, labels=IDS)
+    loss.loss.backward()
+    difference = (loss.logits.float() - exact).norm() / exact.norm()
+    assert 0 < difference < 0.02
+    assert all(torch.isfinite(p.grad).all() for p in adapter.lora_parameters().values())
+
+
 def test_casts_are_shared_inside_a_scope_and_fresh_outside():
     """Fused AdamW changes a parameter without autograd's version counter seeing it, so a scope must end the sharing."""
     parameter, state = torch.nn.Parameter(torch.ones(3)), RoutingState()

@@ -164,16 +164,19 @@ class RoutedLinear(nn.Module):
             self.lora_A.copy_(values)
             self.lora_B.zero_()
 
-    def _drops(self) -> bool:
-        return self.training and isinstance(self.dropout, nn.Dropout)
+    def _is_plain(self, x: Tensor) -> bool:
+        """Does the product by hand apply? Not to a quantised layer, under autocast, or with dropout."""
+        drops = self.training and isinstance(self.dropout, nn.Dropout)
+        same = type(self.base_layer) is nn.Linear and self.base_layer.weight.dtype == x.dtype
+        return same and not drops and not torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.router(x) if self.routes_itself else self.router.selected
         if weights is None:
             raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
-        if type(self.base_layer) is nn.Linear and self.base_layer.weight.dtype == x.dtype and not self._drops():
+        if self._is_plain(x):
             return pool_linear(x, self.base_layer, self.lora_A, self.lora_B, weights, self.state)
-        y = self.base_layer(x)  # a quantised layer, autocast or dropout: the same by autograd
+        y = self.base_layer(x)
         # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64)
         mixed = down.unflatten(-1, (self.pool_size, self.rank)) * weights.to(x.dtype).unsqueeze(-1)
