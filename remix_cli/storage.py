@@ -25,8 +25,7 @@ def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         if path.parent.is_dir():
             room.append(f"{shutil.disk_usage(path.parent).free / MIB:.1f} MiB free")
         space = f" ({', '.join(room)})" if room else ""
-        fix = "make room or choose another output_dir, then go on with --resume"
-        raise StorageError(f"cannot write {path}: {error.strerror or error}{space}; {fix}") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}{space}; make room there") from error
 
 
 def free_bytes(path: Path) -> int:
@@ -129,20 +128,25 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     A folder that was made for the lock and holds nothing else when the block fails is removed again.
     """
-    with storage_errors(folder / ".lock"):
+    path = folder / ".lock"
+    with storage_errors(path):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    with file, _removed_if_empty(folder) if made else nullcontext():
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BusyError(f"{folder}: in use by process {file.read().strip() or 'unknown'}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        file = path.open("a+")
+    with file:
+        with storage_errors(path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise BusyError(f"{folder}: in use by process {file.read().strip() or 'unknown'}") from None
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise BusyError(f"{folder}: another process has just given it up; start again")
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        with _removed_if_empty(folder) if made else nullcontext():
+            yield
 
 
 @contextmanager
@@ -150,7 +154,8 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if [p.name for p in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            folder.rmdir()
+        with suppress(OSError):
+            if [p.name for p in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
         raise

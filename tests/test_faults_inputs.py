@@ -245,8 +245,9 @@ def test_D2_D5_D7_a_bad_row_is_named_with_its_column(second, message, tmp_path):
         ('{"prompt": "a", "completion": NaN}', "row 2: column 'completion' should be text, is float"),
         ("{" * 100_000, "line 2: not JSON"),
         ("x" * 10_000, "line 2: not JSON"),
+        ("9" * 5000, "line 2: not JSON that can be read"),
     ],
-    ids=["broken", "cut off", "key twice", "NaN", "nested", "long"],
+    ids=["broken", "cut off", "key twice", "NaN", "nested", "long", "digits"],
 )
 def test_D3_broken_json_is_named_by_its_line(second, message, tmp_path):
     assert message in rows_error(tmp_path, GOOD + second)

@@ -188,6 +188,57 @@ def test_K14_another_thread_count_is_said(stage, tmp_path, monkeypatch, capsys):
     assert re.search(r"not bit-reproducible: threads was \d+, is 77 when step-000001 was made", capsys.readouterr().out)
 
 
+def test_K14_another_number_of_processes_is_refused(stage, tmp_path, monkeypatch):
+    """It would change the rows of every step, the number of steps and the schedule."""
+    from remix_cli.errors import ArtefactError
+
+    run(small(stage, tmp_path))
+    (tmp_path / "out" / "summary.json").unlink()
+    original = loop.load_data
+    monkeypatch.setattr(loop, "load_data", lambda recipe, tokenizer, world: original(recipe, tokenizer, 2))
+    with pytest.raises(ArtefactError, match="made from another number of processes than this run would use"):
+        run(small(stage, tmp_path), resume=True)
+
+
+def test_K12_a_damaged_newer_checkpoint_never_crowds_out_a_whole_one(tmp_path):
+    for step in (5, 10, 15, 20):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    checkpoints.prune(tmp_path, 15, keep=1)  # 20 was found damaged, 15 has just been written
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-000015"]
+
+
+def test_K7_a_deferred_evaluation_is_recorded_once(stage, tmp_path):
+    """Killed after the deferred evaluation and before the next save: the record is made again, not twice."""
+    from remix_cli.runs import RunFolder
+    from remix_cli.train.record import Recorder
+
+    lines = [{"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.0}, {"step": 3, "loss": 1.0}]
+    for due, kept in ((True, lines[:1]), (False, lines[:2])):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        Recorder(small(stage, tmp_path), RunFolder(tmp_path), 2, due)
+        assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == kept
+
+
+def test_M1_whoever_loses_a_new_folder_leaves_the_winners_lock_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    with lock_folder(folder):
+        monkeypatch.setattr(Path, "exists", lambda self: False)  # both saw that there was no folder yet
+        with pytest.raises(BusyError, match="in use"), lock_folder(folder):
+            pass
+        monkeypatch.undo()
+        assert (folder / ".lock").exists()
+
+
+def test_S7_a_kill_while_overwriting_leaves_a_folder_of_ours(stage, tmp_path, monkeypatch):
+    run(small(stage, tmp_path))
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda self, **o: removed.append(self.name) or unlink(self, **o))
+    run(small(stage, tmp_path), overwrite=True)
+    names = [n for n in removed if n in ("recipe.yaml", "metrics.jsonl", "summary.json")]
+    assert names[-1] == "recipe.yaml"
+
+
 def test_K14_other_rows_or_another_base_model_are_refused(stage, tmp_path, verb):
     model, rows, _ = stage
     mine = tmp_path / "rows.jsonl"

@@ -174,7 +174,7 @@ class RoutedLinear(nn.Module):
         weights = self.router(x) if self.routes_itself else self.router.selected
         if weights is None:
             raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
-        if self._is_plain(x):
+        if isinstance(self.base_layer, nn.Linear) and self._is_plain(x):
             return pool_linear(x, self.base_layer, self.lora_A, self.lora_B, weights, self.state)
         y = self.base_layer(x)
         # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.

@@ -113,6 +113,8 @@ def _json(text: str, where: str) -> Any:
         near = text[max(0, error.pos - 20) : error.pos + 20].strip()
         at = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{where}: not JSON ({at}column {error.colno}: {error.msg}) near {near!r:.80}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: not JSON that can be read: {error}") from None
     except RecursionError:
         raise DataError(f"{where}: not JSON that can be read: nested too deeply") from None
 

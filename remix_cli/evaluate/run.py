@@ -158,7 +158,9 @@ def _protocol(run: LoadedRun, tasks: list[Task], base: bool) -> dict[str, Any]:
         "tasks": [task.model_dump() for task in tasks],
         "decoding": "greedy",
         "shots": 0,
-        "routing": "none" if base else f"top-{run.adapter.config.active} of {run.adapter.config.pool_size}",
+        "routing": "none"
+        if base
+        else f"top-{run.adapter.config.active} of {run.adapter.config.pool_size} by {run.adapter.config.level}",
         "chat_template": run.encoder.chat,
         "model": run.recipe.model.name_or_path,
         "dtype": run.recipe.model.dtype,

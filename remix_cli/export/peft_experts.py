@@ -7,7 +7,7 @@ it equals a pool with k = n, and with any fixed k of them it is one selection of
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.store import StoredAdapter, load_stored
@@ -20,11 +20,11 @@ Made from a routed adapter by `remix export --format peft-experts`; base model `
 
 - `lora-0` .. `lora-{last}`: stock PEFT adapters of rank {rank}, each scaled by omega = {scale:.6g}
   (`lora_alpha` = omega * r). Any k of them, active together, are one selection of the router.
-- `router.safetensors`: for each block the matrix P, (n, D) float32. For a block's input x the trained model
-  activates the {active} LoRAs with the largest P x / ||x||, token by token.
+- `router.safetensors`: for each {place} the matrix P, (n, D) float32. For its input x the trained model
+  activates the {active} LoRAs with the largest P x, {level}.
 
 PEFT does not read the router, so loading one folder, or all of them, is NOT the trained model, which chooses
-{active} of {pool} for every token. `remix eval` and the library run it as trained.
+{active} of {pool} by the router. `remix eval` and the library run it as trained.
 """
 
 
@@ -39,7 +39,7 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
         for i in range(stored.config.pool_size):
             _write_lora(scratch / f"lora-{i}", stored, i)
         routers = {k: v for k, v in stored.tensors.items() if k.endswith(".router")}
-        save_file(routers, scratch / "router.safetensors", metadata={"format": "pt"})
+        (scratch / "router.safetensors").write_bytes(save(routers, metadata={"format": "pt"}))
         (scratch / "README.md").write_text(_readme(stored), encoding="utf-8")
     return target
 
@@ -48,6 +48,10 @@ def _readme(stored: StoredAdapter) -> str:
     c = stored.config
     return README.format(
         base=stored.identity.base_model,
+        place="block" if stored.config.scope == "block" else "adapted layer",
+        level="token by token"
+        if stored.config.level == "token"
+        else "once for a sequence, x being the mean over its prompt",
         last=c.pool_size - 1,
         rank=c.rank,
         scale=c.scale,
@@ -80,5 +84,5 @@ def _write_lora(folder: Path, stored: StoredAdapter, i: int) -> None:
         "inference_mode": True,
     }
     folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

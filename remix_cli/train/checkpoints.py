@@ -44,6 +44,7 @@ class Origin:
     data: str  # of the encoded training rows
     base: str  # fingerprint of the base model
     tokenizer: str
+    rows_per_step: int  # differs with the number of processes
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,18 @@ def save_checkpoint(
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
         made = {"origin": asdict(origin), "machine": asdict(Machine.here(device))}
         write_json(scratch / "manifest.json", {"format": FORMAT, "step": state.step, "files": files} | made)
-    prune(folder, keep)
+    prune(folder, state.step, keep)
     return target
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, which must be known to be whole. Raises StorageError."""
-    for old in list_checkpoints(folder)[:-keep]:
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` checkpoints up to `step`, the one just written. Raises StorageError.
+
+    Later ones are those that were found damaged when the run was resumed.
+    """
+    found = list_checkpoints(folder)
+    behind = [c for c in found if step_of(c) <= step]
+    for old in [*behind[:-keep], *found[len(behind) :]]:
         with storage_errors(old):
             shutil.rmtree(old)
 
@@ -98,7 +104,11 @@ def adapter_bytes(adapter: Adapter) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def verify(checkpoint: Path) -> str | None:
@@ -142,6 +152,7 @@ CAUSES = {
     "data": "other rows",
     "base": "another base model",
     "tokenizer": "another tokenizer",
+    "rows_per_step": "another number of processes",
 }
 
 

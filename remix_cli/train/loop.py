@@ -5,6 +5,7 @@ divided by the step's supervised tokens over all micro-batches and ranks; router
 clipped apart; data order and draws are functions of (seed, step), so a checkpoint holds no random state.
 """
 
+import errno
 import json
 import math
 import signal
@@ -47,7 +48,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     """
     skeleton = prepare.check_recipe(recipe)
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
-    prepare.check_space(recipe, skeleton)
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
         # rank 0 may tokenise, evaluate or write for a while
@@ -64,8 +64,10 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
                 console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
             return json.loads(folder.summary.read_text(encoding="utf-8"))
         if main:
+            prepare.check_space(recipe, skeleton)
             recover(folder.path)
             recover(folder.checkpoints)
+        accelerator.wait_for_everyone()
         return _Run(recipe, accelerator, folder, console, resume).execute()
 
 
@@ -85,7 +87,7 @@ class _Run:
         self.total = self.data.total_steps(recipe)
         self.model = load_model(recipe.model, accelerator.device)
         self.identity = identify(recipe.model, self.model, self.tokenizer)
-        self.origin = origin_of(recipe, self.data.train, self.identity)
+        self.origin = origin_of(recipe, self.data, self.identity)
         check_base(self.model, len(self.tokenizer))
         self.adapter: Adapter = apply_adapter(self.model, recipe.adapter_config(), seed=recipe.seed)
         self.loras = list(self.adapter.lora_parameters().values())
@@ -111,7 +113,7 @@ class _Run:
             if not self.resumed:  # only now: whatever could be refused has been
                 prepare.clear_output(self.folder)
             write_text(self.folder.recipe, dump(self.recipe))
-            self.recorder = Recorder(self.recipe, self.folder, self.state.step)
+            self.recorder = Recorder(self.recipe, self.folder, self.state.step, self.state.evaluation_due)
         with (
             Signals() as self.signals,
             TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,
@@ -124,7 +126,7 @@ class _Run:
             for step in range(self.state.step, self.total):
                 self._step(step)
         if self.main:  # a process killed while it removed an old checkpoint left a part of it
-            checkpoints.prune(self.folder.checkpoints, self.recipe.train.save_total_limit)
+            checkpoints.prune(self.folder.checkpoints, self.state.step, self.recipe.train.save_total_limit)
         self._write_adapter(self.folder.adapter)
         return self._summary()
 
@@ -325,7 +327,10 @@ class _Run:
                 raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
         with publish_folder(target) as scratch:
             save_adapter(scratch, self.adapter, self.identity)
-            self.tokenizer.save_pretrained(scratch)
+            try:
+                self.tokenizer.save_pretrained(scratch)
+            except Exception as error:  # the tokenizers library reports a full disk as a plain Exception
+                raise OSError(errno.EIO, str(error)) if "os error" in str(error) else error from None
 
     def _save(self) -> None:
         self.state.coefficient = {"products": self.coefficient.products, "squares": self.coefficient.squares}

@@ -1,5 +1,6 @@
 """What can be refused before any weight is loaded and anything is written."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from remix_cli.errors import RecipeError, StorageError
 from remix_cli.models import skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
-from remix_cli.storage import MIB, free_bytes
+from remix_cli.storage import MIB, free_bytes, storage_errors
 from remix_cli.train.checkpoints import adapter_bytes
 
 
@@ -22,6 +23,8 @@ def check_recipe(recipe: Recipe) -> Adapter:
     Raises RecipeError.
     """
     problems = []
+    if recipe.train.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        problems.append("train.report_to: tensorboard is not installed; pip install 'remix-cli[trackers]'")
     places = [("data.train", recipe.data.train), ("data.validation", recipe.data.validation)]
     for key, sources in places:
         for i, source in enumerate(sources):
@@ -78,7 +81,9 @@ def check_space(recipe: Recipe, skeleton: Adapter) -> None:
     moments in float32; besides them the last and the best adapter.
     """
     needed = adapter_bytes(skeleton) * (3 * (recipe.train.save_total_limit + 1) + 2)
-    free = free_bytes(Path(recipe.output_dir))
+    folder = RunFolder(Path(recipe.output_dir))
+    own = sum(p.stat().st_size for name in RunFolder.OWN for p in (folder.path / name).rglob("*") if p.is_file())
+    free = free_bytes(folder.path) + own  # what this run holds already, or the one it replaces
     if needed > free:
         raise StorageError(
             f"output_dir: {recipe.output_dir} needs {needed / MIB:.1f} MiB for {recipe.train.save_total_limit} "
@@ -88,13 +93,17 @@ def check_space(recipe: Recipe, skeleton: Adapter) -> None:
 
 
 def clear_output(folder: RunFolder) -> None:
-    """Remove what a run of ours wrote, and nothing else."""
-    for name in RunFolder.OWN:
+    """Remove what a run of ours wrote, and nothing else; the recipe, which marks the folder as ours, last.
+
+    Raises StorageError.
+    """
+    for name in reversed(RunFolder.OWN):
         path = folder.path / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        with storage_errors(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_hardware(recipe: Recipe, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import remix_cli
-from remix_cli.errors import RecipeError, StorageError
+from remix_cli.errors import StorageError
 from remix_cli.objective import ESTIMATORS
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
@@ -21,17 +21,14 @@ from remix_cli.train.checkpoints import TrainingState
 class Recorder:
     """Appends to metrics.jsonl; used by the main process only."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, step: int):
-        """Go on after `step`: what a resumed run is about to do again is forgotten."""
+    def __init__(self, recipe: Recipe, folder: RunFolder, step: int, evaluation_due: bool):
+        """Go on after `step`, or in front of its evaluation: what a resumed run will do again is forgotten."""
         self.folder = folder
-        self._rewind(step)
+        self._rewind(step, evaluation_due)
         self.tracker: Any = None
         if recipe.train.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                fix = "pip install 'remix-cli[trackers]'"
-                raise RecipeError(f"train.report_to: tensorboard is not installed; {fix}") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self.tracker = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -46,7 +43,7 @@ class Recorder:
                 if isinstance(value, int | float) and key != "step":
                     self.tracker.add_scalar(key, value, record["step"])
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, evaluation_due: bool) -> None:
         """Drop records after `step`, and a line cut off by a crash.
 
         The records of `step` itself were written before its checkpoint; with no checkpoint all go.
@@ -54,6 +51,8 @@ class Recorder:
         if self.folder.metrics.exists():
             lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if step > 0 and _step_of(line) <= step]
+            if evaluation_due:
+                kept = [line for line in kept if not (_step_of(line) == step and "eval_loss" in json.loads(line))]
             write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:

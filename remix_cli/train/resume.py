@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from remix_cli.adapter.store import BaseIdentity
-from remix_cli.data.encode import Encoded
+from remix_cli.data.splits import TrainingData
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
@@ -46,10 +46,10 @@ def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
         raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
 
 
-def origin_of(recipe: Recipe, train: Encoded, identity: BaseIdentity) -> Origin:
+def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity) -> Origin:
     """Hashes of everything a checkpoint of this run belongs to."""
     rows = hashlib.sha256()
-    for row in train.rows:
+    for row in data.train.rows:
         rows.update(row.input_ids.tobytes() + b"|" + row.supervised.tobytes() + b"\n")
     text = json.dumps(_binding(recipe), sort_keys=True)
     return Origin(
@@ -57,4 +57,5 @@ def origin_of(recipe: Recipe, train: Encoded, identity: BaseIdentity) -> Origin:
         data=rows.hexdigest(),
         base=identity.base_fingerprint,
         tokenizer=identity.tokenizer_fingerprint,
+        rows_per_step=data.plan.rows_per_step,
     )
