@@ -142,11 +142,10 @@ def check_base(model: nn.Module, vocabulary: int) -> None:
             f"model.name_or_path: the tokenizer has {vocabulary} tokens, the model embeds {rows}; "
             "resize the model's embeddings or use its own tokenizer"
         )
-    device = next(model.parameters()).device
-    if not torch.isfinite(model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=device)).logits).all():
+    if not is_causal(model, vocabulary):  # nor is one whose logits are not finite
         bad = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
-        raise ArtefactError(f"model.name_or_path: the base model's {bad or 'logits'} holds non-finite values")
-    if not is_causal(model, vocabulary):
+        if bad:
+            raise ArtefactError(f"model.name_or_path: the base model's {bad} holds non-finite values")
         raise RecipeError("model.name_or_path: later tokens change earlier logits; remix trains causal models only")
 
 

@@ -20,12 +20,16 @@ def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn the file system's refusals into a StorageError that names `path`, the bytes needed and those free."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error" not in str(error):  # libraries in Rust have their own
+            raise
         room = [] if needed is None else [f"{needed / MIB:.1f} MiB needed"]
         if path.parent.is_dir():
             room.append(f"{shutil.disk_usage(path.parent).free / MIB:.1f} MiB free")
         space = f" ({', '.join(room)})" if room else ""
-        raise StorageError(f"cannot write {path}: {error.strerror or error}{space}; make room there") from error
+        raise StorageError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}{space}; make room there"
+        ) from error
 
 
 def free_bytes(path: Path) -> int:

@@ -22,10 +22,7 @@ def pool_linear(
     """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r) and weights (B, T or 1, n)."""
     a, b = state.cast(lora_a, x.dtype), state.cast(lora_b, x.dtype)
     if not torch.is_grad_enabled():
-        y = F.linear(x, base.weight, base.bias)
-        mixed = _weighted(F.linear(x, a), weights)
-        y.view(-1, y.shape[-1]).addmm_(mixed.flatten(0, -2), b.T)
-        return y
+        return _product(x, base.weight, base.bias, a, b, weights)[0]
     return _PoolLinear.apply(x, base.weight, base.bias, lora_a, lora_b, a, b, weights)
 
 
@@ -33,6 +30,17 @@ def _weighted(down: Tensor, weights: Tensor) -> Tensor:
     """Multiply each LoRA's r columns of `down` (B, T, n r) by its weight (B, T or 1, n)."""
     by_lora = down.unflatten(-1, (weights.shape[-1], -1))
     return (by_lora * weights.to(down.dtype).unsqueeze(-1)).flatten(-2)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, D_out), and on the way to it x A^T and the same weighted, both (B, T, n r)."""
+    down = F.linear(x, a)
+    mixed = _weighted(down, weights)
+    y = F.linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_(mixed.flatten(0, -2), b.T)
+    return y, down, mixed
 
 
 class _PoolLinear(torch.autograd.Function):
@@ -48,10 +56,7 @@ class _PoolLinear(torch.autograd.Function):
         b: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        down = F.linear(x, a)  # (B, T, n r)
-        mixed = _weighted(down, weights)
-        y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(mixed.flatten(0, -2), b.T)
+        y, down, mixed = _product(x, weight, bias, a, b, weights)
         ctx.save_for_backward(x, weight, a, b, weights, down, mixed)
         ctx.types = lora_a.dtype, lora_b.dtype
         return y

@@ -5,7 +5,6 @@ divided by the step's supervised tokens over all micro-batches and ranks; router
 clipped apart; data order and draws are functions of (seed, step), so a checkpoint holds no random state.
 """
 
-import errno
 import json
 import math
 import signal
@@ -327,10 +326,7 @@ class _Run:
                 raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
         with publish_folder(target) as scratch:
             save_adapter(scratch, self.adapter, self.identity)
-            try:
-                self.tokenizer.save_pretrained(scratch)
-            except Exception as error:  # the tokenizers library reports a full disk as a plain Exception
-                raise OSError(errno.EIO, str(error)) if "os error" in str(error) else error from None
+            self.tokenizer.save_pretrained(scratch)
 
     def _save(self) -> None:
         self.state.coefficient = {"products": self.coefficient.products, "squares": self.coefficient.squares}
