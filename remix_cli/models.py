@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from remix_cli.adapter.store import BaseIdentity, fingerprint
+from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
 from remix_cli.errors import ArtefactError, RecipeError
-from remix_cli.objective import token_losses
 from remix_cli.recipe.schema import Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

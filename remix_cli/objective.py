@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remix_cli.adapter import routing
@@ -67,12 +66,6 @@ class Rollouts:
     local: Tensor
     mask: Tensor
     selection_gradients: Tensor | None = None
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats per row, (S,) float32 or wider, of logits (S, V) against targets (S,)."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, reduction="none")
 
 
 def reward_to_go(losses: Tensor) -> Tensor:

@@ -47,9 +47,11 @@ class Arm:
         router: Router | None = None,
         config: AdapterConfig | None = None,
         peft_rank: int = 0,
+        dora: bool = False,
         loop: bool = False,
     ):
-        self.name, self.router, self.config, self.peft_rank, self.loop = name, router, config, peft_rank, loop
+        self.name, self.router, self.config = name, router, config
+        self.peft_rank, self.dora, self.loop = peft_rank, dora, loop
 
     def install(self, model: torch.nn.Module, batch: Batch) -> tuple[Callable[[], None], Callable[[], None]]:
         """(step, remove)"""
@@ -96,7 +98,8 @@ class Arm:
         import peft
 
         wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(r=self.peft_rank, lora_alpha=self.peft_rank, target_modules=TARGETS)
+            model,
+            peft.LoraConfig(r=self.peft_rank, lora_alpha=self.peft_rank, target_modules=TARGETS, use_dora=self.dora),
         )
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -117,6 +120,7 @@ def arms(n: int, k: int, r: int, only: str) -> list[Arm]:
         Arm("frozen forward"),
         Arm(f"PEFT LoRA r = {k * r}", peft_rank=k * r),
         Arm(f"PEFT LoRA r = {n * r}", peft_rank=n * r),
+        Arm(f"PEFT DoRA r = {k * r}", peft_rank=k * r, dora=True),
         Arm(f"pool n = {n}, no router, M = 1", config=AdapterConfig(pool_size=n, active=n, rank=r)),
         Arm("soft mixture, a loop over LoRAs", once, soft, loop=True),
         Arm("soft mixture, masked stack", once, soft),
@@ -163,6 +167,22 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+def kernels(step: Callable[[], None], profile_to: Path | None, name: str) -> tuple[float, int]:
+    """Seconds of kernels and their number in one step on the GPU; their table goes to the file, too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    averages = trace.key_averages()
+    if profile_to:
+        table = averages.table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
+        with profile_to.open("a") as file:
+            file.write(f"== {name}\n{table}\n")
+    found = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in found) / 1e6, sum(e.count for e in found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
@@ -174,6 +194,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", default="", help="regular expression on the names of the rows")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="append a table of each row's GPU kernels to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.shape:
@@ -193,30 +214,33 @@ def main() -> None:
     model.train()
     samples: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
+    busy: dict[str, tuple[float, int]] = {}
     everything = arms(8, 4, 8, args.only)
     for round_number in range(args.rounds):
         for arm in everything:
             step, remove = arm.install(model, batch)
-            timed(step, device)  # warm-up
+            for _ in range(2):  # warm-up
+                timed(step, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             times = [timed(step, device) for _ in range(args.repeats)]
             samples.setdefault(arm.name, []).extend(times)
             if device.type == "cuda":
                 memory[arm.name] = torch.cuda.max_memory_allocated() / 2**30
+                if round_number == 0:
+                    busy[arm.name] = kernels(step, args.profile, arm.name)
             remove()
         if round_number == 0 and device.type == "cuda":
             torch.cuda.empty_cache()
     reference = statistics.median(samples[REFERENCE])
     table = Table(title=f"{args.shape or args.model}, {args.dtype}, {args.batch} x {args.length} tokens", box=None)
-    for column in ("step", "median s", "min", "max", "/ PEFT r = 32", "peak GiB"):
+    for column in ("step", "median s", "min", "max", "/ PEFT r = 32", "kernels s", "number", "peak GiB"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, times in samples.items():
         median = statistics.median(times)
-        peak = f"{memory[name]:.1f}" if memory else "-"
-        table.add_row(
-            name, f"{median:.3f}", f"{min(times):.3f}", f"{max(times):.3f}", f"{median / reference:.2f}", peak
-        )
+        on_gpu = [f"{busy[name][0]:.3f}", str(busy[name][1]), f"{memory[name]:.1f}"] if memory else ["-"] * 3
+        figures = [f"{x:.3f}" for x in (median, min(times), max(times))]
+        table.add_row(name, *figures, f"{median / reference:.2f}", *on_gpu)
     Console(width=100).print(table)
     if args.json:
         args.json.write_text(
@@ -225,6 +249,7 @@ def main() -> None:
                     "arguments": {name: str(value) for name, value in vars(args).items()},
                     "samples": samples,
                     "memory": memory,
+                    "kernels": busy,
                 }
             )
         )

@@ -12,7 +12,8 @@ import time
 from sweep import Sweep, accuracy, parser, print_table, run_all, sweep_of
 
 RATE = 1.2e-2  # of the LoRAs, unless the run's name says otherwise
-OTHER_RATES = (1.7e-2, 6e-3)
+SOFT_RATE = 6e-3  # at which the soft mixture is best
+OTHER_RATES = (1.7e-2, SOFT_RATE)
 LORA = ["adapter.pool_size=1", "adapter.active=1", "adapter.rank=32", "router.selections=1"]
 LORA += ["router.learning_rate=0", "router.estimator=straight_through"]
 SOFT = ["adapter.method=mixlora", "router.selections=1"]
@@ -32,8 +33,10 @@ def all_runs() -> dict[str, list[str]]:
         chosen = [f"router.selections={m}", f"router.learning_rate={router_rate}", f"train.learning_rate={rate}"]
         runs[name.replace("=", "_")] = [*overrides, *chosen, f"seed={seed}", *extra]
 
-    add("rtg", 8, 0.3)
-    add("paper", 8, 0.3)
+    for seed in (0, 1):
+        for method in ("control_variate", "rtg", "paper"):
+            add(method, 8, 0.3, seed=seed)
+    add("straight_through", 8, 0.3)
     for rate in (RATE, *OTHER_RATES):
         add("rtg", 2, 0.3, rate=rate)
         add("straight_through", 1, 0.3, rate=rate)
@@ -46,16 +49,20 @@ def all_runs() -> dict[str, list[str]]:
         add("rtg", 2, router_rate)
         add("straight_through", 1, router_rate)
         add("soft", 1, router_rate)
-    for method, m, router_rate in (
-        ("lora", 1, 0),
-        ("soft", 1, 0.1),
-        ("rtg", 2, 0.3),
-        ("straight_through", 1, 0.3),
-        ("paper", 2, 0.3),
-        ("control_variate", 2, 0.3),
-        ("frozen", 1, 0),
-    ):
-        add(method, m, router_rate, seed=1)
+    for seed in (1, 2):
+        for method, m, router_rate in (
+            ("rtg", 2, 0.3),
+            ("paper", 2, 0.3),
+            ("control_variate", 2, 0.3),
+            ("straight_through", 1, 0.3),
+            ("lora", 1, 0),
+            ("frozen", 1, 0),
+        ):
+            add(method, m, router_rate, seed=seed)
+        add("soft", 1, 0.1, seed=seed, rate=SOFT_RATE)
+    add("soft", 1, 0.1, seed=1)
+    for router_rate in (SOFT_RATE, 1e-3):  # the router as MixLoRA has it, at the LoRAs' rate and below
+        add("soft", 1, router_rate, rate=SOFT_RATE, extra=("router.unit_input=false",))
     for router_rate in (0.03, 0.01):
         for method in ("rtg", "paper", "control_variate"):
             add(method, 2, router_rate)
@@ -69,21 +76,24 @@ def all_runs() -> dict[str, list[str]]:
     return runs
 
 
-def best_of_each(rows: dict) -> dict[str, list[str]]:
-    """The run of lowest held-out loss of each method, seed 0."""
+def best_of_each(sweep: Sweep) -> dict[str, list[str]]:
+    """The run of lowest held-out loss of each method (seed 0), and the same with the other seeds, if still there."""
     best: dict[str, str] = {}
+    rows = sweep.finished()
     for name, row in sorted(rows.items(), key=lambda item: item[1].get("eval_loss", 99)):
-        if "eval_loss" in row and "seed" not in name:
+        if "eval_loss" in row and "seed" not in name and (sweep.out / name).exists():
             best.setdefault(name.split("-")[0], name)
-    return {f"{name}:accuracy": [] for name in best.values()}
+    seeds = ["", "-seed1", "-seed2"]
+    wanted = [name + seed for seed in seeds for name in best.values()]
+    return {f"{name}:accuracy": [] for name in wanted if (sweep.out / name / "summary.json").exists()}
 
 
 def main() -> None:
     args = parser(__doc__ or "").parse_intermixed_args()
     sweep: Sweep = sweep_of(args)
     end = time.monotonic() + args.seconds
-    rows = run_all(sweep, all_runs(), end - min(110.0, args.seconds / 8))
-    run_all(sweep, best_of_each(rows), end, accuracy)
+    run_all(sweep, all_runs(), end - min(180.0, args.seconds / 4))
+    run_all(sweep, best_of_each(sweep), end, accuracy)
     print_table(sweep.finished())
 
 

@@ -99,16 +99,15 @@ def test_loss_scaling_cancels(estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_bfloat16_model_gives_nearly_the_same_gradients(estimator, monkeypatch):
     """Same selections, so that a rounded logit cannot flip one; adapters and their gradients stay float32."""
-    selections = {}
-    choose = layer.Router._choose
-
-    def same_choice(self, logits, noise):
-        return selections.setdefault((self.name, float(noise.sum())), choose(self, logits, noise))
-
-    monkeypatch.setattr(layer.Router, "_choose", same_choice)
+    selections, top_k = [], routing.top_k
+    monkeypatch.setattr(routing, "top_k", lambda scores, k: selections.append(top_k(scores, k)) or selections[-1])
     router = Router(estimator=estimator)
-    exact, rounded = gradients(router), gradients(router, dtype=torch.bfloat16)
+    exact = gradients(router)
+    again = iter(selections)
+    monkeypatch.setattr(routing, "top_k", lambda scores, k: next(again))
+    rounded = gradients(router, dtype=torch.bfloat16)
     assert selections
+    assert next(again, None) is None
     for name, gradient in rounded.items():
         assert gradient.dtype == torch.float32
         # A reward is a difference of losses, so a score's gradient loses more digits than a LoRA's.
@@ -129,7 +128,7 @@ def test_straight_through_is_the_gradient_through_inclusion_probabilities(monkey
     noise = adapter.noise((0, 7, 0), batch.rows, batch.input_ids.shape[1])
 
     def forward(self, x):
-        logits = self.logits(x.detach())
+        logits, _ = self.scores(x.detach())
         pi = routing.inclusion_probabilities(logits, 2)
         chosen = routing.top_k(logits.detach() + noise[self.index], 2)
         return self.config.scale * (routing.selection_mask(chosen, 4) + pi - pi.detach())

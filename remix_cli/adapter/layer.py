@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remix_cli.adapter import routing
+from remix_cli.adapter import kernel, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.product import pool_linear
 from remix_cli.adapter.trace import Decision, RoutingState, Trace
@@ -42,34 +42,36 @@ class Router(nn.Module):
         with torch.no_grad():
             self.weight.copy_(values)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Scores before the softmax, (..., n) float32 (float64 for a float64 model), for x (..., D)."""
-        wide = _wide(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(wide, self.weight.to(wide.dtype)) / self._length(wide)
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits before the softmax, (..., n), and what they were divided by, (..., 1), for x (..., D).
 
-    def _length(self, wide: Tensor) -> Tensor | float:
-        """What the scores are divided by, (..., 1): after the product, which leaves n numbers a token, not D."""
-        if not self.config.router_unit_input:
-            return 1.0
-        return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-
-    def direction(self, x: Tensor) -> Tensor:
-        """The logits' derivative with respect to each row of P, (..., D): x / ||x|| (or x), in float32 or wider."""
-        wide = _wide(x)
-        return wide / self._length(wide)
-
-    @torch.no_grad()
-    def add_gradient(self, x: Tensor, logits_gradient: Tensor) -> None:
-        """Add to P's gradient that of a scalar whose gradient with respect to the logits of x is given.
-
-        x (..., D), logits_gradient (..., n). Closed form, so that no autograd graph has to keep x / ||x||
-        of every router and selection until the losses are known.
+        In float32 (float64 for a float64 model). The division comes after the product, which leaves n numbers a
+        token, not D.
         """
         wide = _wide(x)
-        scaled = (logits_gradient / self._length(wide)).flatten(0, -2)
-        gradient = (scaled.T @ wide.flatten(0, -2)).to(self.weight.dtype)
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+        with torch.autocast(x.device.type, enabled=False):
+            products = F.linear(wide, self.weight.to(wide.dtype))
+        if not self.config.router_unit_input:
+            return products, torch.ones_like(products[..., :1])
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+        return products / length, length
+
+    @torch.no_grad()
+    def add_gradient(self, x: Tensor, scaled: Tensor) -> None:
+        """Add to P's gradient that of a scalar with gradient `scaled` (..., n) with respect to P x, x (..., D).
+
+        Closed form, so that no autograd graph has to keep the inputs of every router and selection until the
+        losses are known. On a GPU a bfloat16 input is multiplied as it is, by `scaled` as the sum of two bfloat16
+        numbers: 16 bits of it, accumulated in float32, for a quarter of the traffic.
+        """
+        rows, columns = scaled.flatten(0, -2).T, x.flatten(0, -2)
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            high = rows.to(x.dtype)
+            low = (rows - high).to(x.dtype)
+            gradient = torch.mm(torch.cat([high, low]), columns, out_dtype=torch.float32).unflatten(0, (2, -1)).sum(0)
+        else:
+            gradient = (rows.to(_wide(x).dtype) @ _wide(columns)).to(self.weight.dtype)
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights of the n LoRAs for each position, (B, T, n), following the current trace's mode.
@@ -84,41 +86,53 @@ class Router(nn.Module):
         if recorded and not soft:
             return recorded.weights  # the very tensor, so that its gradient gathers there
         mode = trace.replay or trace
+        noise = None if soft or mode.noise is None else mode.noise[self.index]
+        dtype = x.dtype  # in which the pool will be weighted
         x = x if soft else x.detach()
         if self.config.level == "sequence":
             x = _mean_over_prompt(x, mode.prompt)
-        with torch.set_grad_enabled(soft and torch.is_grad_enabled()):
-            logits = self.logits(x)
-        chosen = recorded.chosen if recorded else self._choose(logits.detach(), None if soft else mode.noise)
         if soft:
-            weights = self._softmax_weights(logits, chosen)
+            decision = self._soft(x, recorded.chosen if recorded else None)
         else:
-            weights = self._constant_weights(logits, chosen)
-            if mode.selection_grad and torch.is_grad_enabled():
-                weights.requires_grad_()
+            differentiated = mode.selection_grad and torch.is_grad_enabled()
+            decision = self._constant(x, noise, _wide_type(dtype) if differentiated else dtype)
+            if differentiated:
+                decision.weights.requires_grad_()
         if self.state.trace is not None and not recorded:
             if trace.record:
-                trace.add(self.name, Decision(x.detach(), logits.detach(), chosen, weights))
+                trace.add(self.name, decision)
             if self.config.level == "sequence":
-                trace.kept[self.name] = weights
-        return weights
+                trace.kept[self.name] = decision.weights
+        return decision.weights
 
-    def _choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        scores = logits if noise is None else logits + noise[self.index]
-        return routing.top_k(scores, self.config.active)
+    @torch.no_grad()
+    def _constant(self, x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Decision:
+        """ReMix's rule: the top k of logits + noise, each with the weight omega."""
+        active, scale, unit = self.config.active, self.config.scale, self.config.router_unit_input
+        if kernel.serves(x, self.config.pool_size):
+            return Decision(x, *kernel.choose(x, self.weight, noise, active, scale, unit, dtype))
+        logits, length = self.scores(x)
+        chosen = routing.top_k(logits if noise is None else logits + noise, active)
+        weights = torch.zeros_like(logits, dtype=dtype).scatter_(-1, chosen, scale)
+        return Decision(x, logits, length, chosen, weights)
 
-    def _constant_weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
-        return torch.zeros_like(logits).scatter_(-1, chosen, self.config.scale)
-
-    def _softmax_weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
+    def _soft(self, x: Tensor, chosen: Tensor | None) -> Decision:
         """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
+        logits, length = self.scores(x)
+        if chosen is None:
+            chosen = routing.top_k(logits.detach(), self.config.active)
         share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
-        return torch.zeros_like(logits).scatter(-1, chosen, share)
+        weights = torch.zeros_like(logits).scatter(-1, chosen, share)
+        return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights)
+
+
+def _wide_type(dtype: torch.dtype) -> torch.dtype:
+    """float32, or `dtype` if wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in float32, or as it is if wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_wide_type(x.dtype))
 
 
 def _mean_over_prompt(x: Tensor, prompt: Tensor | None) -> Tensor:

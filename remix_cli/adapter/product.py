@@ -71,7 +71,7 @@ class _PoolLinear(torch.autograd.Function):
         d_a = (d_down.T @ x.flatten(0, -2)).to(ctx.types[0])
         d_x = d_weights = None
         if ctx.needs_input_grad[0]:
-            d_x = torch.addmm(rows @ weight, d_down, a).view(x.shape)
+            d_x = (rows @ weight).addmm_(d_down, a).view(x.shape)
         if ctx.needs_input_grad[7]:
             by_lora = (d_mixed.to(weights.dtype) * down).unflatten(-1, (weights.shape[-1], -1))
             d_weights = by_lora.sum(-1).sum_to_size(weights.shape)

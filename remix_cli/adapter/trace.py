@@ -24,6 +24,7 @@ class Decision:
     # With `level: sequence` T is 1: one decision for the whole sequence.
     inputs: Tensor  # x, (B, T, D), detached: the router's gradient is formed from it once the losses are known
     logits: Tensor  # (B, T, n) float32, detached
+    length: Tensor  # (B, T, 1), what P x was divided by to give the logits: |x|, or 1
     chosen: Tensor  # ids of the k active LoRAs, (B, T, k), in order of preference or of drawing
     weights: Tensor  # what the pool was weighted by, (B, T, n)
 

@@ -13,8 +13,7 @@ from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import batch_losses
 from remix_cli.runs import LoadedRun
-
-DEAD_SHARE = 0.01  # a LoRA that serves fewer than 1 % of the tokens is as good as unused
+from remix_cli.stats.live import DEAD_SHARE
 
 
 @dataclass

@@ -29,6 +29,7 @@ from remix_cli.objective import ESTIMATORS, Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
 from remix_cli.runs import RunFolder
+from remix_cli.stats.live import StepRouting
 from remix_cli.stats.parameters import count_parameters
 from remix_cli.storage import lock_folder, publish_folder, recover, write_json, write_text
 from remix_cli.train import checkpoints, optim, prepare
@@ -180,7 +181,7 @@ class _Run:
             )
             tokens += int(self.data.train.lengths[part].sum())
         optim.sum_over_ranks(accelerator, self.loras + self.routers)
-        sums = self._reduce(results, tokens)
+        sums, routing = self._reduce(results, tokens)
         accelerator.unscale_gradients(self.prepared)
         norms = torch.stack(
             [
@@ -189,7 +190,7 @@ class _Run:
             ]
         )
         lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
-        loss, entropy, ess, decisions, variance, products, squares, all_tokens, stop = sums.tolist()
+        loss, variance, products, squares, all_tokens, stop = sums.tolist()
         judged = (loss,) if scaler else (loss, lora_norm, router_norm)  # a scaler skips overflowing gradients itself
         if not all(map(math.isfinite, judged)):
             raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
@@ -210,25 +211,30 @@ class _Run:
                 "router_learning_rate": rates[1],
                 "lora_grad_norm": lora_norm,
                 "router_grad_norm": router_norm,
-                "router_entropy": entropy / decisions,
-                "ess": ess / decisions,
-                "advantage_variance": variance / decisions,
+                **routing.summary(),
+                "advantage_variance": variance / float(routing.sums[-1]),
                 "control_variate_beta": self.coefficient.beta,
             },
             int(all_tokens),
             bool(stop),
         )
 
-    def _reduce(self, results: list[MicroResult], tokens: int) -> torch.Tensor:
-        """(9,) float64 sums over micro-batches and ranks, still on the device."""
+    def _reduce(self, results: list[MicroResult], tokens: int) -> tuple[torch.Tensor, StepRouting]:
+        """(6,) float64 sums over micro-batches and ranks, and the routing; one collective, one transfer."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         device = self.accelerator.device
-        total = torch.zeros(9, dtype=torch.float64, device=device)
-        for r in results:
-            parts = [r.loss, r.entropy, r.ess, r.decisions, r.advantage_variance * r.decisions, r.fit[0], r.fit[1]]
-            total[:7] += torch.stack([p.double() for p in parts])
-        total[7] = tokens
-        total[8] = float(self.signals.received)
-        return self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
+        nothing = StepRouting.none(len(self.routers), self.recipe.adapter.pool_size, device)
+        routing = StepRouting.add([nothing, *(r.routing for r in results)])
+        parts = [torch.zeros(4, dtype=torch.float64, device=device)]
+        parts += [torch.stack([r.loss, r.advantage_variance * r.routing.sums[-1], *r.fit]).double() for r in results]
+        rest = torch.tensor([tokens, float(self.signals.received)], dtype=torch.float64, device=device)
+        worst = torch.zeros(world, dtype=torch.float64, device=device)
+        worst[rank] = routing.worst  # each rank in its own place, so that a sum gathers them
+        total = torch.cat([torch.stack(parts).sum(0), rest, routing.sums, worst, routing.used.flatten()])
+        if world > 1:
+            total = self.accelerator.reduce(total, "sum")
+        sums, means, lowest, used = total.cpu().split([6, 4, world, routing.used.numel()])
+        return sums, StepRouting(means, used.view_as(routing.used), lowest.amin())
 
     def _divergence(self, step: int, rows: Any, loss: float, lora_norm: float, router_norm: float) -> str:
         what = f"loss {loss:.4g}, LoRA gradient norm {lora_norm:.4g}, router gradient norm {router_norm:.4g}"

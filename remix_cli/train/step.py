@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remix_cli.adapter import routing
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Decision, Trace
 from remix_cli.data.batches import Batch
 from remix_cli.models import batch_losses
 from remix_cli.objective import ESTIMATORS, Rollouts, router_surrogate
 from remix_cli.recipe.schema import Router as RouterRecipe
+from remix_cli.stats.live import StepRouting
 
 
 @dataclass
@@ -30,9 +30,7 @@ class MicroResult:
     """Sums over one micro-batch, still on the device; add them up, reduce them once a step."""
 
     loss: Tensor  # mean over selections of the summed token losses, divided by the step's target count
-    entropy: Tensor  # sum over routers and tokens of the entropy of q, nats
-    ess: Tensor  # sum over routers and tokens of the effective support size of q
-    decisions: Tensor  # how many (router, token) pairs those sums hold
+    routing: StepRouting
     advantage_variance: Tensor
     fit: Tensor  # (2,) the control variate's regression sums
 
@@ -80,21 +78,16 @@ def accumulate_gradients(
     if learns:
         surrogate, diagnostics = router_surrogate(router.estimator, rollouts, beta)
         (slopes,) = torch.autograd.grad(surrogate, rollouts.logits)  # (M, L, B, T, n)
+        scaled = slopes * loss_scale / _stack(adapter, traces, lambda d: d.length)
         for m, trace in enumerate(traces):
             for i, r in enumerate(adapter.routers.values()):
-                r.add_gradient(trace.decisions[r.name].inputs, slopes[m, i] * loss_scale)
+                r.add_gradient(trace.decisions[r.name].inputs, scaled[m, i])
         variance = diagnostics.advantage_variance
         fit = diagnostics.fit if diagnostics.fit is not None else fit
     with torch.no_grad():
-        logits, mask = rollouts.logits, rollouts.mask
-        return MicroResult(
-            loss=torch.stack(losses).sum() / selections,
-            entropy=(routing.entropy(logits) * mask).sum(),
-            ess=(routing.effective_support_size(logits.softmax(-1)) * mask).sum(),
-            decisions=mask.sum() * (selections * len(adapter.routers)),
-            advantage_variance=variance,
-            fit=fit,
-        )
+        weights = _stack(adapter, traces, lambda d: d.weights.detach())
+        measured = StepRouting.measure(rollouts.logits.detach(), rollouts.chosen, weights, rollouts.mask)
+    return MicroResult(torch.stack(losses).sum() / selections, measured, variance, fit)
 
 
 def _gather(adapter: Adapter, batch: Batch, traces: list[Trace], losses: list[Tensor]) -> Rollouts:

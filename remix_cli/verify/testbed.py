@@ -100,7 +100,7 @@ class Testbed:
             torch.stack([d.logits for d in decisions]),
             torch.stack([d.chosen for d in decisions]),
             torch.stack([g for g in gradients if g is not None]) * self.adapter.config.scale,
-            torch.stack([r.direction(d.inputs) for r, d in zip(self.routers, decisions, strict=True)]),
+            torch.stack([d.inputs / d.length for d in decisions]),
         )
 
     def surrogate(self, logits: Tensor, r: Rollout, estimator: str, beta: float, one_backward: bool) -> Tensor:

@@ -1,0 +1,66 @@
+"""The Triton program behind kernel.py; importable only where triton is installed."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def route(
+    x_ptr,
+    weight_ptr,
+    noise_ptr,
+    logits_ptr,
+    length_ptr,
+    chosen_ptr,
+    weights_ptr,
+    tokens,
+    width,
+    scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ROWS tokens of x (tokens, width); everything contiguous, N of the PADDED columns real."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lora = tl.arange(0, PADDED)
+    column = tl.arange(0, COLUMNS)
+    real_row = row < tokens
+    total = tl.zeros((ROWS, PADDED), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, COLUMNS):
+        here = start + column
+        inside = here < width
+        x = tl.load(
+            x_ptr + row[:, None].to(tl.int64) * width + here[None, :],
+            mask=real_row[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        p = tl.load(
+            weight_ptr + lora[:, None] * width + here[None, :],
+            mask=(lora < N)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(x[:, None, :] * p[None, :, :], axis=2)
+        square += tl.sum(x * x, axis=1)
+    length = tl.full((ROWS,), 1.0, tl.float32)
+    if UNIT:
+        length = tl.maximum(tl.sqrt(square), 1e-12)
+    logits = total / length[:, None]
+    place = row[:, None] * N + lora[None, :]
+    real = real_row[:, None] & (lora < N)[None, :]
+    tl.store(logits_ptr + place, logits, mask=real)
+    tl.store(length_ptr + row, length, mask=real_row)
+    score = logits
+    if SAMPLED:
+        score += tl.load(noise_ptr + place, mask=real, other=0.0)
+    score = tl.where((lora < N)[None, :], score, float("-inf"))
+    mine, theirs = score[:, :, None], score[:, None, :]
+    ahead = (theirs > mine) | ((theirs == mine) & (lora[None, None, :] < lora[None, :, None]))
+    rank = tl.sum(ahead.to(tl.int32), axis=2)
+    active = (rank < K) & real
+    tl.store(chosen_ptr + row[:, None] * K + rank, lora[None, :] + tl.zeros_like(rank), mask=active)
+    tl.store(weights_ptr + place, tl.where(active, scale, 0.0), mask=real)

@@ -1,0 +1,41 @@
+"""Cross-entropy that never holds all logits in float32; autograd's own keeps two such copies of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 25  # logits widened at a time: 128 MiB
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats per row, (S,) float32 or wider, of logits (S, V) against targets (S,)."""
+    return _TokenLosses.apply(logits, targets)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        totals = torch.cat([_wide(part).logsumexp(-1) for part in logits.split(_rows(logits))])
+        ctx.save_for_backward(logits, targets, totals)
+        return totals - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        """g (softmax - one-hot), subtracted before it is rounded: a sure prediction leaves a small difference."""
+        logits, targets, totals = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        everything = logits, targets.unsqueeze(-1), totals.unsqueeze(-1), g.unsqueeze(-1), gradient
+        for part, target, total, weight, into in zip(*(x.split(_rows(logits)) for x in everything), strict=True):
+            difference = torch.exp(_wide(part) - total)
+            difference.scatter_add_(-1, target, difference.new_full(target.shape, -1.0))
+            into.copy_(difference.mul_(weight))
+        return gradient, None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, CHUNK // logits.shape[-1])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
