@@ -139,7 +139,7 @@ def run_all(sweep: Sweep, runs: dict[str, list[str]], end: float, job: Any = one
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
     for name, row in sorted(rows.items(), key=lambda item: item[1].get("test_loss", 99)):
-        if "error" in row or "test_loss" not in row:
+        if "step_seconds" not in row or "test_loss" not in row:
             print(f"{name:<40} {row.get('error', row)!s:.110}")
             continue
         print(
