@@ -7,13 +7,14 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from remix_cli.errors import RemixError
+from remix_cli.errors import RecipeError, RemixError, is_out_of_memory
 
 app = typer.Typer(
     name="remix",
@@ -73,31 +74,83 @@ def train(
 @app.command("eval")
 def evaluate(
     run: RunPath,
-    task: Annotated[list[str] | None, typer.Option(help="nll or gsm8k; by default the recipe's eval.tasks.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="nll, gsm8k, arc, humaneval or reasoning_gym; by default the recipe's eval.tasks."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Score this file instead of the recipe's rows.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
     limit: Limit = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, max=64, help="Solved examples in front; needs --shots-from.")
+    ] = None,
+    shots_from: Annotated[str | None, typer.Option(help="File whose first rows are the solved examples.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="humaneval: answers per problem, for pass@k.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=5, help="Of the answers; 0 is greedy.")] = None,
+    active: Annotated[
+        str | None, typer.Option(metavar="K,K...", help="Activate so many LoRAs instead of the trained k.")
+    ] = None,
+    selection: Annotated[str, typer.Option(help="top, or sample as in training (the paper's ablation).")] = "top",
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
+    ] = False,
     best: Best = False,
     any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
-    """Score a run: held-out loss, or GSM8K by greedy generation."""
+    """Score a run: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
+
+    Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
+    """
+    from dataclasses import replace
+
+    from remix_cli.evaluate.request import requested_active, requested_tasks
+    from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
-    from remix_cli.evaluate.run import override_source
-    from remix_cli.runs import load_run
-    from remix_cli.stats.tables import eval_stamp, eval_table
+    from remix_cli.evaluate.tables import eval_stamp, eval_table
+    from remix_cli.evaluate.tasks import Settings
+    from remix_cli.runs import RunFolder, load_run
 
     console = Console(stderr=as_json)
+    if selection not in ("top", "sample"):
+        raise RecipeError(f"--selection: {selection!r} is not known; use top or sample")
+    settings = Settings(base=base, limit=limit, sampled=selection == "sample", allow_code=allow_code)
+    recipe = RunFolder(run).load_recipe()  # whatever is wrong with the flags shows before the model loads
+    changes = {"shots": shots, "samples": samples, "temperature": temperature}
+    tasks = requested_tasks(recipe, task, data, changes, shots_from)
+    many = requested_active(active, recipe.adapter.pool_size)
+    check_code(tasks, settings)
     loaded = load_run(run, best=best, any_base=any_base)
-    tasks = [override_source(loaded.recipe, t, data) for t in _tasks(loaded.recipe, task)]
     with _Bars() as bars:
-        report, target = score(loaded, tasks, base=base, limit=limit, progress=bars.start)
+        reports = [score(loaded, tasks, replace(settings, active=k), bars.start) for k in many]
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(reports[0] if len(reports) == 1 else {"reports": reports}))
         return
-    console.print(eval_table(report))
-    console.print(eval_stamp(report), highlight=False)
-    console.print(f"written: {target} and one line per example beside it", highlight=False, soft_wrap=True)
+    for report in reports:
+        console.print(eval_table(report))
+        console.print(eval_stamp(report), highlight=False, soft_wrap=True)
+        console.print(f"written: {report['file']} and every answer beside it", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Evaluated runs, or reports such as RUN/eval/base.json.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare evaluated runs on the same items: paired differences with 95 % intervals."""
+    from remix_cli.evaluate.compare import compare as paired
+    from remix_cli.evaluate.tables import comparison_tables
+
+    found = paired(runs)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console()
+    for table in comparison_tables(found):
+        console.print(table)
+        console.print()
 
 
 @app.command("route-stats")
@@ -112,8 +165,10 @@ def route_stats(
     as_json: Json = False,
 ) -> None:
     """Show how the routers choose: entropy, effective support size, use of each LoRA."""
+    from remix_cli.data.chunks import start_size
     from remix_cli.errors import DataError
-    from remix_cli.evaluate.run import override_source, task_examples
+    from remix_cli.evaluate.request import override_source
+    from remix_cli.evaluate.tasks import task_examples
     from remix_cli.recipe import Task
     from remix_cli.runs import load_run
     from remix_cli.stats.routing import collect, report
@@ -127,7 +182,8 @@ def route_stats(
     if not rows:
         raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
     with _Bars() as bars:
-        blocks = collect(loaded, rows, loaded.recipe.eval.batch_size, bars.start("routing", len(rows)).advance)
+        size = start_size(loaded.recipe.eval.batch_size, loaded.device)
+        blocks = collect(loaded, rows, size, bars.start("routing", len(rows)).advance)
     result = report(loaded, len(rows), blocks)
     write_json(loaded.folder.statistics / f"routing-{loaded.which}.json", result)
     if as_json:
@@ -147,7 +203,7 @@ def export(
     best: Best = False,
 ) -> None:
     """Write the adapter in another tool's format."""
-    from remix_cli.errors import ArtefactError, RecipeError
+    from remix_cli.errors import ArtefactError
     from remix_cli.runs import RunFolder
 
     if form != "peft-experts":
@@ -216,19 +272,6 @@ def _recipe(path: Path, overrides: list[str] | None) -> Any:
     return load_recipe(path, overrides or [])
 
 
-def _tasks(recipe: Any, names: list[str] | None) -> list[Any]:
-    from remix_cli.errors import RecipeError
-    from remix_cli.recipe import Task
-
-    if not names:
-        return list(recipe.eval.tasks)
-    known = {task.task: task for task in recipe.eval.tasks}
-    unknown = [name for name in names if name not in ("nll", "gsm8k")]
-    if unknown:
-        raise RecipeError(f"--task: {unknown[0]!r} is not a task; use nll or gsm8k")
-    return [known.get(name) or Task(task=name) for name in names]  # type: ignore[arg-type]
-
-
 class _Bars:
     """Progress bars on stderr, so that stdout stays for results; silent where stderr is no terminal."""
 
@@ -239,6 +282,7 @@ class _Bars:
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
@@ -252,16 +296,24 @@ class _Bars:
         if self.progress.console.is_terminal:
             self.progress.stop()
 
-    def start(self, name: str, total: int) -> "_Bar":
-        return _Bar(self.progress, self.progress.add_task(name, total=total))
+    def start(self, name: str, total: int, done: int = 0) -> "_Bar":
+        return _Bar(self.progress, self.progress.add_task(name, total=total, completed=done, speed=""))
 
 
 class _Bar:
+    """Items a second, and the running mean of a score if one is given."""
+
     def __init__(self, progress: Any, task: Any):
         self.progress, self.task = progress, task
+        self.begun, self.count, self.sum = time.monotonic(), 0, 0.0
 
-    def advance(self, n: int) -> None:
-        self.progress.advance(self.task, n)
+    def advance(self, n: int, value: float | None = None) -> None:
+        self.count += n
+        speed = f"{self.count / max(1e-9, time.monotonic() - self.begun):.1f}/s"
+        if value is not None:
+            self.sum += value
+            speed += f"  mean {self.sum / self.count:.3f}"
+        self.progress.update(self.task, advance=n, speed=speed)
 
 
 def main() -> None:
@@ -282,7 +334,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             fix = "lower train.per_device_train_batch_size, data.max_length or eval.batch_size"
             print(f"error: out of memory; {fix}, or set train.gradient_checkpointing", file=sys.stderr)
             sys.exit(2)
@@ -294,12 +346,6 @@ def main() -> None:
 def _one_line(text: str) -> str:
     """Without line breaks, and without the user name and password of any address."""
     return re.sub(r"(:/+)[^/@\s]+@", r"\1***@", " ".join(text.split()))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Python's, torch's on a GPU and torch's on a CPU, which is a plain RuntimeError; without importing torch."""
-    names = {base.__name__ for base in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

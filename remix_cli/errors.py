@@ -51,9 +51,21 @@ class BusyError(RemixError):
     exit_code = 6
 
 
+class SandboxError(RemixError):
+    """Generated code cannot be confined on this machine, so it is not run."""
+
+    exit_code = 7
+
+
 class Interrupted(RemixError):
     """A signal ended the run after a checkpoint was written."""
 
     def __init__(self, signal_number: int, *problems: str):
         super().__init__(*problems)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's, torch's on a GPU and torch's on a CPU, which is a plain RuntimeError; without importing torch."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

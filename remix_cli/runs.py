@@ -52,6 +52,14 @@ class RunFolder:
     def statistics(self) -> Path:
         return self.path / "stats"
 
+    def load_recipe(self) -> Recipe:
+        """The run's own recipe. Raises ArtefactError if this is no run folder."""
+        if not self.recipe.is_file():
+            raise ArtefactError(
+                f"{self.path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`"
+            )
+        return load_recipe(self.recipe)
+
     OWN = (
         "recipe.yaml",
         "adapter",
@@ -66,14 +74,10 @@ class RunFolder:
 
 
 @dataclass
-class LoadedRun:
-    """A run ready for inference: top-k routing, nothing trainable."""
+class Subject:
+    """A model with its adapter in place and what it takes to ask it something."""
 
-    folder: RunFolder
-    which: str  # `adapter` (the last) or `best`
     recipe: Recipe
-    stored: StoredAdapter
-    identity: BaseIdentity  # of the base model and tokenizer that were loaded
     model: Any
     tokenizer: Any
     adapter: Adapter
@@ -82,6 +86,16 @@ class LoadedRun:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+@dataclass
+class LoadedRun(Subject):
+    """A run ready for inference: top-k routing, nothing trainable."""
+
+    folder: RunFolder
+    which: str  # `adapter` (the last) or `best`
+    stored: StoredAdapter
+    identity: BaseIdentity  # of the base model and tokenizer that were loaded
 
 
 def load_run(
@@ -94,15 +108,13 @@ def load_run(
     """
     folder = RunFolder(path)
     where = folder.best if best else folder.adapter
-    if not folder.recipe.is_file():
-        raise ArtefactError(f"{path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
+    recipe = folder.load_recipe()
     if not (where / CONFIG_FILE).is_file():
         if best and folder.summary.is_file():
             raise ArtefactError(
                 f"{where}: no evaluation beat the base model, so there is no best adapter; leave out --best"
             )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
-    recipe = load_recipe(folder.recipe)
     stored = load_stored(where)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(recipe.model, device)
@@ -128,4 +140,4 @@ def load_run(
         raise ArtefactError(f"{where}: {error}") from None
     model.requires_grad_(False).eval()
     encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
-    return LoadedRun(folder, where.name, recipe, stored, found, model, tokenizer, adapter, encoder)
+    return LoadedRun(recipe, model, tokenizer, adapter, encoder, folder, where.name, stored, found)

@@ -24,11 +24,12 @@ ALLOWED = {
     "models": {"adapter", "recipe", "data", "cross_entropy"},
     "runs": {"adapter", "recipe", "data", "models"},
     "stats": {"adapter", "recipe", "data", "models", "runs"},
-    "evaluate": {"adapter", "recipe", "data", "models", "runs"},
+    "sandbox": set(),
+    "evaluate": {"adapter", "recipe", "data", "models", "runs", "sandbox"},
     "export": {"adapter"},
     "train": {"adapter", "recipe", "data", "models", "runs", "objective", "stats", "evaluate"},
     "verify": {"adapter", "data", "models", "objective"},
-    "cli": {"recipe", "runs", "train", "evaluate", "stats", "export", "verify"},
+    "cli": {"recipe", "runs", "data", "train", "evaluate", "stats", "export", "verify"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -63,6 +64,8 @@ def test_no_file_we_read_can_run_code(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called == "exec" and path.name == "inside.py":
+                continue  # the confined process, whose business it is
             assert called not in {"yaml.load", "torch.load", "eval", "exec", "pickle.load", "pickle.loads"}, called
         if isinstance(node, ast.Import):
             assert not {a.name for a in node.names} & {"pickle", "dill", "joblib"}

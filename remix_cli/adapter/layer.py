@@ -32,6 +32,7 @@ class Router(nn.Module):
         self.name = name
         self.index = index  # position of this router's slice in the drawn noise
         self.config = config
+        self.active, self.scale = config.active, config.scale  # k and omega; see Adapter.activating
         self.local = False  # True: no attention follows, so a choice at s changes only the loss at s
         self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32, device=device))
         self.state = state
@@ -108,7 +109,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def _constant(self, x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Decision:
         """ReMix's rule: the top k of logits + noise, each with the weight omega."""
-        active, scale, unit = self.config.active, self.config.scale, self.config.router_unit_input
+        active, scale, unit = self.active, self.scale, self.config.router_unit_input
         if kernel.serves(x, self.config.pool_size):
             return Decision(x, *kernel.choose(x, self.weight, noise, active, scale, unit, dtype))
         logits, length = self.scores(x)
@@ -120,8 +121,8 @@ class Router(nn.Module):
         """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
         logits, length = self.scores(x)
         if chosen is None:
-            chosen = routing.top_k(logits.detach(), self.config.active)
-        share = logits.gather(-1, chosen).softmax(-1) * (self.config.active * self.config.scale)
+            chosen = routing.top_k(logits.detach(), self.active)
+        share = logits.gather(-1, chosen).softmax(-1) * (self.active * self.scale)
         weights = torch.zeros_like(logits).scatter(-1, chosen, share)
         return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights)
 

@@ -78,6 +78,24 @@ class Adapter:
         length = 1 if self.config.level == "sequence" else length
         return selection_noise(seed, rows, length, len(self.routers), self.config.pool_size)
 
+    @contextmanager
+    def activating(self, active: int) -> Iterator[None]:
+        """Context: top `active` instead of the trained k, at the trained total weight k omega.
+
+        Raises ValueError if the pool is smaller.
+        """
+        if not 1 <= active <= self.config.pool_size:
+            raise ValueError(f"active ({active}) must lie between 1 and pool_size ({self.config.pool_size})")
+        self._activate(active)
+        try:
+            yield
+        finally:
+            self._activate(self.config.active)
+
+    def _activate(self, active: int) -> None:
+        for router in self.routers.values():
+            router.active, router.scale = active, self.config.scale * self.config.active / active
+
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         named = {}
         for name, linear in self.linears.items():

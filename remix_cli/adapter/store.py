@@ -41,6 +41,7 @@ class StoredAdapter:
     config: AdapterConfig
     identity: BaseIdentity
     tensors: dict[str, Tensor]
+    weights_sha256: str
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -98,4 +99,4 @@ def load_stored(folder: Path) -> StoredAdapter:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtefactError(f"{weights_file}: tensor {name} holds non-finite values")
-    return StoredAdapter(config, identity, tensors)
+    return StoredAdapter(config, identity, tensors, expected)

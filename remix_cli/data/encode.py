@@ -79,6 +79,10 @@ class Encoder:
             done = whole
         return parts
 
+    def with_shots(self, example: Example, shots: list[Example]) -> Example:
+        """The example after solved ones, as earlier turns of one conversation."""
+        return Example(tuple(m for shot in shots for m in shot.messages) + example.messages, example.task)
+
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)

@@ -79,14 +79,23 @@ def _gsm8k(row: Row, source: Source) -> list[Message]:
     return _turns(_text(row, "question"), CALCULATOR.sub("", _text(row, "answer")))
 
 
-def _arc(row: Row, source: Source) -> list[Message]:
-    question, answer = _text(row, "question"), _text(row, "answerKey")
+def arc_options(row: Row) -> tuple[list[str], list[str]]:
+    """Labels and texts of an ARC question's options. Raises RowError."""
     choices = row.get("choices")
     if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
         raise RowError("column 'choices' should hold lists 'text' and 'label'")
-    if answer not in choices["label"]:
-        raise RowError(f"answerKey {answer!r} is not among the labels {choices['label']}")
-    options = "\n".join(f"{label}. {text}" for label, text in zip(choices["label"], choices["text"], strict=True))
+    labels, texts = choices["label"], choices["text"]
+    if len(labels) != len(texts) or not all(isinstance(x, str) and x for x in (*labels, *texts)):
+        raise RowError("column 'choices' should hold equally many labels and texts, none empty")
+    return labels, texts
+
+
+def _arc(row: Row, source: Source) -> list[Message]:
+    question, answer = _text(row, "question"), _text(row, "answerKey")
+    labels, texts = arc_options(row)
+    if answer not in labels:
+        raise RowError(f"answerKey {answer!r} is not among the labels {labels}")
+    options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
     return _turns(f"{question}\n{options}\nAnswer with the letter of the right option.", answer)
 
 

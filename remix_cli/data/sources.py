@@ -140,7 +140,8 @@ def _files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def _reasoning_gym_rows(source: Source) -> list[dict[str, Any]]:
+def reasoning_gym_dataset(source: Source) -> Any:
+    """The package's data set of a source: entries, and their verifier. Raises DataError."""
     try:
         import reasoning_gym
     except ImportError:
@@ -148,7 +149,14 @@ def _reasoning_gym_rows(source: Source) -> list[dict[str, Any]]:
     # reasoning-gym makes row i from seed + i: seeds 0 and 1 would share all rows but one.
     seed = int(np.random.SeedSequence(source.seed).generate_state(1)[0] >> 1)
     try:
-        made = reasoning_gym.create_dataset(source.reasoning_gym, size=source.size, seed=seed, **source.options)
+        return reasoning_gym.create_dataset(source.reasoning_gym, size=source.size, seed=seed, **source.options)
     except (ValueError, TypeError, AssertionError) as error:
         raise DataError(f"reasoning_gym {source.reasoning_gym!r}: {error}") from None
-    return [{"prompt": entry["question"], "completion": str(entry["answer"])} for entry in made]
+
+
+def _reasoning_gym_rows(source: Source) -> list[dict[str, Any]]:
+    made = reasoning_gym_dataset(source)
+    try:
+        return [{"prompt": entry["question"], "completion": str(entry["answer"])} for entry in made]
+    except (ValueError, TypeError, AssertionError) as error:
+        raise DataError(f"reasoning_gym {source.reasoning_gym!r}: {error}") from None

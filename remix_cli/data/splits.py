@@ -1,7 +1,7 @@
 """A recipe's rows: what is trained on, what is held out, and in which order training sees them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from remix_cli.data.encode import Encoded, Encoder, load_examples
 from remix_cli.data.formats import Example
 from remix_cli.errors import DataError
 from remix_cli.recipe import Recipe
+
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -62,11 +64,11 @@ def _words(example: Example) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in example.messages)
 
 
-def evenly(examples: list[Example], limit: int) -> list[Example]:
-    """At most `limit` examples, spread evenly, so that every source keeps its share."""
-    if len(examples) <= limit:
-        return examples
-    return [examples[i] for i in np.linspace(0, len(examples) - 1, limit).round().astype(int)]
+def evenly(rows: list[Row], limit: int | None) -> list[Row]:
+    """At most `limit` rows (None: all), spread evenly, so that every source keeps its share."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
 
 
 def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:

@@ -1,51 +1,124 @@
-"""Batched greedy generation with the KV cache and routed top-k inference."""
+"""Batched generation with the KV cache and routed inference: the same text whatever the batch."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor
 
 from remix_cli.adapter.patch import Adapter
+from remix_cli.adapter.routing import fold, gumbel_noise
 from remix_cli.adapter.trace import Trace
+from remix_cli.data.chunks import in_chunks
+from remix_cli.runs import Subject
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy at `temperature` 0, otherwise sampled; ends at the model's end tokens or just after a `stop` text."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    selection_seed: int | None = None  # sample the LoRAs, too, instead of taking the top k
 
 
 def generate(
-    model: Any, adapter: Adapter, tokenizer: Any, prompts: list[list[int]], *, batch_size: int, max_new_tokens: int
+    subject: Subject, prompts: list[list[int]], keys: list[int], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, str]]:
-    """(index, text) for every prompt, longest prompts first, so that running out of memory shows at once.
+    """(index, text) for every prompt, longest prompts first.
 
-    Prompts are padded on the left under an attention mask; the text has no special tokens.
+    Prompts are padded on the left under an attention mask; the text has no special tokens. Whatever is sampled is a
+    function of the seed, the prompt's entry in `keys` and the position, not of the batch.
     """
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    stops = _stop_tokens(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        length = max(len(prompts[i]) for i in chunk)
-        ids = torch.full((len(chunk), length), pad, dtype=torch.long)
-        mask = torch.zeros(len(chunk), length, dtype=torch.long)
-        for j, i in enumerate(chunk):
-            ids[j, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[j, length - len(prompts[i]) :] = 1
-        trace = Trace(prompt=mask.bool().to(device), record=False)
-        with torch.no_grad(), adapter.tracing(trace), adapter.unchanging():
-            out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=stops,
-            )
-        texts = tokenizer.batch_decode(out[:, length:].cpu(), skip_special_tokens=True)
+
+    def work(chunk: list[int]) -> list[str]:
+        return _generate([prompts[i] for i in chunk], [keys[i] for i in chunk], subject, decoding)
+
+    for chunk, texts in in_chunks([len(p) for p in prompts], batch_size, work):
         yield from zip(chunk, texts, strict=True)
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding) -> list[str]:
+    model, tokenizer, adapter, device = subject.model, subject.tokenizer, subject.adapter, subject.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    rows = torch.tensor(keys, device=device)
+    options: dict[str, Any] = {}
+    if decoding.temperature > 0:
+        options["logits_processor"] = [_Sampling(decoding.seed, rows, length, decoding.temperature)]
+    if decoding.stop:
+        options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
+    with torch.no_grad(), adapter.unchanging(), _routing(subject, mask, rows, decoding.selection_seed):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,  # sampling is greedy decoding of perturbed scores
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            eos_token_id=stop_tokens(model, tokenizer),
+            **options,
+        )
+    return tokenizer.batch_decode(out[:, length:].cpu(), skip_special_tokens=True)
+
+
+class _Sampling(LogitsProcessor):
+    """Gumbel noise on the scores: their argmax is a draw from the softmax (the Gumbel-max trick)."""
+
+    def __init__(self, seed: int, rows: Tensor, prompt_length: int, temperature: float):
+        self.keys = fold(torch.full_like(rows, seed), rows)
+        self.prompt_length, self.temperature = prompt_length, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = fold(self.keys, input_ids.shape[1] - self.prompt_length)
+        return scores.float() / self.temperature + gumbel_noise(step, 1, scores.shape[-1])[0]
+
+
+@contextmanager
+def _routing(subject: Subject, mask: Tensor, rows: Tensor, selection_seed: int | None) -> Iterator[None]:
+    """Top-k routing, or selections drawn by row and position, which a hook on the model knows at each step."""
+    adapter = subject.adapter
+    trace = Trace(prompt=mask.bool(), record=False)
+    hook = None
+    if selection_seed is not None:
+        if adapter.config.level == "sequence":
+            trace.noise = adapter.noise((selection_seed,), rows, 1)
+        else:
+            hook = subject.model.register_forward_pre_hook(
+                _draw(adapter, trace, mask, rows, selection_seed), with_kwargs=True
+            )
+    try:
+        with adapter.tracing(trace):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _draw(adapter: Adapter, trace: Trace, mask: Tensor, rows: Tensor, seed: int) -> Any:
+    """A hook that draws each forward pass's noise by row and position, padding on the left not counted."""
+    keys = fold(torch.full_like(rows, seed), rows).unsqueeze(-1)
+    positions = mask.cumsum(-1) - 1
+
+    def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal positions
+        length = kwargs["input_ids"].shape[1]  # the prompt, then one token at a time
+        trace.noise = gumbel_noise(fold(keys, positions[:, :length]), len(adapter.routers), adapter.config.pool_size)
+        positions = positions[:, -1:] + 1
+
+    return before
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end token and whatever else the model's own settings stop at."""
     more = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})

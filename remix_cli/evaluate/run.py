@@ -1,11 +1,9 @@
-"""The tasks of `remix eval`: scores, one line per example, and a stamp that says how they were made."""
+"""`remix eval` from start to end: score the tasks, keep every answer, stamp the report with how it was made."""
 
 import json
-import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,158 +11,131 @@ import torch
 import transformers
 
 import remix_cli
-from remix_cli.data.encode import load_examples
-from remix_cli.data.formats import Example
-from remix_cli.data.splits import evenly, split_examples
-from remix_cli.errors import DataError
-from remix_cli.evaluate import gsm8k
-from remix_cli.evaluate.generate import generate
-from remix_cli.evaluate.nll import mean_loss, row_losses
-from remix_cli.recipe import Recipe, Source, Task
+from remix_cli.errors import RecipeError
+from remix_cli.evaluate.results import Lines, open_lines
+from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
+from remix_cli.recipe import Task
 from remix_cli.runs import LoadedRun
-from remix_cli.storage import write_json, write_text
+from remix_cli.sandbox import outside as sandbox
+from remix_cli.storage import write_json
+
+Progress = Callable[[str, int, int], Any]  # (task, total, done) -> an object with advance(n, value)
 
 
-@dataclass
-class TaskResult:
-    """Scores of one task; `examples` go to a file of their own. A second task of a kind is `nll-2` and so on."""
+def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Score `tasks`; write `eval/<name>.json` and `eval/<name>-<task>.jsonl` and return the report.
 
-    task: str
-    scores: dict[str, float]
-    count: int
-    examples: list[dict[str, Any]]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "count": self.count,
-            "scores": self.scores,
-            "seconds": round(self.seconds, 3),
-        }
-
-
-Progress = Callable[[str, int], Any]  # (task, total) -> an object with advance(n)
-
-
-def evaluate(
-    run: LoadedRun, tasks: list[Task], *, base: bool, limit: int | None, progress: Progress
-) -> tuple[dict[str, Any], Path]:
-    """Score `tasks`, write `eval/<name>.json` and `eval/<name>-<task>.jsonl`, return the report and its path.
-
-    `<name>` is `adapter`, `best`, or for the unadapted model `base`. Raises DataError.
+    Answers that an interrupted evaluation of the same kind has left are not asked for again. Raises RecipeError if
+    programs would have to be run and are not allowed, SandboxError if they cannot be confined, DataError.
     """
-    name = "base" if base else run.which
-    results: list[TaskResult] = []
-    with run.adapter.disabled() if base else nullcontext():
-        for task in tasks:
-            examples = task_examples(run.recipe, task, limit or task.limit)
-            if not examples:
-                raise DataError(f"eval task {task.task}: no rows; give data.validation or a source for the task")
-            begun = time.monotonic()
-            score = {"nll": _nll, "gsm8k": _gsm8k}[task.task]
-            scores, lines = score(run, task, examples, progress)
-            same = sum(result.task.split("-")[0] == task.task for result in results)
-            label = f"{task.task}-{same + 1}" if same else task.task
-            results.append(TaskResult(label, scores, len(lines), lines, time.monotonic() - begun))
-    report = {
-        "model": name,
-        "results": [r.to_dict() for r in results],
-        "protocol": _protocol(run, tasks, base) | {"limit": limit},
+    check_code(tasks, settings)
+    name = report_name(run.which, settings)
+    with ExitStack() as scope:
+        if settings.base:
+            scope.enter_context(run.adapter.disabled())
+        elif settings.active is not None:
+            scope.enter_context(run.adapter.activating(settings.active))
+        scorers = {label: SCORERS[task.task](run, task, settings) for label, task in _labels(tasks)}
+        finished: list[Lines] = []
+        results = []
+        for label, scorer in scorers.items():
+            stamp = scorer.stamp() | _decoding(scorer) | _model(run, settings)
+            lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
+            results.append(_score(label, scorer, lines, stamp, progress))
+            finished.append(lines)
+        target = run.folder.evaluations / f"{name}.json"
+        report = {"model": name, "results": results + _other_results(target, results)}
+        write_json(target, report)
+        for lines in finished:  # only now: until here an interruption must find them
+            lines.publish()
+    return report | {"results": results, "file": str(target)}
+
+
+def _other_results(target: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the report already holds of other tasks on the same weights."""
+    try:
+        earlier = json.loads(target.read_text(encoding="utf-8"))["results"]
+        same = results[0]["protocol"]
+        weights = same["base_fingerprint"], same["adapter"]
+        labels = {result["task"] for result in results}
+        return [
+            r
+            for r in earlier
+            if r["task"] not in labels and (r["protocol"]["base_fingerprint"], r["protocol"]["adapter"]) == weights
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _score(label: str, scorer: Scorer, lines: Lines, stamp: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    begun = time.monotonic()
+    todo = [i for i in range(len(scorer.keys)) if i not in lines.done]
+    bar = progress(label, len(scorer.keys), len(lines.done))
+    with scorer.subject.adapter.unchanging():
+        for i, line in scorer.run(todo):
+            lines.add(i, {"prompt": scorer.keys[i]} | line)
+            bar.advance(1, float(line[scorer.headline]))
+    scores = scorer.scores([lines.done[i] for i in range(len(scorer.keys))])
+    return {
+        "task": label,
+        "count": len(scorer.keys),
+        "scores": {key: score.value for key, score in scores.items()},
+        "intervals": {key: [score.low, score.high] for key, score in scores.items()},
+        "counts": {key: score.count for key, score in scores.items()},
+        "shares": sorted(key for key, score in scores.items() if score.share),
+        "seconds": round(time.monotonic() - begun, 3),
+        "asked": len(todo),
+        "protocol": stamp,
     }
-    for result in results:
-        path = run.folder.evaluations / f"{name}-{result.task}.jsonl"
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.examples))
-    target = run.folder.evaluations / f"{name}.json"
-    write_json(target, report)
-    return report, target
 
 
-def task_examples(recipe: Recipe, task: Task, limit: int | None = None) -> list[Example]:
-    """The task's own rows, or the rows the recipe held out of training; at most `limit`, spread evenly over them."""
-    examples = load_examples([task.source])[0] if task.source is not None else split_examples(recipe)[2]
-    return evenly(examples, limit) if limit else examples
-
-
-def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
-    """The task on another file: in the task's own format, or for `nll` in that of the recipe's first source."""
-    if path is None:
-        return task
-    default = Source(path=path, format="gsm8k") if task.task == "gsm8k" else recipe.data.train[0]
-    place = {"path": path, "reasoning_gym": None, "subset": None, "limit": None}
-    return task.model_copy(update={"source": (task.source or default).model_copy(update=place)})
-
-
-def _nll(run: LoadedRun, task: Task, examples: list[Example], progress: Progress) -> tuple[dict[str, float], list]:
-    """Token-weighted loss over all rows, and the same for each task name."""
-    rows = run.encoder.encode_rows(examples).rows
-    if not rows:
-        raise DataError("eval task nll: no row has a supervised token within data.max_length")
-    bar = progress("nll", len(rows))
-    losses = row_losses(run.model, run.adapter, rows, run.recipe.eval.batch_size, bar.advance)
-    scores = {"loss": mean_loss(losses)}
-    scores["perplexity"] = math.exp(min(scores["loss"], 700))
-    names = sorted({row.task for row in rows})
-    for name in names if len(names) > 1 else []:
-        scores[f"loss/{name}"] = mean_loss([x for x, row in zip(losses, rows, strict=True) if row.task == name])
-    lines = [
-        {"row": i, "task": row.task, "nats": loss.nats, "tokens": loss.tokens}
-        for i, (row, loss) in enumerate(zip(rows, losses, strict=True))
-    ]
-    return scores, lines
-
-
-def _gsm8k(run: LoadedRun, task: Task, examples: list[Example], progress: Progress) -> tuple[dict[str, float], list]:
-    """Greedy generation; a share of exact matches by each of the two readings, and how many answers had `####`."""
-    prompts = [run.encoder.prompt_ids(example) for example in examples]
-    bar = progress("gsm8k", len(prompts))
-    lines: list[dict[str, Any]] = []
-    for i, text in generate(
-        run.model,
-        run.adapter,
-        run.tokenizer,
-        prompts,
-        batch_size=run.recipe.eval.batch_size,
-        max_new_tokens=task.max_new_tokens,
-    ):
-        gold = gsm8k.strict_answer(examples[i].messages[-1]["content"])
-        if gold is None:
-            raise DataError(f"eval task gsm8k: row {i + 1}: the reference answer has no number after ####")
-        strict, flexible = gsm8k.strict_answer(text), gsm8k.flexible_answer(text)
-        lines.append(
-            {
-                "row": i,
-                "output": text,
-                "gold": str(gold),
-                "strict": None if strict is None else str(strict),
-                "flexible": None if flexible is None else str(flexible),
-                "strict_correct": strict == gold,
-                "flexible_correct": flexible == gold,
-            }
+def check_code(tasks: list[Task], settings: Settings) -> None:
+    """Before anything is loaded or generated. Raises RecipeError or SandboxError."""
+    if not any(task.task == "humaneval" for task in tasks):
+        return
+    if not settings.allow_code:
+        raise RecipeError(
+            "eval task humaneval runs programs that the model writes; add --allow-code-execution "
+            "(they are confined, see docs/sandbox.md)"
         )
-        bar.advance(1)
-    lines.sort(key=lambda line: line["row"])
-    share = {key: sum(line[key] for line in lines) / len(lines) for key in ("strict_correct", "flexible_correct")}
-    formatted = sum(line["strict"] is not None for line in lines) / len(lines)
-    return {
-        "strict": share["strict_correct"],
-        "flexible": share["flexible_correct"],
-        "has_answer": formatted,
-    }, lines
+    sandbox.check_available()
 
 
-def _protocol(run: LoadedRun, tasks: list[Task], base: bool) -> dict[str, Any]:
+def report_name(which: str, settings: Settings) -> str:
+    """`adapter`, `best` or `base`, and how it was evaluated if not as usual."""
+    if settings.base:
+        return "base"
+    return which + (f"-k{settings.active}" if settings.active else "") + ("-sampled" if settings.sampled else "")
+
+
+def _labels(tasks: list[Task]) -> list[tuple[str, Task]]:
+    """A second task of a kind is `nll-2` and so on."""
+    seen: dict[str, int] = {}
+    labels = []
+    for task in tasks:
+        seen[task.task] = seen.get(task.task, 0) + 1
+        labels.append((task.task if seen[task.task] == 1 else f"{task.task}-{seen[task.task]}", task))
+    return labels
+
+
+def _decoding(scorer: Scorer) -> dict[str, Any]:
+    task = scorer.task
+    if task.task in ("nll", "arc"):
+        return {"decoding": "log-likelihood"}
+    how = f"sampled at temperature {task.temperature:g}, seed {scorer.seed}" if task.temperature else "greedy"
+    return {"decoding": f"{how}, at most {scorer.decoding().max_new_tokens} new tokens"}
+
+
+def _model(run: LoadedRun, settings: Settings) -> dict[str, Any]:
+    config = run.adapter.config
+    rule = f"{'sampled' if settings.sampled else 'top'} {settings.active or config.active} of {config.pool_size}"
     return {
-        "tasks": [task.model_dump() for task in tasks],
-        "decoding": "greedy",
-        "shots": 0,
-        "routing": "none"
-        if base
-        else f"top-{run.adapter.config.active} of {run.adapter.config.pool_size} by {run.adapter.config.level}",
-        "chat_template": run.encoder.chat,
         "model": run.recipe.model.name_or_path,
+        "base_fingerprint": run.identity.base_fingerprint[:16],
+        "adapter": None if settings.base else run.stored.weights_sha256[:16],
+        "routing": "none" if settings.base else f"{rule} by {config.level}",
         "dtype": run.recipe.model.dtype,
-        "base_fingerprint": run.identity.base_fingerprint,
+        "device": run.device.type,
         "versions": {
             "remix": remix_cli.__version__,
             "torch": torch.__version__,

@@ -16,6 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+TaskName = Literal["nll", "gsm8k", "arc", "humaneval", "reasoning_gym"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -156,15 +157,29 @@ class Train(Strict):
 
 
 class Task(Strict):
-    task: Literal["nll", "gsm8k"]
+    task: TaskName
     source: Source | None = Field(None, description="Rows to score; by default the recipe's held-out rows.")
-    limit: Positive | None = None
-    max_new_tokens: Positive = 256
+    limit: Positive | None = Field(None, description="Score so many rows, spread evenly over all.")
+    shots: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Solved examples in front of each question.")
+    shots_from: Source | None = Field(None, description="Where those come from: its first rows.")
+    max_new_tokens: Positive | None = Field(None, description="Of an answer; by default 256, humaneval 512.")
+    samples: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Answers per problem, for pass@k.")
+    temperature: Annotated[float, Field(ge=0, le=5)] = Field(0.0, description="0 is greedy.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.shots and self.shots_from is None:
+            raise ValueError("shots: say in shots_from which file the solved examples come from")
+        if self.samples > 1 and self.task != "humaneval":
+            raise ValueError("samples: more than one answer per problem is for humaneval (pass@k)")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples: greedy answers are all the same; set temperature, for example 0.8")
+        return self
 
 
 class Eval(Strict):
     tasks: list[Task] = [Task(task="nll")]
-    batch_size: Positive = 16
+    batch_size: Positive | None = Field(None, description="Rows at once; by default as many as memory holds.")
 
 
 class Recipe(Strict):

@@ -71,32 +71,3 @@ def parameter_table(counts: ParameterCounts) -> Table:
     for label, number, note in rows:
         table.add_row(label, f"{number:,}", note)
     return table
-
-
-def eval_stamp(report: dict[str, Any]) -> str:
-    p = report["protocol"]
-    chat = "chat template" if p["chat_template"] else "plain text"
-    return f"{p['model']}, {p['dtype']}, routing: {p['routing']}, greedy, {p['shots']} shots, {chat}"
-
-
-def eval_table(report: dict[str, Any]) -> Table:
-    table = Table(
-        title={"base": "The base model", "best": "The best adapter"}.get(report["model"], "The last adapter"),
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("task")
-    table.add_column("score")
-    table.add_column("value", justify="right")
-    table.add_column("rows", justify="right")
-    for result in report["results"]:
-        for name, value in result["scores"].items():
-            share = not result["task"].startswith("nll")
-            table.add_row(
-                result["task"],
-                name,
-                f"{100 * value:.2f} %" if share else f"{value:.4f}",
-                str(result["count"]),
-            )
-    return table

@@ -1,0 +1,141 @@
+"""`remix compare`: the same items under several models, item by item."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from remix_cli.errors import ArtefactError, RecipeError
+from remix_cli.evaluate.statistics import paired_difference
+
+# What must agree for two scores to mean the same.
+SAME = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts")
+# Which entries of a line make a score: (numerator, denominator), None for 1.
+PARTS = {
+    "loss": ("nats", "tokens"),
+    "strict": ("strict_correct", None),
+    "flexible": ("flexible_correct", None),
+    "letter": ("letter_correct", None),
+    "text": ("text_correct", None),
+    "text_norm": ("text_norm_correct", None),
+    "pass@1": ("correct", None),
+    "score": ("score", None),
+}
+
+
+@dataclass
+class Evaluated:
+    """One report, its lines, and what is known of the run that it belongs to."""
+
+    label: str
+    report: dict[str, Any]
+    folder: Path
+    summary: dict[str, Any]
+
+    def lines(self, task: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{self.report['model']}-{task}.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{path}: cannot be read ({error}); evaluate again with `remix eval`") from None
+
+
+def load_evaluated(path: Path) -> Evaluated:
+    """From a run folder (its last evaluation of the adapter), or a report such as RUN/eval/base.json.
+
+    Raises ArtefactError.
+    """
+    file = path
+    if path.is_dir():
+        found = [path / "eval" / f"{name}.json" for name in ("adapter", "best")]
+        file = next((f for f in found if f.is_file()), found[0])
+    if not file.is_file():
+        raise ArtefactError(
+            f"{path}: not evaluated yet; run `remix eval {path}` (or name a report, RUN/eval/base.json)"
+        )
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        tasks = {result["task"]: result["protocol"] for result in report["results"]}
+    except (ValueError, KeyError, TypeError):
+        raise ArtefactError(f"{file}: not a report of `remix eval`; evaluate again") from None
+    assert tasks is not None
+    run = file.parent.parent
+    summary_file = run / "summary.json"
+    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    label = run.name if report["model"] == "adapter" else f"{run.name}/{report['model']}"
+    return Evaluated(label, report, file.parent, {} if report["model"] == "base" else summary)
+
+
+def compare(paths: list[Path]) -> dict[str, Any]:
+    """Scores of every task that all have, with the paired difference of each from the first.
+
+    Raises RecipeError if there are fewer than two, no task in common, or two that were not asked the same.
+    """
+    if len(paths) < 2:
+        raise RecipeError("compare needs two runs or more")
+    runs = [load_evaluated(path) for path in paths]
+    results = [{r["task"]: r for r in run.report["results"]} for run in runs]
+    tasks = [task for task in results[0] if all(task in found for found in results)]
+    if not tasks:
+        had = "; ".join(f"{run.label}: {', '.join(found)}" for run, found in zip(runs, results, strict=True))
+        raise RecipeError(f"no task was evaluated in all of them ({had})")
+    for task in tasks:
+        for run, found in zip(runs[1:], results[1:], strict=True):
+            _check_same(task, runs[0].label, results[0][task], run.label, found[task])
+    return {
+        "runs": [_describe(run) for run in runs],
+        "tasks": {task: _task(task, runs, [found[task] for found in results]) for task in tasks},
+    }
+
+
+def _check_same(task: str, first: str, a: dict[str, Any], second: str, b: dict[str, Any]) -> None:
+    different = [key for key in SAME if a["protocol"].get(key) != b["protocol"].get(key)]
+    if different:
+        raise RecipeError(
+            f"{task}: {first} and {second} were not asked the same (different {', '.join(different)}); "
+            "evaluate both with the same task, data and --limit"
+        )
+
+
+def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """{score: one entry per run}."""
+    lines = [run.lines(task) for run in runs]
+    items = [[line["prompt"] for line in found] for found in lines]
+    if any(found != items[0] for found in items):
+        raise ArtefactError(f"{task}: the per-example files do not hold the same items; evaluate again")
+    found: dict[str, Any] = {"items": len(items[0]), "scores": {}}
+    for score in results[0]["scores"]:
+        if score not in PARTS or not all(score in r["scores"] for r in results):
+            continue
+        parts = [_parts(part, score) for part in lines]
+        entries = []
+        for result, part in zip(results, parts, strict=True):
+            entry = {"value": result["scores"][score], "interval": result["intervals"][score]}
+            if part is not parts[0]:
+                difference = paired_difference(parts[0], part)
+                entry |= {"difference": difference.value, "difference_interval": [difference.low, difference.high]}
+            entries.append(entry | {"share": score in result["shares"]})
+        found["scores"][score] = entries
+    return found
+
+
+def _parts(lines: list[dict[str, Any]], score: str) -> np.ndarray:
+    """(2, S) numerators and denominators of the score."""
+    above, below = PARTS[score]
+    numerators = [float(line[above]) for line in lines]
+    denominators = [float(line[below]) if below else 1.0 for line in lines]
+    return np.array([numerators, denominators])
+
+
+def _describe(run: Evaluated) -> dict[str, Any]:
+    parameters = run.summary.get("parameters", {})
+    return {
+        "run": run.label,
+        "method": run.summary.get("method"),
+        "trained_parameters": parameters.get("trained"),
+        "active_parameters": parameters.get("active"),
+        "train_seconds": run.summary.get("seconds"),
+        "train_tokens": run.summary.get("tokens"),
+    }

@@ -1,0 +1,57 @@
+"""What the flags of `remix eval` ask for, as tasks of a recipe."""
+
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from remix_cli.errors import RecipeError
+from remix_cli.recipe import Recipe, Source, Task
+from remix_cli.recipe.schema import TaskName
+
+
+def requested_tasks(
+    recipe: Recipe, names: list[str] | None, data: str | None, changes: dict[str, Any], shots_from: str | None
+) -> list[Task]:
+    """The recipe's tasks, or those named, as the flags change them. Raises RecipeError."""
+    unknown = [name for name in names or [] if name not in get_args(TaskName)]
+    if unknown:
+        raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(get_args(TaskName))}")
+    known = {task.task: task for task in recipe.eval.tasks}
+    tasks = [known.get(name) or Task(task=name) for name in names] if names else list(recipe.eval.tasks)  # type: ignore
+    changed = {key: value for key, value in changes.items() if value is not None}
+    made = []
+    for task in tasks:
+        task = override_source(recipe, task, data)
+        update = dict(changed)
+        if shots_from is not None:
+            example = task.source or Source(path=shots_from, format="gsm8k" if task.task == "gsm8k" else "arc")
+            update["shots_from"] = example.model_copy(update={"path": shots_from, "limit": None})
+        try:
+            made.append(Task(**(dict(task) | update)))
+        except ValidationError as error:
+            raise RecipeError(*(f"--{e['msg'].removeprefix('Value error, ')}" for e in error.errors())) from None
+    return made
+
+
+def requested_active(text: str | None, pool_size: int) -> list[int | None]:
+    """`1,2,4` as numbers; [None] for the trained k. Raises RecipeError."""
+    if text is None:
+        return [None]
+    try:
+        many: list[int | None] = [int(part) for part in text.split(",")]
+    except ValueError:
+        many = [0]
+    if not all(k is not None and 1 <= k <= pool_size for k in many):
+        raise RecipeError(f"--active: {text!r}: give numbers between 1 and {pool_size}, for example 1,2,4")
+    return many
+
+
+def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
+    """The task on another file: in the task's own format, or for `nll` in that of the recipe's first source."""
+    if path is None:
+        return task
+    default = recipe.data.train[0] if task.task == "nll" else Source(path=path)
+    if task.task in ("gsm8k", "arc"):
+        default = Source(path=path, format=task.task)
+    place = {"path": path, "reasoning_gym": None, "subset": None, "limit": None}
+    return task.model_copy(update={"source": (task.source or default).model_copy(update=place)})

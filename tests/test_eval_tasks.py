@@ -1,0 +1,384 @@
+"""The tasks of `remix eval`: what is asked, how answers are read, and that nothing depends on batches."""
+
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from tiny import recipe_text, write_recipe
+
+from remix_cli.data.chunks import in_chunks
+from remix_cli.evaluate import arc, run, tasks
+from remix_cli.evaluate.generate import Decoding, generate
+from remix_cli.evaluate.humaneval import load_problems, program_of
+from remix_cli.evaluate.statistics import mean, paired_difference, pass_at, ratio, wilson
+from remix_cli.evaluate.tasks import SCORERS, Settings
+from remix_cli.recipe import Source, Task
+from remix_cli.runs import load_run
+
+
+@pytest.fixture(scope="module")
+def loaded(finished):
+    return load_run(finished)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Four ARC rows over the tiny model's words, options of unequal length."""
+    path = tmp_path / "arc.jsonl"
+    rows = [
+        {
+            "question": f"w{i} w{i + 1} ?",
+            "choices": {"label": ["A", "B", "C"], "text": [f"w{i + 5}", f"w{i + 6} w3", "w9 w8 w7"]},
+            "answerKey": "ABC"[i % 3],
+        }
+        for i in range(4)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- statistics
+
+
+def test_wilson_is_the_published_interval():
+    """Newcombe 1998, table I: 81 of 263; and 0 of 10, where the simple interval has no width."""
+    found = wilson(81, 263)
+    assert [found.low, found.high] == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    assert wilson(0, 10).low == 0
+    assert wilson(0, 10).high == pytest.approx(0.2775, abs=1e-4)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (7, 5, 4)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(n, c, k):
+    subsets = list(combinations(range(n), k))
+    wanted = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
+    assert pass_at(k, n, c) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_bootstrap_intervals_are_as_wide_as_theory_says():
+    random = np.random.default_rng(1)
+    nats, tokens = random.gamma(2, 2, 400), random.integers(1, 9, 400).astype(float)
+    found = ratio(nats, tokens, share=False)
+    value = nats.sum() / tokens.sum()
+    error = 1.96 * np.std(nats - value * tokens) / tokens.mean() / math.sqrt(400)  # the delta method
+    assert found.value == pytest.approx(value, rel=1e-12)
+    assert (found.high - found.low) / 2 == pytest.approx(error, rel=0.1)
+    assert ratio(nats, tokens, share=False) == found
+
+
+def test_paired_differences_see_what_separate_intervals_cannot():
+    random = np.random.default_rng(2)
+    nats = random.gamma(2, 2, 200)
+    ones = np.ones(200)
+    found = paired_difference(np.stack([nats, ones]), np.stack([nats - 0.01, ones]))
+    assert found.value == pytest.approx(-0.01)
+    assert found.low < found.high < 0
+    same = paired_difference(np.stack([nats, ones]), np.stack([nats, ones]))
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_means_of_shares_stay_shares():
+    assert mean(np.array([0.0, 1.0, 1.0])).value == pytest.approx(2 / 3)
+    assert mean(np.array([0.0, 0.2, 1.0])).low >= 0
+
+
+# --- batches
+
+
+def test_chunks_halve_when_memory_runs_out_and_lose_nothing():
+    sizes = []
+
+    def work(chunk):
+        sizes.append(len(chunk))
+        if len(chunk) > 3:
+            raise torch.OutOfMemoryError("no")
+        return [i * 10 for i in chunk]
+
+    lengths = [3, 9, 1, 7, 7, 2, 8, 5, 4, 6]
+    found = {i: r for chunk, result in in_chunks(lengths, 8, work) for i, r in zip(chunk, result, strict=True)}
+    assert found == {i: 10 * i for i in range(10)}
+    assert sizes[:3] == [8, 4, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_chunks([1], 4, lambda chunk: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))))
+    with pytest.raises(RuntimeError, match="bug"):
+        list(in_chunks([1, 1], 4, lambda chunk: (_ for _ in ()).throw(RuntimeError("bug"))))
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(6),
+        Decoding(6, temperature=1.0, seed=3),
+        Decoding(6, selection_seed=5),
+        Decoding(6, temperature=0.7, selection_seed=5),
+    ],
+)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_answers_do_not_depend_on_batches(stage, tmp_path, decoding, level):
+    from rich.console import Console
+
+    from remix_cli.recipe import load_recipe
+    from remix_cli.train.loop import train
+
+    model, rows, _ = stage
+    recipe = recipe_text(model, rows, tmp_path / level, router={"level": level})
+    train(load_recipe(write_recipe(tmp_path / "r.yaml", recipe)), Console(quiet=True))
+    subject = load_run(tmp_path / level)
+    for name, parameter in subject.adapter.parameters().items():  # so that the routing matters
+        with torch.no_grad():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.5)
+    prompts = [[4 + (7 * i + j) % 40 for j in range(3 + i)] for i in range(7)]
+    keys = list(range(100, 107))
+    one, three, all_ = (sorted(generate(subject, prompts, keys, decoding, size)) for size in (1, 3, 7))
+    assert one == three == all_
+    backwards = dict(generate(subject, prompts[::-1], keys[::-1], decoding, 2))
+    assert [(6 - i, text) for i, text in sorted(backwards.items(), reverse=True)] == one
+    if decoding != Decoding(6):
+        assert sorted(generate(subject, prompts, [k + 1 for k in keys], decoding, 7)) != one
+        assert sorted(generate(subject, prompts, keys, Decoding(6), 7)) != one
+
+
+def test_sampled_tokens_follow_the_softmax(loaded):
+    prompt = [4, 9, 12]
+    with torch.no_grad():
+        logits = loaded.model(torch.tensor([prompt])).logits[0, -1]
+    wanted = (logits / 0.8).softmax(-1)
+    draws = [t for _, t in generate(loaded, [prompt] * 3000, list(range(3000)), Decoding(1, 0.8, seed=1), 3000)]
+    words = loaded.tokenizer.batch_decode([[i] for i in range(len(wanted))], skip_special_tokens=True)
+    top = int(wanted.argmax())
+    assert draws.count(words[top]) / 3000 == pytest.approx(float(wanted[top]), abs=0.03)
+
+
+# --- tasks
+
+
+def test_arc_scores_are_the_options_likelihoods(loaded, questions):
+    scorer = SCORERS["arc"](loaded, Task(task="arc", source=Source(path=str(questions), format="arc")), Settings())
+    lines = dict(scorer.run([0, 1, 2, 3]))
+    tok, model = loaded.tokenizer, loaded.model
+    question = scorer.questions[1]
+    for j, option in enumerate(question.options):
+        given, answer = tok(f"Question: {question.question}\nAnswer:")["input_ids"], tok(option)["input_ids"]
+        with torch.no_grad():
+            log_q = model(torch.tensor([given + answer])).logits[0].log_softmax(-1)
+        nats = -sum(float(log_q[len(given) - 1 + p, token]) for p, token in enumerate(answer))
+        assert lines[1]["nats_text"][j] == pytest.approx(nats, rel=1e-5)
+    per_character = [n / len(o) for n, o in zip(lines[1]["nats_text"], question.options, strict=True)]
+    assert lines[1]["text_norm"] == "ABC"[int(np.argmin(per_character))]
+    assert lines[1]["text"] == "ABC"[int(np.argmin(lines[1]["nats_text"]))]
+    assert all(line["gold"] == "ABC"[i % 3] for i, line in lines.items())
+
+
+def test_arc_letters_are_supervised_alone_and_after_the_shots(loaded, questions):
+    source = Source(path=str(questions), format="arc")
+    task = Task(task="arc", source=source, shots=2, shots_from=source)
+    scorer = SCORERS["arc"](loaded, task, Settings())
+    for rows in (*scorer.letters, *scorer.texts):
+        for row in rows:
+            assert row.supervised.any()
+            assert row.supervised[-1]
+            assert row.supervised.sum() == 1 + np.diff(np.flatnonzero(row.supervised)).sum()  # one stretch
+    words = loaded.tokenizer.decode(scorer.letters[3][0].input_ids)
+    assert words.count("<bot>") == 3
+    assert [r.supervised.sum() for r in scorer.letters[0]] == [1, 1, 1]
+    bare = SCORERS["arc"](loaded, Task(task="arc", source=source), Settings())
+    assert scorer.keys != bare.keys
+    assert scorer.stamp()["data"] == bare.stamp()["data"]
+
+
+def test_arc_verdict_by_hand():
+    question = arc.Question("q", ["1", "2", "3"], ["aa", "bbbb", "c"], 1)
+    line = arc.verdict(question, [3.0, 2.0, 1.0], [4.0, 5.0, 3.0])
+    assert (line["letter"], line["text"], line["text_norm"]) == ("3", "3", "2")
+    assert (line["letter_correct"], line["text_correct"], line["text_norm_correct"]) == (False, False, True)
+
+
+PROBLEM = {
+    "prompt": 'import math\n\n\ndef helper(x):\n    return x + 1\n\n\ndef f(x):\n    """Square."""\n',
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "chat", "program"),
+    [
+        ("    return x * x\n", False, PROBLEM["prompt"] + "    return x * x\n\n"),
+        ("    return x * x\n\n\ndef g():\n    pass", False, PROBLEM["prompt"] + "    return x * x\n\n\n"),
+        ("    return x * x\nprint(f(2))", False, PROBLEM["prompt"] + "    return x * x\n"),
+        ("Sure:\n```python\ndef f(x):\n    return helper(x)\n```\nDone.", True, "def f(x):\n    return helper(x)"),
+        ("```\n    return x * x\n```", True, PROBLEM["prompt"] + "    return x * x\n"),
+        ("```python\ndef f(x):\n    return 1", True, "def f(x):\n    return 1"),
+        ("def f(x):\n    return 3", True, "def f(x):\n    return 3"),
+    ],
+)
+def test_the_program_in_an_answer(text, chat, program):
+    found = program_of(text, PROBLEM, chat)
+    if program.startswith("def f"):
+        assert found.program.endswith(program + "\n")
+        assert found.program.startswith("import math\n\n\ndef helper(x):\n    return x + 1\n")
+        assert found.program.count("def f(") == 1
+    else:
+        assert found.program == program
+    compile(found.program, "p", "exec")
+
+
+def test_the_package_has_all_problems():
+    problems = load_problems(None)
+    assert len(problems) == 164
+    assert all(p["prompt"].endswith("\n") for p in problems)
+
+
+@pytest.mark.parametrize("task", ["nll", "gsm8k", "arc", "humaneval", "reasoning_gym"])
+def test_every_task_runs_is_stamped_and_goes_on_after_an_interruption(verb, finished, questions, tmp_path, task):
+    """X11 for each: the second half is asked once, the first half not again."""
+    source = {"arc": Source(path=str(questions), format="arc")}.get(task)
+    if task == "reasoning_gym":
+        source = Source(reasoning_gym="chain_sum", size=6)
+    subject = load_run(finished)
+    one = Task(task=task, source=source, max_new_tokens=4)
+    settings = Settings(limit=4, allow_code=True)
+    asked = []
+    scorer = SCORERS[task]
+    plain = scorer.run
+
+    def stops(self, todo):
+        for n, answer in enumerate(plain(self, todo)):
+            if n == 2:
+                raise KeyboardInterrupt
+            asked.append(answer[0])
+            yield answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "run", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run.evaluate(subject, [one], settings, _silent)
+    partial = finished / "eval" / f"adapter-{task}.partial.jsonl"
+    partial.write_bytes(partial.read_bytes() + b'{"item": 3, "torn')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "run", lambda self, todo: (asked.append(a[0]) or a for a in plain(self, todo)))
+        report = run.evaluate(subject, [one], settings, _silent)
+    assert sorted(asked) == list(range(4))
+    assert not partial.exists()
+    (result,) = report["results"]
+    assert result["asked"] == 2
+    assert result["count"] == 4
+    lines = [json.loads(line) for line in (finished / "eval" / f"adapter-{task}.jsonl").read_text().splitlines()]
+    assert [line["item"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["prompt"] for line in lines)
+    for name, value in result["scores"].items():
+        low, high = result["intervals"][name]
+        assert low <= value <= high
+    stamp = result["protocol"]
+    assert {"task", "data", "prompt_template", "prompts", "shots", "decoding", "adapter", "versions"} <= stamp.keys()
+    again = run.evaluate(subject, [one], settings, _silent)["results"][0]
+    assert again["scores"] == result["scores"]
+    assert again["asked"] == 4
+
+
+class _silent:
+    def __init__(self, *_):
+        pass
+
+    def advance(self, *_):
+        pass
+
+
+def test_an_interrupted_evaluation_of_another_kind_is_not_continued(finished, loaded):
+    one = Task(task="gsm8k", max_new_tokens=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.Gsm8k, "run", _one_answer_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.evaluate(loaded, [one], Settings(), _silent)
+    other = run.evaluate(loaded, [one.model_copy(update={"max_new_tokens": 4})], Settings(), _silent)
+    assert other["results"][0]["asked"] == other["results"][0]["count"] == 8
+
+
+def _one_answer_then_stop(self, todo):
+    yield 0, {"flexible_correct": True}
+    raise KeyboardInterrupt
+
+
+def test_scores_agree_with_the_lines(loaded, finished):
+    report = run.evaluate(loaded, [Task(task="gsm8k", max_new_tokens=6)], Settings(), _silent)
+    lines = [json.loads(line) for line in (finished / "eval" / "adapter-gsm8k.jsonl").read_text().splitlines()]
+    strict = sum(line["strict"] == line["gold"] for line in lines) / len(lines)
+    assert report["results"][0]["scores"]["strict"] == strict
+
+
+def test_a_report_keeps_the_other_tasks_of_the_same_weights(verb, finished):
+    verb("eval", finished, "--task", "nll")
+    verb("eval", finished, "--task", "gsm8k")
+    report = json.loads((finished / "eval" / "adapter.json").read_text())
+    assert {"nll", "gsm8k"} <= {result["task"] for result in report["results"]}
+
+
+def test_other_numbers_of_active_loras(loaded):
+    """The total weight stays as trained; afterwards everything is as before."""
+    router = next(iter(loaded.adapter.routers.values()))
+    before = router.active, router.scale
+    ids = torch.tensor([[4, 5, 6]])
+    plain = loaded.model(ids).logits
+    with loaded.adapter.activating(4):
+        assert router.active * router.scale == pytest.approx(before[0] * before[1])
+        assert not torch.allclose(loaded.model(ids).logits, plain)
+    assert (router.active, router.scale) == before
+    assert torch.equal(loaded.model(ids).logits, plain)
+    with pytest.raises(ValueError, match="between 1 and"), loaded.adapter.activating(5):
+        pass
+
+
+def test_flags_reach_the_tasks(verb, finished, stage):
+    rows = stage[1]
+    out, _ = verb("eval", finished, "--task", "gsm8k", "--active", "1,4", "--limit", 3, "--json")
+    reports = json.loads(out)["reports"]
+    assert [r["model"] for r in reports] == ["adapter-k1", "adapter-k4"]
+    assert reports[0]["results"][0]["protocol"]["routing"] == "top 1 of 4 by token"
+    out, _ = verb("eval", finished, "--task", "gsm8k", "--shots", 2, "--shots-from", rows, "--selection", "sample",
+                  "--temperature", 0.5, "--limit", 3, "--json")  # fmt: skip
+    (result,) = json.loads(out)["results"]
+    assert result["protocol"]["shots"] == 2
+    assert result["protocol"]["routing"] == "sampled 2 of 4 by token"
+    assert "temperature 0.5" in result["protocol"]["decoding"]
+    for wrong, message in (
+        (("--active", "0"), "between 1 and 4"),
+        (("--active", "two"), "between 1 and 4"),
+        (("--selection", "best"), "use top or sample"),
+        (("--shots", "2"), "shots_from"),
+        (("--samples", "3"), "humaneval"),
+        (("--task", "humaneval", "--samples", "3", "--allow-code-execution"), "set temperature"),
+        (("--task", "arc"), "give the task a source"),
+        (("--task", "reasoning_gym"), "no reasoning_gym source"),
+    ):
+        assert message in verb("eval", finished, *wrong, expect=2)[1]
+
+
+def test_eval_table_at_80_columns(verb, finished):
+    out, _ = verb("eval", finished, "--task", "gsm8k")
+    assert "95 % interval" in out
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines() if not line.startswith(("gsm8k:", "written", "/")))
+
+
+# --- compare
+
+
+def test_compare_is_paired_and_refuses_what_was_not_asked_the_same(verb, finished):
+    verb("eval", finished, "--task", "nll")
+    verb("eval", finished, "--task", "nll", "--base")
+    base = finished / "eval" / "base.json"
+    found = json.loads(verb("compare", base, finished, "--json")[0])
+    first, second = found["tasks"]["nll"]["scores"]["loss"]
+    assert second["difference"] == pytest.approx(second["value"] - first["value"], rel=1e-9)
+    low, high = second["difference_interval"]
+    assert low <= second["difference"] <= high
+    assert found["runs"][1]["trained_parameters"] > found["runs"][1]["active_parameters"] > 0
+    out, _ = verb("compare", base, finished)
+    assert "difference" in out
+    assert max(map(len, out.splitlines())) <= 80
+    verb("eval", finished, "--task", "nll", "--base", "--limit", 3)
+    assert "not asked the same" in verb("compare", base, finished, expect=2)[1]
+    assert "two runs or more" in verb("compare", finished, expect=2)[1]
+    assert "not evaluated" in verb("compare", finished, finished / "nothing", expect=5)[1]
