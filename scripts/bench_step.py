@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear
-from remix_cli.adapter.patch import apply_adapter
+from remix_cli.adapter.patch import apply_adapter, compile_unadapted
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import DTYPES, batch_losses, load_model
@@ -49,9 +49,10 @@ class Arm:
         peft_rank: int = 0,
         dora: bool = False,
         loop: bool = False,
+        compiled: bool = False,
     ):
         self.name, self.router, self.config = name, router, config
-        self.peft_rank, self.dora, self.loop = peft_rank, dora, loop
+        self.peft_rank, self.dora, self.loop, self.compiled = peft_rank, dora, loop, compiled
 
     def install(self, model: torch.nn.Module, batch: Batch) -> tuple[Callable[[], None], Callable[[], None]]:
         """(step, remove)"""
@@ -68,6 +69,8 @@ class Arm:
         if self.loop:
             for linear in adapter.linears.values():
                 linear.forward = loop_over_loras.__get__(linear)  # type: ignore[method-assign]
+        if self.compiled:
+            compile_unadapted(model)
         optimizer = torch.optim.AdamW(adapter.parameters().values(), lr=1e-4, fused=True)
         router, config, steps = self.router, self.config, iter(range(10**9))
 
@@ -92,7 +95,13 @@ class Arm:
             weights = torch.full((*batch.input_ids.shape, config.pool_size), config.scale, device=batch.mask.device)
             for r in adapter.routers.values():
                 r.forward = lambda x: weights  # type: ignore[method-assign]
-        return step, adapter.remove
+
+        def remove() -> None:
+            adapter.remove()
+            for module in model.modules():
+                module._compiled_call_impl = None
+
+        return step, remove
 
     def _install_peft(self, model: torch.nn.Module, batch: Batch) -> tuple[Callable[[], None], Callable[[], None]]:
         import peft
@@ -112,7 +121,7 @@ class Arm:
         return step, lambda: wrapped.unload()
 
 
-def arms(n: int, k: int, r: int, only: str) -> list[Arm]:
+def arms(n: int, k: int, r: int, only: str, compiled: bool) -> list[Arm]:
     pool = AdapterConfig(pool_size=n, active=k, rank=r)
     soft = AdapterConfig(pool_size=n, active=k, rank=r, method="mixlora")
     once = Router(selections=1, estimator="straight_through")
@@ -140,6 +149,9 @@ def arms(n: int, k: int, r: int, only: str) -> list[Arm]:
         for gradient in ("one", "mean"):
             router = Router(estimator=estimator, lora_gradient=gradient)
             made.append(Arm(f"ReMix, {estimator}, M = 2, {gradient}", router, pool))
+    if compiled:
+        again = [arm for arm in made if arm.name.startswith("ReMix") and "mean" not in arm.name]
+        made += [Arm(f"{arm.name}, compiled", arm.router, arm.config, compiled=True) for arm in again]
     return [arm for arm in made if re.search(only, arm.name) or arm.name == REFERENCE]
 
 
@@ -183,6 +195,18 @@ def kernels(step: Callable[[], None], profile_to: Path | None, name: str) -> tup
     return sum(e.self_device_time_total for e in found) / 1e6, sum(e.count for e in found)
 
 
+def bench_model(shape: str | None, name: str, dtype: str, device: torch.device) -> torch.nn.Module:
+    """A pretrained model, or a random one of a Llama 3 shape."""
+    if shape is None:
+        return load_model(Model(name_or_path=name, dtype=dtype), device)
+    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, rope_theta=5e5, **SHAPES[shape])
+    with torch.device(device):
+        torch.set_default_dtype(DTYPES[dtype])
+        model = LlamaForCausalLM(config).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
@@ -193,18 +217,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", default="", help="regular expression on the names of the rows")
+    parser.add_argument("--compile", action="store_true", help="our rows once more with train.torch_compile")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="append a table of each row's GPU kernels to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.shape:
-        config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, rope_theta=5e5, **SHAPES[args.shape])
-        with torch.device(device):
-            torch.set_default_dtype(DTYPES[args.dtype])
-            model = LlamaForCausalLM(config).requires_grad_(False)
-            torch.set_default_dtype(torch.float32)
-    else:
-        model = load_model(Model(name_or_path=args.model, dtype=args.dtype), device)
+    model = bench_model(args.shape, args.model, args.dtype, device)
     random = np.random.default_rng(0)
     rows = [
         EncodedRow(random.integers(10, 40000, args.length).astype(np.int32), np.ones(args.length, bool), "bench")
@@ -215,7 +233,7 @@ def main() -> None:
     samples: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     busy: dict[str, tuple[float, int]] = {}
-    everything = arms(8, 4, 8, args.only)
+    everything = arms(8, 4, 8, args.only, args.compile)
     for round_number in range(args.rounds):
         for arm in everything:
             step, remove = arm.install(model, batch)

@@ -44,7 +44,7 @@ def one_run(sweep: Sweep, name: str, overrides: list[str]) -> dict[str, Any]:
     from rich.console import Console
 
     from remix_cli.evaluate.nll import mean_loss, row_losses
-    from remix_cli.evaluate.run import task_examples
+    from remix_cli.evaluate.tasks import task_examples
     from remix_cli.recipe import Task, load_recipe
     from remix_cli.runs import load_run
     from remix_cli.stats.routing import collect
@@ -82,18 +82,18 @@ def one_run(sweep: Sweep, name: str, overrides: list[str]) -> dict[str, Any]:
 def accuracy(sweep: Sweep, name: str, overrides: list[str]) -> dict[str, Any]:
     """Greedy GSM8K accuracy on the test rows of a run that lies in `out`."""
     from remix_cli.evaluate.run import evaluate
+    from remix_cli.evaluate.tasks import Settings
     from remix_cli.recipe import Source, Task
     from remix_cli.runs import load_run
 
     run = load_run(sweep.out / name.removesuffix(":accuracy"))
     task = Task(task="gsm8k", source=Source(path=sweep.test, format="gsm8k"))
-    run.recipe = run.recipe.model_copy(update={"eval": run.recipe.eval.model_copy(update={"batch_size": 256})})
-    report, _ = evaluate(run, [task], base=False, limit=None, progress=lambda *_: _Silent())
-    return report["results"][0]["scores"] | {"count": report["results"][0]["count"]}
+    (result,) = evaluate(run, [task], Settings(), lambda *_: _Silent())["results"]
+    return result["scores"] | {"count": result["count"], "intervals": result["intervals"]}
 
 
 class _Silent:
-    def advance(self, _: int) -> None:
+    def advance(self, *_: float) -> None:
         pass
 
 

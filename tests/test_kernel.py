@@ -79,8 +79,8 @@ def test_a_step_through_the_kernel_is_the_same_step(estimator, monkeypatch):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_the_gradient_from_a_bfloat16_input_keeps_sixteen_bits():
     router = made(8, 4, 512)
-    x = torch.randn(4, 300, 512, device=DEVICE).bfloat16()
-    scaled = torch.randn(4, 300, 8, device=DEVICE)
-    router.add_gradient(x, scaled)
-    exact = scaled.flatten(0, 1).double().T @ x.flatten(0, 1).double()
+    inputs = [torch.randn(4, 300, 512, device=DEVICE).bfloat16() for _ in range(3)]
+    scaled = torch.randn(3, 4, 300, 8, device=DEVICE)
+    router.add_gradient(inputs, scaled)
+    exact = torch.einsum("mbtn,mbtd->nd", scaled.double(), torch.stack(inputs).double())
     assert close(router.weight.grad, exact, 2e-5)

@@ -7,7 +7,7 @@ from tiny import fill_adapter, tiny_model
 
 from remix_cli.adapter import layer, routing
 from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import Adapter, apply_adapter
+from remix_cli.adapter.patch import Adapter, apply_adapter, compile_unadapted
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.recipe.schema import Router
@@ -196,3 +196,27 @@ def test_nothing_is_sampled_twice_when_every_lora_is_on(monkeypatch):
     monkeypatch.setattr(step_module, "batch_losses", lambda *a: seen.append(0) or original(*a))
     gradients(Router(selections=3), active=4)
     assert len(seen) == 1
+
+
+def test_compiling_what_is_not_adapted_changes_nothing():
+    """Attention and norms only; aot_eager needs no C++ compiler."""
+    torch._dynamo.reset()
+    expected = gradients(Router(), cuts=(2, 2))
+    model, adapter = build()
+    assert compile_unadapted(model, backend="aot_eager") == 2 * 3  # two norms and attention of each layer
+    everything = rows()
+    targets = sum(int(r.supervised[1:].sum()) for r in everything)
+    for start in (0, 2):
+        accumulate_gradients(
+            model,
+            adapter,
+            collate(everything[start : start + 2], start),
+            Router(),
+            targets_in_step=targets,
+            seed=(0, 7),
+            beta=0.5,
+            backward=lambda loss: loss.backward(),
+        )
+    assert same({name: p.grad for name, p in adapter.parameters().items()}, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -58,20 +58,23 @@ class Router(nn.Module):
         return products / length, length
 
     @torch.no_grad()
-    def add_gradient(self, x: Tensor, scaled: Tensor) -> None:
-        """Add to P's gradient that of a scalar with gradient `scaled` (..., n) with respect to P x, x (..., D).
+    def add_gradient(self, inputs: list[Tensor], scaled: Tensor) -> None:
+        """Add to P's gradient that of a scalar with gradient `scaled` (M, ..., n) with respect to the M products P x.
 
-        Closed form, so that no autograd graph has to keep the inputs of every router and selection until the
-        losses are known. On a GPU a bfloat16 input is multiplied as it is, by `scaled` as the sum of two bfloat16
-        numbers: 16 bits of it, accumulated in float32, for a quarter of the traffic.
+        `inputs` are the M inputs x (..., D). Closed form, so that no autograd graph has to keep them for every
+        router and selection until the losses are known. On a GPU a bfloat16 input is multiplied as it is, by `scaled`
+        as the sum of two bfloat16 numbers: 16 bits of it, accumulated in float32, for a quarter of the traffic.
         """
-        rows, columns = scaled.flatten(0, -2).T, x.flatten(0, -2)
-        if x.is_cuda and x.dtype == torch.bfloat16:
-            high = rows.to(x.dtype)
-            low = (rows - high).to(x.dtype)
-            gradient = torch.mm(torch.cat([high, low]), columns, out_dtype=torch.float32).unflatten(0, (2, -1)).sum(0)
+        rows = scaled.flatten(1, -2).mT  # (M, n, S)
+        flat = [x.flatten(0, -2) for x in inputs]
+        if scaled.is_cuda and flat[0].dtype == torch.bfloat16:
+            high = rows.bfloat16()
+            parts = torch.cat([high, (rows - high).bfloat16()], 1)  # (M, 2n, S)
+            products = [torch.mm(part, x, out_dtype=torch.float32) for part, x in zip(parts, flat, strict=True)]
+            gradient = torch.stack(products).unflatten(1, (2, -1)).sum((0, 1))
         else:
-            gradient = (rows.to(_wide(x).dtype) @ _wide(columns)).to(self.weight.dtype)
+            products = [part.to(_wide_type(x.dtype)) @ _wide(x) for part, x in zip(rows, flat, strict=True)]
+            gradient = torch.stack(products).sum(0).to(self.weight.dtype)
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -185,6 +185,24 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
     return adapter
 
 
+def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:
+    """Compile each decoder layer's parts that hold no adapted linear, for any shape; how many there are.
+
+    The adapted ones stay eager: their routers follow a trace, which changes with every pass. Generation goes by the
+    eager code (see evaluate/generate.py).
+    """
+    parts = [
+        part
+        for layer in _decoder_layers(model)
+        for part in layer.children()
+        if next(part.parameters(), None) is not None
+    ]
+    parts = [part for part in parts if not any(isinstance(m, RoutedLinear | Router) for m in part.modules())]
+    for part in parts:
+        part.compile(dynamic=True, backend=backend)
+    return len(parts)
+
+
 def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
     """Let the router read the block's input and hold its choice while the block runs."""
 
@@ -212,12 +230,18 @@ def _hidden_size(model: nn.Module) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def _last_layer_prefix(model: nn.Module) -> str | None:
-    """Dotted prefix of the last decoder layer: the last entry of the only list as long as the model is deep."""
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The only list as long as the model is deep; an empty one if that does not tell."""
     config: Any = getattr(model, "config", None)
     depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return f"{lists[0]}.{len(model.get_submodule(lists[0])) - 1}." if len(lists) == 1 else None  # type: ignore[arg-type]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return lists[0] if len(lists) == 1 else nn.ModuleList()
+
+
+def _last_layer_prefix(model: nn.Module) -> str | None:
+    """Dotted prefix of the last decoder layer."""
+    layers = _decoder_layers(model)
+    return next((f"{name}." for name, m in model.named_modules() if len(layers) and m is layers[-1]), None)
 
 
 def _is_local(name: str, last_layer: str) -> bool:

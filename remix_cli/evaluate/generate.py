@@ -55,7 +55,8 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
         options["logits_processor"] = [_Sampling(decoding.seed, rows, length, decoding.temperature)]
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
-    with torch.no_grad(), adapter.unchanging(), _routing(subject, mask, rows, decoding.selection_seed):
+    eager = torch.compiler.set_stance("force_eager")  # the cache grows with every token
+    with eager, torch.no_grad(), adapter.unchanging(), _routing(subject, mask, rows, decoding.selection_seed):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -148,6 +148,9 @@ class Train(Strict):
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     group_by_length: bool = Field(True, description="Batches of like length: less padding.")
+    torch_compile: bool = Field(
+        False, description="Compile what is not adapted (attention, norms): a minute at the start, faster on a GPU."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations; selections are replayed.")
     logging_steps: Positive = 10
     eval_steps: Positive | None = Field(None, description="Held-out loss every so many steps, and at the end.")

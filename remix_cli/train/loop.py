@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-from remix_cli.adapter.patch import Adapter, apply_adapter
+from remix_cli.adapter.patch import Adapter, apply_adapter, compile_unadapted
 from remix_cli.adapter.store import save_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.splits import load_data
@@ -96,6 +96,8 @@ class _Run:
             self.model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.adapter.state.checkpoint_contexts}
             )
+        if recipe.train.torch_compile:
+            compile_unadapted(self.model)
         self.optimizer = optim.make_optimizer(self.adapter, recipe)
         self.state = TrainingState()
         if resume:

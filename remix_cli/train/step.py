@@ -79,9 +79,8 @@ def accumulate_gradients(
         surrogate, diagnostics = router_surrogate(router.estimator, rollouts, beta)
         (slopes,) = torch.autograd.grad(surrogate, rollouts.logits)  # (M, L, B, T, n)
         scaled = slopes * loss_scale / _stack(adapter, traces, lambda d: d.length)
-        for m, trace in enumerate(traces):
-            for i, r in enumerate(adapter.routers.values()):
-                r.add_gradient(trace.decisions[r.name].inputs, scaled[m, i])
+        for i, r in enumerate(adapter.routers.values()):
+            r.add_gradient([trace.decisions[r.name].inputs for trace in traces], scaled[:, i])
         variance = diagnostics.advantage_variance
         fit = diagnostics.fit if diagnostics.fit is not None else fit
     with torch.no_grad():

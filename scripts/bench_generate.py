@@ -1,0 +1,103 @@
+"""Time greedy generation side by side: the base model, PEFT LoRA unmerged, and a routed adapter.
+
+    python scripts/bench_generate.py [--model models/SmolLM2-135M-Instruct] [--batches 1,8] [--new 32]
+    python scripts/bench_generate.py --shape 8b --dtype bfloat16 --batches 1,32 --new 64        (random weights, GPU)
+
+Every row generates the same number of tokens after the same random prompts with the KV cache; medians of the
+repeats, the rows taken in turn.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_step import DTYPES, SHAPES, TARGETS, bench_model, timed
+from rich.console import Console
+from rich.table import Table
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.patch import apply_adapter
+from remix_cli.adapter.trace import Trace
+
+REFERENCE = "PEFT LoRA r = 32, unmerged"
+
+
+def generator(model: torch.nn.Module, prompts: torch.Tensor, new: int) -> Callable[[], None]:
+    @torch.no_grad()
+    def run() -> None:
+        out = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            min_new_tokens=new,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert out.shape[1] == prompts.shape[1] + new
+
+    return run
+
+
+def install(name: str, model: torch.nn.Module, prompts: torch.Tensor, new: int) -> tuple[Callable, Callable]:
+    """(run, remove)"""
+    if name == "base":
+        return generator(model, prompts, new), lambda: None
+    if name == REFERENCE:
+        import peft
+
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=32, target_modules=TARGETS))
+        return generator(wrapped, prompts, new), wrapped.unload
+    adapter = apply_adapter(model, AdapterConfig(), seed=0)
+    plain = generator(model, prompts, new)
+
+    def routed() -> None:
+        with adapter.tracing(Trace(record=False)), adapter.unchanging():
+            plain()
+
+    return routed, adapter.remove
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = bench_model(args.shape, args.model, args.dtype, device).eval()
+    model.generation_config.eos_token_id = None
+    samples: dict[str, list[float]] = {}
+    table = Table(title=f"{args.shape or args.model}, {args.dtype}, {args.prompt} + {args.new} tokens", box=None)
+    for column in ("batch", "model", "tokens/s", "range", "of PEFT"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for batch in map(int, args.batches.split(",")):
+        prompts = torch.randint(10, 40000, (batch, args.prompt), generator=torch.Generator().manual_seed(0)).to(device)
+        names = ("base", REFERENCE, "ReMix, top 4 of 8, r = 8")
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(args.repeats):
+            for name in names:
+                run, remove = install(name, model, prompts, args.new)
+                timed(run, device)  # warm-up
+                found[name].append(batch * args.new / timed(run, device))
+                remove()
+        reference = statistics.median(found[REFERENCE])
+        for name, speeds in found.items():
+            middle = statistics.median(speeds)
+            spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
+            table.add_row(str(batch), name, f"{middle:.1f}", spread, f"{middle / reference:.2f}")
+            samples[f"{batch} {name}"] = speeds
+    Console(width=100).print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "samples": samples}))
+
+
+if __name__ == "__main__":
+    main()
