@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", default="", help="regular expression on the names of the rows")
     parser.add_argument("--compile", action="store_true", help="our rows once more with train.torch_compile")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after so long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="append a table of each row's GPU kernels to this file")
     args = parser.parse_args()
@@ -234,8 +235,11 @@ def main() -> None:
     memory: dict[str, float] = {}
     busy: dict[str, tuple[float, int]] = {}
     everything = arms(8, 4, 8, args.only, args.compile)
+    end = time.monotonic() + args.seconds
     for round_number in range(args.rounds):
         for arm in everything:
+            if time.monotonic() > end:
+                continue
             step, remove = arm.install(model, batch)
             for _ in range(2):  # warm-up
                 timed(step, device)

@@ -193,3 +193,28 @@ def test_runs_that_are_none_are_refused(verb, tmp_path, finished):
 def test_schema_is_json_and_names_every_group(verb):
     printed = json.loads(verb("schema")[0])
     assert {"model", "adapter", "router", "data", "train", "eval", "output_dir", "seed"} == printed["properties"].keys()
+
+
+def test_tasks_are_scored_during_training_and_choose_the_best(verb, stage, tmp_path):
+    """The task's rows are the held-out ones and more, so its losses are those of `remix eval` on them."""
+    source = {"path": str(stage[1]), "format": "gsm8k"}
+    recipe = recipe_text(
+        *stage[:2],
+        tmp_path / "out",
+        eval={"tasks": [{"task": "nll", "source": source}, {"task": "gsm8k", "max_new_tokens": 4}]},
+        train={"eval_tasks_limit": 5, "metric_for_best_model": "nll/perplexity"},
+    )
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    verb("train", path)
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    held = [m for m in metrics if "eval_loss" in m]
+    assert all({"nll/loss", "nll/perplexity", "gsm8k/strict", "gsm8k/flexible"} <= m.keys() for m in held)
+    costs = [m["nll/perplexity"] for m in held]
+    assert [m["best"] for m in held] == [c < min([*costs[:i], float("inf")]) for i, c in enumerate(costs)]
+    report = json.loads(verb("eval", tmp_path / "out", "--task", "nll", "--limit", 5, "--json")[0])
+    assert report["results"][0]["scores"]["loss"] == pytest.approx(held[-1]["nll/loss"], rel=1e-5)
+    for override, message in (
+        ("train.metric_for_best_model=gsm8k/loose", "use eval_loss, nll/loss"),
+        ("train.eval_tasks_limit=null", "set train.eval_tasks_limit"),
+    ):
+        assert message in verb("validate", path, override, expect=2)[1]

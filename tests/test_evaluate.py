@@ -18,9 +18,10 @@ from remix_cli.evaluate.nll import mean_loss, row_losses
     [
         ("It is 4.\n#### 72", 72, 72),
         ("#### 1,234", 1234, 1234),
-        ("#### $18.50 left", Decimal("18.5"), Decimal("18.5")),
+        ("#### $18.50 left", None, Decimal("18.5")),
+        ("#### 18.50 left", Decimal("18.5"), Decimal("18.5")),
         ("#### -3", -3, -3),
-        ("####7", 7, 7),
+        ("####7", None, 7),
         ("so 12 and then 15.", None, 15),
         ("no number", None, None),
         ("#### none, 5", None, 5),

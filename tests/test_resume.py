@@ -239,7 +239,12 @@ def launch(arguments, recipe, processes):
 @pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate", "straight_through"])
 def test_two_processes_train_what_one_trains(stage, tmp_path, estimator):
     """The same global batch, once accumulated by one process and once shared by two; an odd tail included."""
-    router = {"router": {"estimator": estimator}, "adapter": {"dropout": 0.0}}
+    tasks = [
+        {"task": "nll", "source": {"path": str(stage[1]), "format": "gsm8k"}},
+        {"task": "gsm8k", "max_new_tokens": 4},
+    ]
+    router = {"router": {"estimator": estimator}, "adapter": {"dropout": 0.0}, "eval": {"tasks": tasks}}
+    router["train"] = {"eval_tasks_limit": 3}
     one = recipe_for(stage, tmp_path / "one", **router)
     one = one.model_copy(update={"train": one.train.model_copy(update={"gradient_accumulation_steps": 4})})
     run(one)
@@ -258,7 +263,10 @@ def test_two_processes_train_what_one_trains(stage, tmp_path, estimator):
     )
     for x, y in zip(one_metrics, two_metrics, strict=True):
         assert x.keys() == y.keys()
-        for key in {"loss", "eval_loss", "lora_grad_norm", "router_grad_norm", "router_entropy"} & x.keys():
+        same = {"loss", "eval_loss", "lora_grad_norm", "router_grad_norm", "router_entropy", "ess_weights"}
+        same |= {"ess_weights_worst", "largest_share", "nll/loss", "gsm8k/flexible"}
+        assert "eval_loss" not in x or {"nll/loss", "gsm8k/flexible"} <= x.keys()
+        for key in same & x.keys():
             assert x[key] == pytest.approx(y[key], rel=2e-4)
 
 

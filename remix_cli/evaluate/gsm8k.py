@@ -1,14 +1,18 @@
-"""GSM8K's answers: the number after `####` (strict) or the last number of the text (flexible)."""
+"""GSM8K's answers: the number after `#### ` (strict) or the last number of the text (flexible).
+
+Strict is what lm-evaluation-harness calls strict-match: four signs, a space, a bare number. Numbers are compared as
+numbers, so 72.00 is 72.
+"""
 
 import re
 from decimal import Decimal, InvalidOperation
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-STRICT = re.compile(r"####\s*(-?\$?\d[\d,]*(?:\.\d+)?)")
+STRICT = re.compile(r"#### (-?\d[\d,]*(?:\.\d+)?)")
 
 
 def strict_answer(text: str) -> Decimal | None:
-    """The number after the first `####`, None if there is none."""
+    """The number after the first `#### `, None if there is none."""
     found = STRICT.search(text)
     return _number(found.group(1)) if found else None
 

@@ -13,7 +13,7 @@ import transformers
 import remix_cli
 from remix_cli.errors import RecipeError
 from remix_cli.evaluate.results import Lines, open_lines
-from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
+from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings, labelled
 from remix_cli.recipe import Task
 from remix_cli.runs import LoadedRun
 from remix_cli.sandbox import outside as sandbox
@@ -35,7 +35,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
             scope.enter_context(run.adapter.disabled())
         elif settings.active is not None:
             scope.enter_context(run.adapter.activating(settings.active))
-        scorers = {label: SCORERS[task.task](run, task, settings) for label, task in _labels(tasks)}
+        scorers = {label: SCORERS[task.task](run, task, settings) for label, task in labelled(tasks)}
         finished: list[Lines] = []
         results = []
         for label, scorer in scorers.items():
@@ -106,16 +106,6 @@ def report_name(which: str, settings: Settings) -> str:
     if settings.base:
         return "base"
     return which + (f"-k{settings.active}" if settings.active else "") + ("-sampled" if settings.sampled else "")
-
-
-def _labels(tasks: list[Task]) -> list[tuple[str, Task]]:
-    """A second task of a kind is `nll-2` and so on."""
-    seen: dict[str, int] = {}
-    labels = []
-    for task in tasks:
-        seen[task.task] = seen.get(task.task, 0) + 1
-        labels.append((task.task if seen[task.task] == 1 else f"{task.task}-{seen[task.task]}", task))
-    return labels
 
 
 def _decoding(scorer: Scorer) -> dict[str, Any]:

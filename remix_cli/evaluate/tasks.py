@@ -356,3 +356,13 @@ SCORERS: dict[str, type[Scorer]] = {
     "humaneval": HumanEval,
     "reasoning_gym": ReasoningGym,
 }
+
+
+def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:
+    """A second task of a kind is `nll-2` and so on."""
+    seen: dict[str, int] = {}
+    labels = []
+    for task in tasks:
+        seen[task.task] = seen.get(task.task, 0) + 1
+        labels.append((task.task if seen[task.task] == 1 else f"{task.task}-{seen[task.task]}", task))
+    return labels

@@ -154,6 +154,12 @@ class Train(Strict):
     gradient_checkpointing: bool = Field(False, description="Recompute activations; selections are replayed.")
     logging_steps: Positive = 10
     eval_steps: Positive | None = Field(None, description="Held-out loss every so many steps, and at the end.")
+    eval_tasks_limit: Positive | None = Field(
+        None, description="Also score eval.tasks, on so many rows each, whenever the held-out loss is measured."
+    )
+    metric_for_best_model: str = Field(
+        "eval_loss", description="What `best/` is best at: eval_loss or <task>/<score>, for example gsm8k/flexible."
+    )
     save_steps: Positive | None = Field(None, description="Checkpoint every so many steps, and at the end.")
     save_total_limit: Positive = 2
     report_to: Literal["none", "tensorboard"] = "none"
@@ -185,6 +191,15 @@ class Eval(Strict):
     batch_size: Positive | None = Field(None, description="Rows at once; by default as many as memory holds.")
 
 
+# What train.metric_for_best_model may name besides eval_loss.
+SCORES = {
+    "nll": ("loss", "perplexity"),
+    "gsm8k": ("strict", "flexible"),
+    "arc": ("letter", "text", "text_norm"),
+    "reasoning_gym": ("score",),
+}
+
+
 class Recipe(Strict):
     """A whole run: what is trained on what, how, and where it is written."""
 
@@ -208,6 +223,20 @@ class Recipe(Strict):
                 "M = {m}, but the estimator {estimator} compares selections and needs 2 or more "
                 "(or use router.estimator: straight_through, which is biased)",
                 {"m": router.selections, "estimator": router.estimator, "at": ("router", "selections")},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        metric = self.train.metric_for_best_model
+        tasks = [task for task in self.eval.tasks if task.task != "nll" or task.source]
+        known = [f"{task.task}/{score}" for task in tasks for score in SCORES.get(task.task, ())]
+        if metric != "eval_loss" and (metric not in known or self.train.eval_tasks_limit is None):
+            fix = "set train.eval_tasks_limit" if metric in known else f"use {', '.join(['eval_loss', *known])}"
+            raise PydanticCustomError(
+                "unmeasured",
+                "{metric} is not measured during training; {fix}",
+                {"metric": metric, "fix": fix, "at": ("train", "metric_for_best_model")},
             )
         return self
 

@@ -28,7 +28,8 @@ class TrainingState:
     """Everything besides adapter and optimizer that a later step depends on."""
 
     step: int = 0  # optimizer steps done
-    best_loss: float | None = None
+    best_loss: float | None = None  # held-out loss of the best adapter so far
+    best_cost: float | None = None  # and what made it the best, less being better
     best_step: int | None = None
     coefficient: dict[str, float] = field(default_factory=dict)  # of the control variate
     evaluation_due: bool = False  # the run was stopped before this step's held-out loss was known

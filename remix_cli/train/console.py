@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+SHOWN = ("flexible", "letter", "text_norm", "score")  # of the tasks scored during training
+
 
 class TrainingConsole:
     """Context manager around a training run."""
@@ -48,6 +50,9 @@ class TrainingConsole:
         if "eval_loss" in m:
             best = " (best so far)" if m["best"] else ""
             self.line(f"step {m['step']:>5}  held-out loss {m['eval_loss']:.4f}{best}")
+            scores = [f"{name} {value:.3f}" for name, value in m.items() if name.split("/")[-1] in SHOWN]
+            if scores:
+                self.line(f"            {', '.join(scores)}")
             return
         left = (time.monotonic() - self.begun) / max(1, self.step - self.start) * (self.total - self.step)
         self.line(

@@ -21,20 +21,21 @@ from rich.console import Console
 from remix_cli.adapter.patch import Adapter, apply_adapter, compile_unadapted
 from remix_cli.adapter.store import save_adapter
 from remix_cli.data.batches import collate, micro_batches
+from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import load_data
 from remix_cli.errors import DivergedError, Interrupted
-from remix_cli.evaluate.nll import row_losses
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.objective import ESTIMATORS, Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
-from remix_cli.runs import RunFolder
+from remix_cli.runs import RunFolder, Subject
 from remix_cli.stats.live import StepRouting
 from remix_cli.stats.parameters import count_parameters
 from remix_cli.storage import lock_folder, publish_folder, recover, write_json, write_text
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.console import TrainingConsole
+from remix_cli.train.evaluation import Evaluation, cost
 from remix_cli.train.record import Recorder, peak_memory, summarise
 from remix_cli.train.resume import check_same_recipe, origin_of
 from remix_cli.train.signals import Signals
@@ -96,6 +97,9 @@ class _Run:
             self.model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.adapter.state.checkpoint_contexts}
             )
+        encoder = Encoder(self.tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
+        subject = Subject(recipe, self.model, self.tokenizer, self.adapter, encoder)
+        self.evaluation = Evaluation(subject, self.data.validation.rows, accelerator)
         if recipe.train.torch_compile:
             compile_unadapted(self.model)
         self.optimizer = optim.make_optimizer(self.adapter, recipe)
@@ -298,28 +302,23 @@ class _Run:
             self.recorder.add(record)
             self.view.log(record)
 
-    @torch.no_grad()
     def _evaluate(self) -> None:
-        """Held-out loss over all ranks; keeps the adapter of the lowest in `best/`."""
-        rows = self.data.validation.rows
-        if not rows:
+        """Measure over all ranks; keeps the best adapter in `best/`."""
+        if not self.data.validation.rows:
             return
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        size = self.recipe.train.per_device_eval_batch_size
-        mine = row_losses(self.model, self.adapter, rows[rank::world], size, self._heed_signals)
-        sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
-        nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
-        loss = nats / tokens
+        record = self.evaluation.measure(self._heed_signals)
+        loss, metric = record["eval_loss"], self.recipe.train.metric_for_best_model
         if not math.isfinite(loss):
             raise DivergedError(
                 f"held-out loss is {loss} after step {self.state.step}; try a lower train.learning_rate"
             )
-        best = self.state.best_loss is None or loss < self.state.best_loss
+        now = cost(metric, record)
+        best = self.state.best_cost is None or now < self.state.best_cost
         if best:
-            self.state.best_loss, self.state.best_step = loss, self.state.step
+            self.state.best_cost, self.state.best_loss, self.state.best_step = now, loss, self.state.step
             if self.state.step:
                 self._write_adapter(self.folder.best)
-        self._record({"step": self.state.step, "eval_loss": loss, "eval_tokens": int(tokens), "best": best})
+        self._record({"step": self.state.step, **record, "best": best})
 
     def _heed_signals(self, _: int) -> None:
         """Between batches of an evaluation; several processes must agree, so they stop at the next step."""

@@ -1,0 +1,51 @@
+"""What is measured between training steps: the held-out loss, and if asked for the recipe's tasks on a few rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from remix_cli.data.encode import EncodedRow
+from remix_cli.evaluate.nll import row_losses
+from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings, labelled
+from remix_cli.runs import Subject
+
+
+class Evaluation:
+    """Measures on every rank its own share of the rows; all ranks get the whole result."""
+
+    def __init__(self, subject: Subject, rows: list[EncodedRow], accelerator: Accelerator):
+        self.subject, self.rows, self.accelerator = subject, rows, accelerator
+        limit, self.scorers = subject.recipe.train.eval_tasks_limit, dict[str, Scorer]()
+        for label, task in labelled(subject.recipe.eval.tasks) if limit else []:
+            # Programs are not run unasked, and the held-out loss is measured anyway.
+            if task.task != "humaneval" and (task.task != "nll" or task.source):
+                self.scorers[label] = SCORERS[task.task](subject, task, Settings(limit=limit))
+
+    def measure(self, advance: Callable[[int], None]) -> dict[str, Any]:
+        """`eval_loss`, `eval_tokens`, and `<task>/<score>` for each task. `advance` hears of rows done."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        size = self.subject.recipe.train.per_device_eval_batch_size
+        mine = row_losses(self.subject.model, self.subject.adapter, self.rows[rank::world], size, advance)
+        sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
+        nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
+        found: dict[str, Any] = {"eval_loss": nats / tokens, "eval_tokens": int(tokens)}
+        self.subject.model.eval()
+        for label, scorer in self.scorers.items():
+            lines: list[tuple[int, dict[str, Any]]] = []
+            with self.subject.adapter.unchanging():
+                for answer in scorer.run(list(range(len(scorer.keys)))[rank::world]):
+                    lines.append(answer)
+                    advance(1)
+            everything = dict(gather_object(lines)) if world > 1 else dict(lines)
+            scores = scorer.scores([everything[i] for i in sorted(everything)])
+            found |= {f"{label}/{name}": score.value for name, score in scores.items()}
+        return found
+
+
+def cost(metric: str, record: dict[str, Any]) -> float:
+    """The metric such that less is better: losses and perplexities as they are, shares negated."""
+    value = float(record[metric])
+    return value if metric.endswith(("loss", "perplexity")) else -value
