@@ -1,16 +1,19 @@
 # make demo   set everything up, fetch the demo model, train, evaluate, show the routing
 # make test   the tests, after the same set-up
-# make kills  the tests of durability at length
+# make kills      the tests of durability at length
+# make sandbox    hostile programs, and all canonical solutions of HumanEval with busy cores
+# make agreement  scores against lm-evaluation-harness; DATA=FOLDER holds gsm8k/ and arc_challenge/
 PYTHON ?= python3
 # The CPU build of torch. On a machine with a GPU: make TORCH=torch demo
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+DATA ?= data
 MODEL := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup model demo test kills lint types check bench clean
+.PHONY: setup model demo test kills sandbox agreement lint types check bench clean
 
 setup: $(VENV)/.done
 
@@ -41,6 +44,13 @@ kills: setup
 	$(BIN)/python tests/faultlab.py points
 	$(BIN)/python tests/faultlab.py errors
 	$(BIN)/python tests/faultlab.py signals 200
+
+sandbox: setup
+	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/test_sandbox.py
+
+agreement: setup model
+	$(BIN)/pip install --quiet --editable '.[lm-eval]'
+	REMIX_DATA=$(DATA) $(BIN)/python -m pytest -s -m agreement tests/test_agreement.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -233,8 +233,8 @@ def test_the_package_has_all_problems():
 
 
 @pytest.mark.parametrize("task", ["nll", "gsm8k", "arc", "humaneval", "reasoning_gym"])
-def test_every_task_runs_is_stamped_and_goes_on_after_an_interruption(verb, finished, questions, tmp_path, task):
-    """X11 for each: the second half is asked once, the first half not again."""
+def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finished, questions, tmp_path, task):
+    """The second half is asked once, the first half not again."""
     source = {"arc": Source(path=str(questions), format="arc")}.get(task)
     if task == "reasoning_gym":
         source = Source(reasoning_gym="chain_sum", size=6)
@@ -382,3 +382,32 @@ def test_compare_is_paired_and_refuses_what_was_not_asked_the_same(verb, finishe
     assert "not asked the same" in verb("compare", base, finished, expect=2)[1]
     assert "two runs or more" in verb("compare", finished, expect=2)[1]
     assert "not evaluated" in verb("compare", finished, finished / "nothing", expect=5)[1]
+
+
+def test_X11_a_killed_evaluation_counts_every_item_once(finished, tmp_path):
+    """SIGKILL in the middle, from outside; what is on disk parses and the rest is asked once."""
+    import shutil
+    import subprocess
+    import sys
+
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "eval", ignore_errors=True)
+    code = (
+        "import os, sys\n"
+        "from remix_cli.evaluate import tasks\n"
+        "plain = tasks.Gsm8k.run\n"
+        "def dies(self, todo):\n"
+        "    for n, answer in enumerate(plain(self, todo)):\n"
+        "        if n == 3: os.kill(os.getpid(), 9)\n"
+        "        yield answer\n"
+        "tasks.Gsm8k.run = dies\n"
+        "from remix_cli.cli import main\n"
+        f"sys.argv = ['remix', 'eval', {str(folder)!r}, '--task', 'gsm8k']\n"
+        "main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == -9
+    lines = (folder / "eval" / "adapter-gsm8k.partial.jsonl").read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) == 1 + 3  # the stamp, and what was answered
+    task = next(t for t in load_run(folder).recipe.eval.tasks if t.task == "gsm8k")
+    (result,) = run.evaluate(load_run(folder), [task], Settings(), _silent)["results"]
+    assert (result["asked"], result["count"]) == (5, 8)

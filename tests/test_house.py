@@ -121,6 +121,10 @@ def test_every_fault_of_the_reliability_page_has_a_test_of_its_name():
         for pattern in patterns:
             assert any(name.startswith(pattern) for names in tests.values() for name in names), (fault, pattern)
     named = {
-        part for names in tests.values() for n in names for part in n.split("_") if re.fullmatch("[RDKSMNAL]\\d+", part)
+        part
+        for names in tests.values()
+        for n in names
+        for part in n.split("_")
+        if re.fullmatch("[RDKSMNALX]\\d+", part)
     }
     assert named <= {fault for fault, _ in rows}

@@ -1,7 +1,12 @@
-"""Evaluation with routed top-k inference.
+"""Evaluation with routed top-k inference. See docs/evaluation.md.
 
-nll.py      token-weighted loss and perplexity of held-out rows
-gsm8k.py    greedy generation, exact match of the final number
-generate.py batched generation with the KV cache
-run.py      the tasks of `remix eval`, their files and their stamp
+tasks.py       the tasks: items, a line per answer, scores from the lines
+  nll.py, gsm8k.py, arc.py, humaneval.py, reasoning.py   what is particular to each
+generate.py    batched generation with the KV cache
+results.py     the per-example files, which an interrupted evaluation continues
+run.py         `remix eval` from start to end, and the stamp
+request.py     what its flags ask for
+statistics.py  intervals and paired differences
+compare.py     `remix compare`
+tables.py      Rich tables of both
 """
