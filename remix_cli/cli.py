@@ -128,7 +128,7 @@ def evaluate(
         return
     for report in reports:
         console.print(eval_table(report))
-        console.print(eval_stamp(report), highlight=False, soft_wrap=True)
+        console.print(eval_stamp(report), highlight=False)
         console.print(f"written: {report['file']} and every answer beside it", highlight=False, soft_wrap=True)
 
 
@@ -160,37 +160,39 @@ def route_stats(
         str | None, typer.Option(help="Rows in the recipe's first format; by default the held-out rows.")
     ] = None,
     limit: Limit = None,
+    history: Annotated[bool, typer.Option("--history", help="Routing over the steps of training, no model.")] = False,
+    compare_with: Annotated[
+        Path | None, typer.Option("--compare", metavar="RUN", help="Beside another run, on this run's rows.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write figures, PNG and SVG.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every token's LoRAs, block by block, as JSON lines.")
+    ] = None,
+    fail_on_collapse: Annotated[
+        bool, typer.Option("--fail-on-collapse", help="Exit 1 if a block's routing has collapsed.")
+    ] = False,
     best: Best = False,
     any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
-    """Show how the routers choose: entropy, effective support size, use of each LoRA."""
-    from remix_cli.data.chunks import start_size
-    from remix_cli.errors import DataError
-    from remix_cli.evaluate.request import override_source
-    from remix_cli.evaluate.tasks import task_examples
-    from remix_cli.recipe import Task
-    from remix_cli.runs import load_run
-    from remix_cli.stats.routing import collect, report
-    from remix_cli.stats.tables import routing_legend, routing_table
-    from remix_cli.storage import write_json
+    """Show how the routers choose: is it healthy, how decided, which LoRAs are used and for what."""
+    from remix_cli.stats import view
 
     console = Console(stderr=as_json)
-    loaded = load_run(run, best=best, any_base=any_base)
-    examples = task_examples(loaded.recipe, override_source(loaded.recipe, Task(task="nll"), data), limit)
-    rows = loaded.encoder.encode_rows(examples).rows
-    if not rows:
-        raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
-    with _Bars() as bars:
-        size = start_size(loaded.recipe.eval.batch_size, loaded.device)
-        blocks = collect(loaded, rows, size, bars.start("routing", len(rows)).advance)
-    result = report(loaded, len(rows), blocks)
-    write_json(loaded.folder.statistics / f"routing-{loaded.which}.json", result)
+    if history:
+        runs = [run] if compare_with is None else [run, compare_with]
+        shown = view.history(runs, plot, console.width)
+    else:
+        with _Bars() as bars:
+            request = view.Request(data, limit, compare_with, plot, trace, best, any_base)
+            shown = view.routing(run, request, bars.start, console.width)
     if as_json:
-        print(json.dumps(result))
-        return
-    console.print(routing_table(result))
-    console.print(routing_legend(result), highlight=False)
+        print(json.dumps(shown.document))
+    for part in [] if as_json else shown.parts:
+        console.print(part, highlight=False, soft_wrap=str(part).startswith("written:"))
+    if fail_on_collapse and not shown.healthy:
+        print(f"error: {shown.document['verdict']}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -49,7 +49,7 @@ def test_eval_reports_as_json_and_writes_one_line_per_example(verb, finished):
     assert nll["scores"]["perplexity"] == pytest.approx(2.718281828 ** nll["scores"]["loss"], rel=1e-6)
     assert gsm["count"] == 8
     lines = [json.loads(line) for line in (finished / "eval" / "adapter-gsm8k.jsonl").read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(8))
+    assert [line["item"] for line in lines] == list(range(8))
     assert sum(line["strict_correct"] for line in lines) / 8 == gsm["scores"]["strict"]
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert nll["scores"]["loss"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-5)
@@ -192,7 +192,9 @@ def test_runs_that_are_none_are_refused(verb, tmp_path, finished):
 
 def test_schema_is_json_and_names_every_group(verb):
     printed = json.loads(verb("schema")[0])
-    assert {"model", "adapter", "router", "data", "train", "eval", "output_dir", "seed"} == printed["properties"].keys()
+    assert {"model", "adapter", "router", "data", "train", "eval", "alarm", "output_dir", "seed"} == printed[
+        "properties"
+    ].keys()
 
 
 def test_tasks_are_scored_during_training_and_choose_the_best(verb, stage, tmp_path):

@@ -69,7 +69,7 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
             eos_token_id=stop_tokens(model, tokenizer),
             **options,
         )
-    return tokenizer.batch_decode(out[:, length:].cpu(), skip_special_tokens=True)
+    return tokenizer.batch_decode(out[:, length:].cpu(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class _Sampling(LogitsProcessor):

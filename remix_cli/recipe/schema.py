@@ -191,6 +191,15 @@ class Eval(Strict):
     batch_size: Positive | None = Field(None, description="Rows at once; by default as many as memory holds.")
 
 
+class Alarm(Strict):
+    """When routing counts as collapsed: docs/routing.md says why these values."""
+
+    ess: Annotated[float, Field(ge=1)] = Field(1.5, description="Effective support of the weights below this.")
+    commonest: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="One set serves this share of tokens.")
+    dead: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="More than this share of a pool is unused.")
+    patience: Positive = Field(10, description="Logged steps in a row before training warns.")
+
+
 # What train.metric_for_best_model may name besides eval_loss.
 SCORES = {
     "nll": ("loss", "perplexity"),
@@ -209,6 +218,7 @@ class Recipe(Strict):
     data: Data
     train: Train = Train()
     eval: Eval = Eval()
+    alarm: Alarm = Alarm()
     output_dir: Place
     seed: Seed = 0
 

@@ -1,10 +1,12 @@
 """Rich tables, made for 80 columns and for reading without colour."""
 
-import re
 from typing import Any
 
 from rich.table import Table
 
+from remix_cli.stats.health import short_name
+from remix_cli.stats.history import MEASURES, History, sparkline
+from remix_cli.stats.live import DEAD_SHARE
 from remix_cli.stats.parameters import ParameterCounts
 
 
@@ -49,10 +51,78 @@ def routing_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def short_name(name: str) -> str:
-    """`model.layers.12.mlp` -> `12.mlp`."""
-    found = re.search(r"(\d+)\.(.+)$", name)
-    return f"{found.group(1)}.{found.group(2)}" if found else name
+SHADES = " ░▒▓█"
+
+
+def heat_map(report: dict[str, Any], width: int) -> str:
+    """Share of tokens by LoRA (down) and block (across), in five shades: blank is unused, full is every token."""
+    blocks = report["blocks"]
+    wide = 2 if 2 * len(blocks) + 10 <= width else 1
+    lines = [f"Share of tokens, {len(blocks)} blocks across, blank = dead, {SHADES[1:]} by quarters to every token"]
+    for i in range(report["pool_size"]):
+        cells = "".join(SHADES[_shade(block["share"][i])] * wide for block in blocks[: width - 10])
+        lines.append(f"LoRA {i:>2}  {cells}")
+    return "\n".join(lines)
+
+
+def _shade(share: float) -> int:
+    """0 for dead, then quarters."""
+    return 0 if share < DEAD_SHARE else min(4, 1 + int(share * 4))
+
+
+def history_table(histories: list[History], width: int = 80) -> Table:
+    """Each measure over the steps, one line per run, on one scale."""
+    table = Table(title=f"Routing over {histories[0].steps[-1]} steps", title_justify="left", box=None, pad_edge=False)
+    table.add_column("measure")
+    if len(histories) > 1:
+        table.add_column("run", overflow="fold")
+    table.add_column("first", justify="right")
+    table.add_column("")
+    table.add_column("last", justify="right")
+    for key, label in MEASURES.items():
+        everything = [value for history in histories for value in history.values[key]]
+        for i, history in enumerate(histories):
+            values = history.values[key]
+            line = sparkline(values, 0.0, max(everything), max(12, width - 64))
+            run = [history.run] if len(histories) > 1 else []
+            table.add_row(label if i == 0 else "", *run, f"{values[0]:.2f}", line, f"{values[-1]:.2f}")
+    return table
+
+
+# What the table per block leaves out, or compares best as one number.
+MEANS = {
+    "entropy_share": "H/ln n, entropy of q",
+    "ess_weights": "ESS of the weights in use",
+    "chosen_mass": "mass of q on the chosen LoRAs",
+    "margin": "margin, last chosen to first left out",
+    "agreement": "share of the top k in a sampled selection",
+    "load_variation": "load: deviation / mean of the shares",
+    "commonest_set": "tokens served by the commonest set",
+    "dead": "dead LoRAs",
+    "dominating": "LoRAs serving 95 % or more",
+    "token_information": "information on the token, nats",
+    "class_information": "information on number, word, punctuation",
+    "part_information": "information on prompt or completion",
+    "task_information": "information on the task",
+    "similarity": "cosine between the LoRAs' updates, mean",
+    "similarity_most": "the same, most alike",
+}
+
+
+def means_table(reports: list[dict[str, Any]], names: list[str]) -> Table:
+    """Means over the blocks of one report, or of several on the same rows."""
+    table = Table(title="Means over the blocks", title_justify="left", box=None, pad_edge=False)
+    table.add_column("measure")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for key, label in MEANS.items():
+        values = []
+        for report in reports:
+            found = [len(b[key]) if key in ("dead", "dominating") else b[key] for b in report["blocks"]]
+            found = [value for value in found if value is not None]
+            values.append(f"{sum(found) / len(found):.3f}" if found else "-")
+        table.add_row(label, *values)
+    return table
 
 
 def parameter_table(counts: ParameterCounts) -> Table:

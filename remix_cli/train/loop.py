@@ -29,6 +29,7 @@ from remix_cli.objective import ESTIMATORS, Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
 from remix_cli.runs import RunFolder, Subject
+from remix_cli.stats.health import Watch
 from remix_cli.stats.live import StepRouting
 from remix_cli.stats.parameters import count_parameters
 from remix_cli.storage import lock_folder, publish_folder, recover, write_json, write_text
@@ -111,6 +112,7 @@ class _Run:
         self.coefficient = Coefficient(**self.state.coefficient)
         self.begun = time.monotonic() - self.state.seconds
         self._open_window()
+        self.watch = Watch(list(self.adapter.routers), recipe.adapter.active, recipe.alarm)
         self.epoch_plan: tuple[int, list] = (-1, [])
         self.recorder: Recorder | None = None  # on the main process
 
@@ -218,11 +220,12 @@ class _Run:
                 "lora_grad_norm": lora_norm,
                 "router_grad_norm": router_norm,
                 **routing.summary(),
-                "advantage_variance": variance / float(routing.sums[-1]),
+                "advantage_variance": variance / float(routing.decisions),
                 "control_variate_beta": self.coefficient.beta,
             },
             int(all_tokens),
             bool(stop),
+            routing,
         )
 
     def _reduce(self, results: list[MicroResult], tokens: int) -> tuple[torch.Tensor, StepRouting]:
@@ -232,15 +235,15 @@ class _Run:
         nothing = StepRouting.none(len(self.routers), self.recipe.adapter.pool_size, device)
         routing = StepRouting.add([nothing, *(r.routing for r in results)])
         parts = [torch.zeros(4, dtype=torch.float64, device=device)]
-        parts += [torch.stack([r.loss, r.advantage_variance * r.routing.sums[-1], *r.fit]).double() for r in results]
+        parts += [torch.stack([r.loss, r.advantage_variance * r.routing.decisions, *r.fit]).double() for r in results]
         rest = torch.tensor([tokens, float(self.signals.received)], dtype=torch.float64, device=device)
         worst = torch.zeros(world, dtype=torch.float64, device=device)
         worst[rank] = routing.worst  # each rank in its own place, so that a sum gathers them
-        total = torch.cat([torch.stack(parts).sum(0), rest, routing.sums, worst, routing.used.flatten()])
+        total = torch.cat([torch.stack(parts).sum(0), rest, routing.sums.flatten(), worst, routing.used.flatten()])
         if world > 1:
             total = self.accelerator.reduce(total, "sum")
-        sums, means, lowest, used = total.cpu().split([6, 4, world, routing.used.numel()])
-        return sums, StepRouting(means, used.view_as(routing.used), lowest.amin())
+        sums, means, lowest, used = total.cpu().split([6, routing.sums.numel(), world, routing.used.numel()])
+        return sums, StepRouting(means.view_as(routing.sums), used.view_as(routing.used), lowest.amin())
 
     def _divergence(self, step: int, rows: Any, loss: float, lora_norm: float, router_norm: float) -> str:
         what = f"loss {loss:.4g}, LoRA gradient norm {lora_norm:.4g}, router gradient norm {router_norm:.4g}"
@@ -251,7 +254,7 @@ class _Run:
             f"nothing was updated; {where}; try a lower train.learning_rate"
         )
 
-    def _after_step(self, done: int, record: dict[str, Any], tokens: int, stop: bool) -> None:
+    def _after_step(self, done: int, record: dict[str, Any], tokens: int, stop: bool, routing: StepRouting) -> None:
         recipe = self.recipe
         self.state.step = done
         self.state.tokens += tokens
@@ -266,6 +269,9 @@ class _Run:
             record["step_seconds"] = spent / self.window_steps
             record["peak_memory_gib"] = peak_memory(self.accelerator.device)
             self._record(record)
+            warning = self.watch.see(routing)
+            if warning:
+                self.view.line(warning)
             self._open_window()
         every = recipe.train.eval_steps
         self.state.evaluation_due = last or bool(every and done % every == 0)

@@ -1,0 +1,54 @@
+"""Routing over the steps of a run, from its metrics.jsonl alone."""
+
+import itertools
+import json
+from dataclasses import dataclass
+
+from remix_cli.errors import ArtefactError
+from remix_cli.runs import RunFolder
+
+# What metrics.jsonl calls it, and what people do.
+MEASURES = {
+    "ess_weights": "ESS of the weights, mean",
+    "ess_weights_worst": "ESS of the weights, worst",
+    "ess": "ESS of q, mean",
+    "router_entropy": "entropy of q, nats",
+    "largest_share": "largest share of tokens",
+    "dead_loras": "dead LoRAs",
+}
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class History:
+    """One run's measures at its logged steps."""
+
+    run: str
+    steps: list[int]
+    values: dict[str, list[float]]  # by the keys of MEASURES
+
+
+def read_history(folder: RunFolder) -> History:
+    """Raises ArtefactError if the run has logged no routing."""
+    found = History(folder.path.name, [], {key: [] for key in MEASURES})
+    try:
+        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
+        for record in map(json.loads, lines):
+            if all(key in record for key in MEASURES):
+                found.steps.append(record["step"])
+                for key, values in found.values.items():
+                    values.append(float(record[key]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{folder.metrics}: cannot be read ({error}); give the output_dir of a run") from None
+    if not found.steps:
+        raise ArtefactError(f"{folder.metrics}: no step with routing in it; was the run trained by an older version?")
+    return found
+
+
+def sparkline(values: list[float], low: float, high: float, width: int) -> str:
+    """Means over `width` stretches of equal length, as bars between `low` and `high`."""
+    width = min(width, len(values))
+    cuts = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
+    span = (high - low) or 1.0
+    return "".join(BARS[min(7, max(0, int((mean - low) / span * 8)))] for mean in means)

@@ -1,0 +1,96 @@
+"""What `remix route-stats` shows: collects, writes the files asked for, and hands back what to print."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remix_cli.data.chunks import start_size
+from remix_cli.data.encode import EncodedRow, load_examples
+from remix_cli.data.splits import evenly, split_examples
+from remix_cli.errors import DataError
+from remix_cli.runs import LoadedRun, RunFolder, load_run
+from remix_cli.stats.health import verdict
+from remix_cli.stats.history import read_history
+from remix_cli.stats.plots import plot_history, plot_use
+from remix_cli.stats.routing import collect, report, trace_lines
+from remix_cli.stats.tables import heat_map, history_table, means_table, routing_legend, routing_table
+from remix_cli.storage import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """The verb's flags."""
+
+    data: str | None = None
+    limit: int | None = None
+    compare_with: Path | None = None
+    plot: Path | None = None
+    trace: Path | None = None
+    best: bool = False
+    any_base: bool = False
+
+
+@dataclass
+class Shown:
+    """Rich parts in order of importance, the JSON document, and whether the routing is healthy."""
+
+    parts: list[Any]
+    document: dict[str, Any]
+    healthy: bool = True
+
+
+def history(runs: list[Path], plot: Path | None, width: int) -> Shown:
+    """Measures over the steps. Raises ArtefactError."""
+    found = [read_history(RunFolder(run)) for run in runs]
+    parts: list[Any] = [history_table(found, width)]
+    parts += [f"written: {path}" for path in (plot_history(found, plot) if plot else [])]
+    return Shown(parts, {"runs": [asdict(one) for one in found]})
+
+
+def routing(run: Path, request: Request, progress: Callable[[str, int], Any], width: int) -> Shown:
+    """Statistics of one run, or of two on the same rows. Raises DataError, ArtefactError."""
+    loaded = load_run(run, best=request.best, any_base=request.any_base)
+    rows = _rows(loaded, request)
+    result, healthy = _measured(loaded, rows, progress)
+    parts: list[Any] = [result["verdict"], "", heat_map(result, width), "", routing_table(result)]
+    parts += [routing_legend(result), ""]
+    reports, names = [result], [run.name]
+    if request.compare_with is not None:
+        other, _ = _measured(load_run(request.compare_with, any_base=request.any_base), rows, progress)
+        reports, names = [result, other], [run.name, request.compare_with.name]
+        parts.append(f"{request.compare_with.name}: {other['verdict']}")
+        result = {**result, "compared": other}
+    parts.append(means_table(reports, names))
+    if request.plot is not None:
+        parts += [f"written: {path}" for path in plot_use(result, request.plot)]
+    if request.trace is not None:
+        lines = (json.dumps(line, ensure_ascii=False) for line in trace_lines(loaded, rows))
+        write_text(request.trace, "".join(f"{line}\n" for line in lines))
+        parts.append(f"written: {request.trace}")
+    return Shown(parts, result, healthy)
+
+
+def _measured(
+    loaded: LoadedRun, rows: list[EncodedRow], progress: Callable[[str, int], Any]
+) -> tuple[dict[str, Any], bool]:
+    size = start_size(loaded.recipe.eval.batch_size, loaded.device)
+    blocks = collect(loaded, rows, size, progress("routing", len(rows)).advance)
+    healthy, words = verdict(blocks, loaded.adapter.config.active, loaded.recipe.alarm)
+    result = {"verdict": words, "healthy": healthy} | report(loaded, len(rows), blocks)
+    write_json(loaded.folder.statistics / f"routing-{loaded.which}.json", result)
+    return result, healthy
+
+
+def _rows(loaded: LoadedRun, request: Request) -> list[EncodedRow]:
+    recipe = loaded.recipe
+    if request.data is None:
+        examples = split_examples(recipe)[2]
+    else:
+        place = {"path": request.data, "reasoning_gym": None, "subset": None, "limit": None}
+        examples = load_examples([recipe.data.train[0].model_copy(update=place)])[0]
+    rows = loaded.encoder.encode_rows(evenly(examples, request.limit)).rows
+    if not rows:
+        raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
+    return rows
