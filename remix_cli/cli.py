@@ -168,6 +168,9 @@ def route_stats(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every token's LoRAs, block by block, as JSON lines.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page: heat maps, history, tokens.")
+    ] = None,
     fail_on_collapse: Annotated[
         bool, typer.Option("--fail-on-collapse", help="Exit 1 if a block's routing has collapsed.")
     ] = False,
@@ -184,7 +187,7 @@ def route_stats(
         shown = view.history(runs, plot, console.width)
     else:
         with _Bars() as bars:
-            request = view.Request(data, limit, compare_with, plot, trace, best, any_base)
+            request = view.Request(data, limit, compare_with, plot, trace, page, best, any_base)
             shown = view.routing(run, request, bars.start, console.width)
     if as_json:
         print(json.dumps(shown.document))

@@ -9,7 +9,7 @@ from tiny import FAMILIES, fill_adapter, tiny_model
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import TargetError, apply_adapter, find_targets
-from remix_cli.adapter.product import pool_linear
+from remix_cli.adapter.product import gates_of, pool_linear
 from remix_cli.adapter.trace import RoutingState, Trace
 from remix_cli.models import is_causal
 
@@ -61,7 +61,7 @@ def test_the_product_by_hand_is_the_product_by_autograd(bias, positions, dtype):
     ]
 
     def by_hand(x, w, a, b):
-        return pool_linear(x, base, a, b, w, RoutingState())
+        return pool_linear(x, base, a, b, w, gates_of(w, a.shape[0] // w.shape[-1], x.dtype), RoutingState())
 
     def by_autograd(x, w, a, b):
         down = torch.nn.functional.linear(x, a.to(dtype)).unflatten(-1, (n, r))

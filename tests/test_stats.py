@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from remix_cli.recipe.schema import Alarm
 from remix_cli.stats.health import Watch, short_name, verdict
 from remix_cli.stats.history import sparkline
 from remix_cli.stats.live import StepRouting
+from remix_cli.stats.page import page
 from remix_cli.stats.routing import BlockCounter, _count_sets, mutual_information, update_similarity
 
 N, K = 4, 2
@@ -192,6 +194,29 @@ def test_route_stats_answers_first_and_writes_what_is_asked(verb, finished, tmp_
             assert sum(i in line["chosen"][block["name"]] for line in lines) / len(lines) == pytest.approx(share)
     assert {line["part"] for line in lines} == {"prompt", "completion"}
     assert "".join(line["token"] for line in lines if line["row"] == 0).replace(" ", "").startswith("<user>w")
+
+
+def test_the_page_is_whole_and_loads_nothing(verb, finished, tmp_path):
+    verb("route-stats", finished, "--html", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", text)
+    report = json.loads((finished / "stats" / "routing-adapter.json").read_text())
+    assert report["verdict"] in text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))
+    assert len(data["rows"]) == 8
+    for row in data["rows"]:
+        assert len(row["tokens"]) == len(row["sets"]) > row["prompt"] > 0
+        assert all(len(sets) == len(report["blocks"]) for sets in row["sets"])
+
+
+def test_a_token_cannot_end_the_page_s_script():
+    line = {"row": 0, "task": "t", "position": 0, "token": "</script><b>", "part": "prompt", "chosen": {"b": [0, 1]}}
+    block = report_of(decision([[0.0] * N] * 2, [[0, 1], [2, 3]]))[0]
+    report = {"healthy": True, "verdict": "<i>", "tokens": 2, "rows": 1, "active": K, "pool_size": N, "tasks": ["t"]}
+    text = page("<run>", report | {"blocks": [vars(block)]}, None, [line])
+    assert "</script><b>" not in text
+    assert "&lt;run&gt;" in text
+    assert "&lt;i&gt;" in text
 
 
 def test_route_stats_compares_and_shows_history(verb, finished, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from remix_cli.adapter import kernel, routing
 from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.product import pool_linear
+from remix_cli.adapter.product import gates_of, pool_linear
 from remix_cli.adapter.trace import Decision, RoutingState, Trace
 
 
@@ -37,6 +37,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32, device=device))
         self.state = state
         self.selected: Tensor | None = None  # weights of the block being computed, (B, T, n)
+        self.gates: Tensor | None = None  # the same for each column of its stacked pools, (B, T, n r)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         values = torch.randn(self.weight.shape, generator=generator) * self.config.router_init_std
@@ -168,6 +169,7 @@ class RoutedLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(stacked, width_in, dtype=torch.float32, device=where))
         self.lora_B = nn.Parameter(torch.zeros(width_out, stacked, dtype=torch.float32, device=where))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.plain = type(base_layer) is nn.Linear  # not quantised
         self.routes_itself = config.scope == "module"
         if self.routes_itself:
             self.router = router
@@ -184,18 +186,28 @@ class RoutedLinear(nn.Module):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Does the product by hand apply? Not to a quantised layer, under autocast, or with dropout."""
-        drops = self.training and isinstance(self.dropout, nn.Dropout)
-        same = type(self.base_layer) is nn.Linear and self.base_layer.weight.dtype == x.dtype
-        return same and not drops and not torch.is_autocast_enabled(x.device.type)
+        if not self.plain or (self.training and isinstance(self.dropout, nn.Dropout)):
+            return False
+        return self.base_layer.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.router(x) if self.routes_itself else self.router.selected
         if weights is None:
             raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
-        if isinstance(self.base_layer, nn.Linear) and self._is_plain(x):
-            return pool_linear(x, self.base_layer, self.lora_A, self.lora_B, weights, self.state)
+        if self._is_plain(x):
+            return pool_linear(
+                x, self.base_layer, self.lora_A, self.lora_B, weights, self._gates(weights, x), self.state
+            )
         y = self.base_layer(x)
         # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64)
         mixed = down.unflatten(-1, (self.pool_size, self.rank)) * weights.to(x.dtype).unsqueeze(-1)
         return y + F.linear(mixed.flatten(-2), self.lora_B.to(x.dtype))  # (4, 512, D_out)
+
+    def _gates(self, weights: Tensor, x: Tensor) -> Tensor:
+        """Made once for all linears of a block; the block forgets them when its forward pass ends."""
+        if self.routes_itself:
+            return gates_of(weights, self.rank, x.dtype)
+        if self.router.gates is None:
+            self.router.gates = gates_of(weights, self.rank, x.dtype)
+        return self.router.gates

@@ -1,6 +1,6 @@
 """A frozen linear layer and its pool of LoRAs as one differentiable product, with the backward pass by hand.
 
-    y = x W^T + bias + (w . (x A^T)) B^T       w repeats each LoRA's weight r times
+    y = x W^T + bias + (g . (x A^T)) B^T       the gates g repeat each LoRA's weight r times
 
 Autograd would give the same gradients through about twice as many kernels, which is what a step of a small model
 or a few tokens is made of. By hand the sums are folded into the products (`addmm`), the gradient with respect to
@@ -17,29 +17,34 @@ from remix_cli.adapter.trace import RoutingState
 
 
 def pool_linear(
-    x: Tensor, base: nn.Linear, lora_a: nn.Parameter, lora_b: nn.Parameter, weights: Tensor, state: RoutingState
+    x: Tensor,
+    base: Any,
+    lora_a: nn.Parameter,
+    lora_b: nn.Parameter,
+    weights: Tensor,
+    gates: Tensor,
+    state: RoutingState,
 ) -> Tensor:
-    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r) and weights (B, T or 1, n)."""
+    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r), weights (B, T or 1, n) and their gates."""
     a, b = state.cast(lora_a, x.dtype), state.cast(lora_b, x.dtype)
     if not torch.is_grad_enabled():
-        return _product(x, base.weight, base.bias, a, b, weights)[0]
-    return _PoolLinear.apply(x, base.weight, base.bias, lora_a, lora_b, a, b, weights)
+        return _product(x, base.weight, base.bias, a, b, gates)[0]
+    return _PoolLinear.apply(x, base.weight, base.bias, lora_a, lora_b, a, b, weights, gates)
 
 
-def _weighted(down: Tensor, weights: Tensor) -> Tensor:
-    """Multiply each LoRA's r columns of `down` (B, T, n r) by its weight (B, T or 1, n)."""
-    by_lora = down.unflatten(-1, (weights.shape[-1], -1))
-    return (by_lora * weights.to(down.dtype).unsqueeze(-1)).flatten(-2)
+def gates_of(weights: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """(B, T or 1, n r) from weights (B, T or 1, n): each for the r columns of its LoRA."""
+    return weights.detach().to(dtype).repeat_interleave(rank, -1)
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, weights: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, D_out), and on the way to it x A^T and the same weighted, both (B, T, n r)."""
+    """y (B, T, D_out), and on the way to it x A^T and the same gated, both (B, T, n r)."""
     down = F.linear(x, a)
-    mixed = _weighted(down, weights)
+    mixed = down * gates
     y = F.linear(x, weight, bias)
-    y.view(-1, y.shape[-1]).addmm_(mixed.flatten(0, -2), b.T)
+    y.view(-1, y.shape[-1]).addmm_(mixed.view(-1, mixed.shape[-1]), b.T)
     return y, down, mixed
 
 
@@ -55,18 +60,19 @@ class _PoolLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         weights: Tensor,
+        gates: Tensor,
     ) -> Tensor:
-        y, down, mixed = _product(x, weight, bias, a, b, weights)
-        ctx.save_for_backward(x, weight, a, b, weights, down, mixed)
+        y, down, mixed = _product(x, weight, bias, a, b, gates)
+        ctx.save_for_backward(x, weight, a, b, weights, gates, down, mixed)
         ctx.types = lora_a.dtype, lora_b.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, weights, down, mixed = ctx.saved_tensors
+        x, weight, a, b, weights, gates, down, mixed = ctx.saved_tensors
         rows = g.flatten(0, -2)  # (S, D_out), S = B T
         d_mixed = F.linear(g, b.T)  # (B, T, n r)
-        d_down = _weighted(d_mixed, weights).flatten(0, -2)
+        d_down = (d_mixed * gates).flatten(0, -2)
         d_b = (rows.T @ mixed.flatten(0, -2)).to(ctx.types[1])
         d_a = (d_down.T @ x.flatten(0, -2)).to(ctx.types[0])
         d_x = d_weights = None
@@ -75,4 +81,4 @@ class _PoolLinear(torch.autograd.Function):
         if ctx.needs_input_grad[7]:
             by_lora = (d_mixed.to(weights.dtype) * down).unflatten(-1, (weights.shape[-1], -1))
             d_weights = by_lora.sum(-1).sum_to_size(weights.shape)
-        return d_x, None, None, d_a, d_b, None, None, d_weights
+        return d_x, None, None, d_a, d_b, None, None, d_weights, None

@@ -37,6 +37,7 @@ class BlockStatistics:
     margin: float | None  # logit of the last chosen minus that of the first left out; None if all are chosen
     agreement: float  # share of the top k that a sampled selection holds, in expectation: sum of pi over the top k / k
     share: list[float]  # of tokens, for each LoRA
+    share_by_task: list[list[float]]  # the same for each task, tasks in alphabetical order
     load_variation: float  # standard deviation of the shares / their mean: 0 is even
     dead: list[int]  # LoRAs with a share below DEAD_SHARE
     dominating: list[int]  # LoRAs with a share of DOMINATING_SHARE or more, while others could serve
@@ -100,7 +101,8 @@ class BlockCounter:
         most = math.log(n)
         by_class = torch.zeros(len(CLASSES), n, device=share.device).index_add_(0, classes, self.by_token)
         others = similarity[:, ~torch.eye(n, dtype=torch.bool, device=similarity.device)]
-        spare = n > int(share.sum().round())
+        k = int(share.sum().round())
+        spare = n > k
         return BlockStatistics(
             name=self.name,
             tokens=t,
@@ -114,6 +116,7 @@ class BlockCounter:
             margin=means["margin"] if spare else None,
             agreement=means["agreement"],
             share=share.tolist(),
+            share_by_task=(self.by_task.double() / (self.by_task.double().sum(1, keepdim=True) / k)).tolist(),
             load_variation=float(share.std(correction=0) / share.mean()),
             dead=[i for i, s in enumerate(share.tolist()) if s < DEAD_SHARE],
             dominating=[i for i, s in enumerate(share.tolist()) if spare and s >= DOMINATING_SHARE],
@@ -230,13 +233,14 @@ def trace_lines(run: LoadedRun, rows: list[EncodedRow]) -> Iterator[dict[str, An
             yield {"row": i, "task": row.task, "position": t, "token": texts[t], "part": part, "chosen": loras}
 
 
-def report(run: LoadedRun, rows: int, blocks: list[BlockStatistics]) -> dict[str, Any]:
+def report(run: LoadedRun, rows: list[EncodedRow], blocks: list[BlockStatistics]) -> dict[str, Any]:
     config = run.adapter.config
     return {
         "method": config.method,
         "pool_size": config.pool_size,
         "active": config.active,
-        "rows": rows,
+        "rows": len(rows),
+        "tasks": sorted({row.task for row in rows}),
         "tokens": blocks[0].tokens,
         "blocks": [asdict(block) for block in blocks],
     }

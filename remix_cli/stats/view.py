@@ -13,10 +13,13 @@ from remix_cli.errors import DataError
 from remix_cli.runs import LoadedRun, RunFolder, load_run
 from remix_cli.stats.health import verdict
 from remix_cli.stats.history import read_history
+from remix_cli.stats.page import page
 from remix_cli.stats.plots import plot_history, plot_use
 from remix_cli.stats.routing import collect, report, trace_lines
 from remix_cli.stats.tables import heat_map, history_table, means_table, routing_legend, routing_table
 from remix_cli.storage import write_json, write_text
+
+PAGE_ROWS = 8  # of which the page shows every token
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Request:
     compare_with: Path | None = None
     plot: Path | None = None
     trace: Path | None = None
+    page: Path | None = None
     best: bool = False
     any_base: bool = False
 
@@ -69,6 +73,11 @@ def routing(run: Path, request: Request, progress: Callable[[str, int], Any], wi
         lines = (json.dumps(line, ensure_ascii=False) for line in trace_lines(loaded, rows))
         write_text(request.trace, "".join(f"{line}\n" for line in lines))
         parts.append(f"written: {request.trace}")
+    if request.page is not None:
+        logged = read_history(loaded.folder) if loaded.folder.metrics.is_file() else None
+        shown = list(trace_lines(loaded, evenly(rows, PAGE_ROWS)))
+        write_text(request.page, page(run.name, result, logged, shown))
+        parts.append(f"written: {request.page}")
     return Shown(parts, result, healthy)
 
 
@@ -78,7 +87,7 @@ def _measured(
     size = start_size(loaded.recipe.eval.batch_size, loaded.device)
     blocks = collect(loaded, rows, size, progress("routing", len(rows)).advance)
     healthy, words = verdict(blocks, loaded.adapter.config.active, loaded.recipe.alarm)
-    result = {"verdict": words, "healthy": healthy} | report(loaded, len(rows), blocks)
+    result = {"verdict": words, "healthy": healthy} | report(loaded, rows, blocks)
     write_json(loaded.folder.statistics / f"routing-{loaded.which}.json", result)
     return result, healthy
 
