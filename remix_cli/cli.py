@@ -98,7 +98,7 @@ def evaluate(
     any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
-    """Score a run: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
+    """Score a run, or a model folder: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
 
     Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
     """
@@ -109,18 +109,22 @@ def evaluate(
     from remix_cli.evaluate.run import evaluate as score
     from remix_cli.evaluate.tables import eval_stamp, eval_table
     from remix_cli.evaluate.tasks import Settings
-    from remix_cli.runs import RunFolder, load_run
+    from remix_cli.runs import RunFolder, load_model_folder, load_run
 
     console = Console(stderr=as_json)
     if selection not in ("top", "sample"):
         raise RecipeError(f"--selection: {selection!r} is not known; use top or sample")
+    folder = RunFolder(run)
+    recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
+    if folder.is_model and not (task and (data or task == ["humaneval"])):
+        raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
+    base = base or folder.is_model
     settings = Settings(base=base, limit=limit, sampled=selection == "sample", allow_code=allow_code)
-    recipe = RunFolder(run).load_recipe()  # whatever is wrong with the flags shows before the model loads
     changes = {"shots": shots, "samples": samples, "temperature": temperature}
     tasks = requested_tasks(recipe, task, data, changes, shots_from)
     many = requested_active(active, recipe.adapter.pool_size)
     check_code(tasks, settings)
-    loaded = load_run(run, best=best, any_base=any_base)
+    loaded = load_model_folder(run) if folder.is_model else load_run(run, best=best, any_base=any_base)
     with _Bars() as bars:
         reports = [score(loaded, tasks, replace(settings, active=k), bars.start) for k in many]
     if as_json:

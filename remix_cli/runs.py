@@ -1,16 +1,18 @@
 """The run folder, and a finished run loaded back: what every verb but `train` starts from."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter, apply_adapter
 from remix_cli.adapter.store import CONFIG_FILE, BaseIdentity, StoredAdapter, load_stored
 from remix_cli.data.encode import Encoder
 from remix_cli.errors import ArtefactError
-from remix_cli.models import identify, load_model, load_tokenizer
+from remix_cli.models import DTYPES, identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe, load_recipe
 
 
@@ -52,8 +54,19 @@ class RunFolder:
     def statistics(self) -> Path:
         return self.path / "stats"
 
+    @property
+    def is_model(self) -> bool:
+        """A model in the hub's format, exported or anyone's, and no run of ours."""
+        return (self.path / "config.json").is_file() and not self.recipe.is_file()
+
     def load_recipe(self) -> Recipe:
-        """The run's own recipe. Raises ArtefactError if this is no run folder."""
+        """The run's own recipe; for a model folder one that says no more than where it is. Raises ArtefactError."""
+        if self.is_model:
+            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            dtype = found.get("dtype") or found.get("torch_dtype") or "float32"
+            model = {"name_or_path": str(self.path), "dtype": dtype if dtype in DTYPES else "float32"}
+            data = {"train": [{"path": "rows.jsonl"}]}
+            return Recipe.model_validate({"model": model, "data": data, "output_dir": str(self.path)})
         if not self.recipe.is_file():
             raise ArtefactError(
                 f"{self.path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`"
@@ -93,9 +106,22 @@ class LoadedRun(Subject):
     """A run ready for inference: top-k routing, nothing trainable."""
 
     folder: RunFolder
-    which: str  # `adapter` (the last) or `best`
+    which: str  # `adapter` (the last), `best`, or `model` for a folder that is a model itself
     stored: StoredAdapter
     identity: BaseIdentity  # of the base model and tokenizer that were loaded
+
+
+def load_model_folder(path: Path, device: torch.device | None = None) -> LoadedRun:
+    """A model without an adapter of ours, to be evaluated like one. Raises RecipeError if it cannot be loaded."""
+    folder = RunFolder(path)
+    recipe = folder.load_recipe()
+    model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(recipe.model)
+    config = AdapterConfig(pool_size=1, active=1)
+    identity = identify(recipe.model, model, tokenizer)
+    stored = StoredAdapter(config, identity, {}, "")
+    encoder = Encoder(tokenizer, recipe.data.max_length, None)
+    return LoadedRun(recipe, model, tokenizer, Adapter(model, config), encoder, folder, "model", stored, identity)
 
 
 def load_run(

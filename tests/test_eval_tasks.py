@@ -411,3 +411,17 @@ def test_X11_a_killed_evaluation_counts_every_item_once(finished, tmp_path):
     task = next(t for t in load_run(folder).recipe.eval.tasks if t.task == "gsm8k")
     (result,) = run.evaluate(load_run(folder), [task], Settings(), _silent)["results"]
     assert (result["asked"], result["count"]) == (5, 8)
+
+
+def test_a_model_folder_is_evaluated_like_the_base_of_a_run(verb, finished, stage, tmp_path):
+    import shutil
+
+    model = shutil.copytree(stage[0], tmp_path / "model")
+    verb("eval", model, "--task", "gsm8k", "--data", stage[1], "--limit", 5)
+    verb("eval", finished, "--task", "gsm8k", "--data", stage[1], "--limit", 5, "--base")
+    theirs, ours = (f / "eval" / n for f, n in ((model, "model-gsm8k.jsonl"), (finished, "base-gsm8k.jsonl")))
+    assert [json.loads(a)["prompt"] for a in theirs.read_text().splitlines()] == [
+        json.loads(b)["prompt"] for b in ours.read_text().splitlines()
+    ]
+    assert "say what to score" in verb("eval", model, expect=2)[1]
+    verb("compare", model, finished / "eval" / "base.json", expect=2)  # another number of new tokens

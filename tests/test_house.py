@@ -27,7 +27,7 @@ ALLOWED = {
     "sandbox": set(),
     "evaluate": {"adapter", "recipe", "data", "models", "runs", "sandbox"},
     "export": {"adapter"},
-    "train": {"adapter", "recipe", "data", "models", "runs", "objective", "stats", "evaluate"},
+    "train": {"cross_entropy", "adapter", "recipe", "data", "models", "runs", "objective", "stats", "evaluate"},
     "verify": {"adapter", "data", "models", "objective"},
     "cli": {"recipe", "runs", "data", "train", "evaluate", "stats", "export", "verify"},
     "__main__": {"cli"},

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -207,6 +209,17 @@ def test_the_page_is_whole_and_loads_nothing(verb, finished, tmp_path):
     for row in data["rows"]:
         assert len(row["tokens"]) == len(row["sets"]) > row["prompt"] > 0
         assert all(len(sets) == len(report["blocks"]) for sets in row["sets"])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
+def test_the_page_works_in_a_browser(verb, finished, tmp_path):
+    """The script has run: the tokens of the first block stand there, coloured."""
+    verb("route-stats", finished, "--html", tmp_path / "page.html")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert shown.count('class="tokens"') == 8
+    assert "the commonest serves" in shown
+    assert len(re.findall(r"background: (hsl|rgb)", shown)) > 20
 
 
 def test_a_token_cannot_end_the_page_s_script():

@@ -201,22 +201,13 @@ def test_nothing_is_sampled_twice_when_every_lora_is_on(monkeypatch):
 def test_compiling_what_is_not_adapted_changes_nothing():
     """Attention and norms only; aot_eager needs no C++ compiler."""
     torch._dynamo.reset()
-    expected = gradients(Router(), cuts=(2, 2))
+    router = Router(estimator="straight_through", selections=1)
+    expected = gradients(router)
     model, adapter = build()
     assert compile_unadapted(model, backend="aot_eager") == 2 * 3  # two norms and attention of each layer
-    everything = rows()
-    targets = sum(int(r.supervised[1:].sum()) for r in everything)
-    for start in (0, 2):
-        accumulate_gradients(
-            model,
-            adapter,
-            collate(everything[start : start + 2], start),
-            Router(),
-            targets_in_step=targets,
-            seed=(0, 7),
-            beta=0.5,
-            backward=lambda loss: loss.backward(),
-        )
+    batch = collate(rows())
+    options = {"targets_in_step": len(batch.targets), "seed": (0, 7), "beta": 0.5}
+    accumulate_gradients(model, adapter, batch, router, backward=lambda loss: loss.backward(), **options)
     assert same({name: p.grad for name, p in adapter.parameters().items()}, expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
     assert not torch._dynamo.utils.counters["graph_break"]

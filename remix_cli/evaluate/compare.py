@@ -49,7 +49,7 @@ def load_evaluated(path: Path) -> Evaluated:
     """
     file = path
     if path.is_dir():
-        found = [path / "eval" / f"{name}.json" for name in ("adapter", "best")]
+        found = [path / "eval" / f"{name}.json" for name in ("adapter", "best", "model")]
         file = next((f for f in found if f.is_file()), found[0])
     if not file.is_file():
         raise ArtefactError(
@@ -64,7 +64,7 @@ def load_evaluated(path: Path) -> Evaluated:
     run = file.parent.parent
     summary_file = run / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
-    label = run.name if report["model"] == "adapter" else f"{run.name}/{report['model']}"
+    label = run.name if report["model"] in ("adapter", "model") else f"{run.name}/{report['model']}"
     return Evaluated(label, report, file.parent, {} if report["model"] == "base" else summary)
 
 

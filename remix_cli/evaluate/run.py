@@ -102,9 +102,9 @@ def check_code(tasks: list[Task], settings: Settings) -> None:
 
 
 def report_name(which: str, settings: Settings) -> str:
-    """`adapter`, `best` or `base`, and how it was evaluated if not as usual."""
+    """`adapter`, `best`, `base` or `model`, and how it was evaluated if not as usual."""
     if settings.base:
-        return "base"
+        return "model" if which == "model" else "base"
     return which + (f"-k{settings.active}" if settings.active else "") + ("-sampled" if settings.sampled else "")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from remix_cli.cross_entropy import CHUNK
 from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import load_data
 from remix_cli.models import load_tokenizer
@@ -78,17 +79,24 @@ def estimate_memory(recipe: Recipe, config: Any, counts: ParameterCounts, longes
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * hidden)
     stacked = recipe.adapter.pool_size * recipe.adapter.rank
-    kept = 10 * hidden + 5 * inner + 2 * 3 * stacked  # values a layer's backward pass needs, for each token
-    live_layers = 1 if recipe.train.gradient_checkpointing else layers
-    activations = tokens * (live_layers * kept + layers * hidden) * size
-    logits = tokens * config.vocab_size * (size + 8)
-    traces = recipe.router.selections * layers * tokens * hidden * size
+    # Values that a layer's backward pass needs for each token, fitted to measured peaks (docs/performance.md).
+    kept = 7.2 * hidden + 4.2 * inner + 2 * 3 * stacked
+    if recipe.train.gradient_checkpointing:
+        activations = tokens * (kept + layers * hidden) * size
+    else:
+        activations = tokens * layers * kept * size
+    logits = tokens * config.vocab_size * 2 * size + 3 * CHUNK * 4
+    inputs = layers * tokens * hidden * size  # of the routers, for one selection
+    m = recipe.router.selections if recipe.adapter_config().samples else 1
+    # A pass with gradient keeps them anyway; those of other passes outlive its activations.
+    before = (m if recipe.router.lora_gradient == "mean" else 1) - 1
+    traces = max(before * inputs, m * inputs - activations - logits)
     parts = {
         "base weights": counts.base * size,
         "adapter, gradient, optimizer": counts.trained * 16,
         "activations of one pass": activations,
         "logits and loss": logits,
-        "router inputs of all selections": traces,
+        "router inputs of more selections": traces,
     }
     return {name: round(value / GIB, 3) for name, value in parts.items()}
 
