@@ -155,6 +155,8 @@ def compare(
     for table in comparison_tables(found):
         console.print(table)
         console.print()
+    for line in found["skipped"]:
+        console.print(f"skipped {line}", highlight=False)
 
 
 @app.command("route-stats")

@@ -217,6 +217,7 @@ def test_tasks_are_scored_during_training_and_choose_the_best(verb, stage, tmp_p
     assert report["results"][0]["scores"]["loss"] == pytest.approx(held[-1]["nll/loss"], rel=1e-5)
     for override, message in (
         ("train.metric_for_best_model=gsm8k/loose", "use eval_loss, nll/loss"),
+        ("train.metric_for_best_model=nll-2/loss", "use eval_loss, nll/loss"),
         ("train.eval_tasks_limit=null", "set train.eval_tasks_limit"),
     ):
         assert message in verb("validate", path, override, expect=2)[1]

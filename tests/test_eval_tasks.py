@@ -378,8 +378,16 @@ def test_compare_is_paired_and_refuses_what_was_not_asked_the_same(verb, finishe
     out, _ = verb("compare", base, finished)
     assert "difference" in out
     assert max(map(len, out.splitlines())) <= 80
+    other = json.loads(base.read_text())
+    other["results"] = [r for r in other["results"] if r["task"] == "nll"]
+    base.write_text(json.dumps(other))
     verb("eval", finished, "--task", "nll", "--base", "--limit", 3)
     assert "not asked the same" in verb("compare", base, finished, expect=2)[1]
+    for arguments in ((finished, "--base"), (finished,)):
+        verb("eval", *arguments, "--task", "gsm8k")
+    out, _ = verb("compare", base, finished)
+    assert "skipped nll" in out
+    assert "gsm8k" in out
     assert "two runs or more" in verb("compare", finished, expect=2)[1]
     assert "not evaluated" in verb("compare", finished, finished / "nothing", expect=5)[1]
 
@@ -425,3 +433,56 @@ def test_a_model_folder_is_evaluated_like_the_base_of_a_run(verb, finished, stag
     ]
     assert "say what to score" in verb("eval", model, expect=2)[1]
     verb("compare", model, finished / "eval" / "base.json", expect=2)  # another number of new tokens
+
+
+@pytest.mark.parametrize(("name", "refused"), [("countdown", True), ("n_queens", True), ("chain_sum", False)])
+def test_verifiers_that_run_answers_as_code_are_not_used(name, refused, tmp_path):
+    from remix_cli.errors import DataError
+    from remix_cli.evaluate.reasoning import Verifier
+
+    source = Source(reasoning_gym=name, size=2)
+    if refused:
+        with pytest.raises(DataError, match="runs answers as code"):
+            Verifier(source)
+    else:
+        verifier = Verifier(source)
+        assert verifier.score(0, f"<answer>{verifier.entries[0]['answer']}</answer>") == 1.0
+        assert verifier.score(0, f"__import__('os').system('touch {tmp_path}/x')") < 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_answers_of_any_characters_are_kept_and_compared(verb, finished, monkeypatch):
+    odd = "a\u2028b\u0085c\ud800"
+
+    def answer(self, todo):
+        for i in todo:
+            yield i, {"output": odd, "gold": "1", "strict": None, "strict_correct": False, "flexible_correct": i == 0}
+
+    monkeypatch.setattr(tasks.Gsm8k, "run", answer)
+    verb("eval", finished, "--task", "gsm8k", "--base")
+    verb("eval", finished, "--task", "gsm8k")
+    found = json.loads(verb("compare", finished / "eval" / "base.json", finished, "--json")[0])
+    assert found["tasks"]["gsm8k"]["scores"]["flexible"][1]["difference"] == 0
+    lines = (finished / "eval" / "adapter-gsm8k.jsonl").read_text().split("\n")
+    assert json.loads(lines[0])["output"] == odd
+
+
+def test_samples_of_one_problem_are_one_item_in_comparisons():
+    from remix_cli.evaluate.compare import _parts
+
+    lines = [{"correct": c} for c in (1, 0, 1, 1, 0, 0)]
+    assert _parts(lines, "pass@1", 2).tolist() == [[1, 2, 0], [2, 2, 2]]
+
+
+def test_text_keeps_the_space_that_follows_the_prompt():
+    """As with sentencepiece's decoders, which drop the space a text begins with."""
+    from remix_cli.evaluate.generate import _after
+
+    class Tokenizer:
+        pieces = ("def", " f", "\n   ", " return")
+
+        def decode(self, ids, **_):
+            return "".join(self.pieces[i] for i in ids).removeprefix(" ")
+
+    assert _after(Tokenizer(), [0, 1], [3, 1]) == " return f"
+    assert _after(Tokenizer(), [0], []) == ""

@@ -64,6 +64,21 @@ def test_equal_scores_go_to_the_lower_index():
     assert found.chosen.tolist() == [[[0, 1, 2], [0, 1, 2]]]
 
 
+def test_scores_that_are_no_numbers_still_choose_valid_loras():
+    x = torch.full((1, 2, 16), float("nan"), device=DEVICE)
+    found = kernel.choose(x, torch.ones(6, 16, device=DEVICE), None, 3, 0.5, True, torch.float32)
+    assert found.chosen.tolist() == [[[0, 1, 2], [0, 1, 2]]]
+    assert found.logits.isnan().all()
+
+
+def test_inputs_that_are_slices_are_read_as_they_are():
+    router = made(4, 2, 8)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)[..., :8]
+    found = kernel.choose(x, router.weight.detach(), None, 2, 0.5, True, torch.float32)
+    with torch.no_grad():
+        assert close(found.logits, router.scores(x)[0], 1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["rtg", "control_variate"])
 @pytest.mark.skipif(GPU, reason="the tiny model of test_step lives on the CPU")
 def test_a_step_through_the_kernel_is_the_same_step(estimator, monkeypatch):

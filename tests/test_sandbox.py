@@ -5,6 +5,8 @@ import hashlib
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +57,7 @@ def test_values_cross_the_pipes_unchanged():
     test = (
         "def check(candidate):\n"
         "    for v in [None, True, 0, -1, 10**50, 1.5, float('inf'), 'a\\ud800\\n', b'x', 1j, [], [1, [2.0, (3, 'x')]],"
+        " {frozenset([1])},"
         " {1: 'a', 'b': (1, 2)}, {1, 2}, ()]:\n"
         "        w = candidate(v)\n"
         "        assert w == v and type(w) is type(v)\n"
@@ -280,6 +283,7 @@ def test_X7_no_signal_trace_or_higher_limit(attempt):
         (body("return lambda: 1"), "not plain data"),
         (body("a = []\na.append(a)\nreturn a"), "nested too deeply"),
         ("x = 1", "KeyError: 'f'"),
+        ("def f(x): raise Exception('\\ud800')", "Exception: ?"),
     ],
 )
 def test_X9_broken_programs_fail_with_a_reason(code, reason):
@@ -326,3 +330,21 @@ def test_X10_canonical_solutions_pass_with_busy_cores(repeats):
         stop.set()
         for process in busy:
             process.join()
+
+
+def test_X2_nothing_outlives_a_killed_parent():
+    """The parent is killed while a program sleeps; solver and judge go with it."""
+    code = (
+        "from remix_cli.sandbox.outside import *\n"
+        "judge(Program('import time\\ntime.sleep(1000)', 'f', '', 'def check(c): c(1)'), 60, 60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    end = time.monotonic() + 20
+    while len(left_behind()) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(left_behind()) == 2
+    parent.kill()
+    parent.wait()
+    while left_behind() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert left_behind() == []

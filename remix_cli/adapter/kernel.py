@@ -47,7 +47,7 @@ def choose(
 
     *leading, width = x.shape
     n = weight.shape[0]
-    flat = x.reshape(-1, width)
+    flat = x.reshape(-1, width).contiguous()
     tokens = flat.shape[0]
     logits = torch.empty(tokens, n, dtype=torch.float32, device=x.device)
     length = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
@@ -57,8 +57,8 @@ def choose(
     rows = max(1, 32 // padded)
     route[(triton.cdiv(tokens, rows),)](
         flat,
-        weight,
-        logits if noise is None else noise.reshape(-1, n),
+        weight.contiguous(),
+        logits if noise is None else noise.reshape(-1, n).contiguous(),
         logits,
         length,
         chosen,

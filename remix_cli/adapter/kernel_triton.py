@@ -57,7 +57,8 @@ def route(
     score = logits
     if SAMPLED:
         score += tl.load(noise_ptr + place, mask=real, other=0.0)
-    score = tl.where((lora < N)[None, :], score, float("-inf"))
+    # A NaN ranks last, so that the ids are valid and it is the loss that tells.
+    score = tl.where((lora < N)[None, :] & (score == score), score, float("-inf"))
     mine, theirs = score[:, :, None], score[:, None, :]
     ahead = (theirs > mine) | ((theirs == mine) & (lora[None, None, :] < lora[None, :, None]))
     rank = tl.sum(ahead.to(tl.int32), axis=2)

@@ -11,7 +11,7 @@ from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.evaluate.statistics import paired_difference
 
 # What must agree for two scores to mean the same.
-SAME = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts")
+SAME = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts", "protocol", "samples")
 # Which entries of a line make a score: (numerator, denominator), None for 1.
 PARTS = {
     "loss": ("nats", "tokens"),
@@ -37,7 +37,7 @@ class Evaluated:
     def lines(self, task: str) -> list[dict[str, Any]]:
         path = self.folder / f"{self.report['model']}-{task}.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
             raise ArtefactError(f"{path}: cannot be read ({error}); evaluate again with `remix eval`") from None
 
@@ -71,7 +71,7 @@ def load_evaluated(path: Path) -> Evaluated:
 def compare(paths: list[Path]) -> dict[str, Any]:
     """Scores of every task that all have, with the paired difference of each from the first.
 
-    Raises RecipeError if there are fewer than two, no task in common, or two that were not asked the same.
+    A task that two of them were not asked the same is skipped. Raises RecipeError if that leaves none.
     """
     if len(paths) < 2:
         raise RecipeError("compare needs two runs or more")
@@ -81,22 +81,25 @@ def compare(paths: list[Path]) -> dict[str, Any]:
     if not tasks:
         had = "; ".join(f"{run.label}: {', '.join(found)}" for run, found in zip(runs, results, strict=True))
         raise RecipeError(f"no task was evaluated in all of them ({had})")
-    for task in tasks:
+    skipped = []
+    for task in list(tasks):
         for run, found in zip(runs[1:], results[1:], strict=True):
-            _check_same(task, runs[0].label, results[0][task], run.label, found[task])
+            different = _difference(results[0][task], found[task])
+            if different and task in tasks:
+                tasks.remove(task)
+                skipped.append(f"{task}: {runs[0].label} and {run.label} were not asked the same ({different})")
+    if not tasks:
+        raise RecipeError(*(f"{line}; evaluate both with the same task, data and --limit" for line in skipped))
     return {
         "runs": [_describe(run) for run in runs],
         "tasks": {task: _task(task, runs, [found[task] for found in results]) for task in tasks},
+        "skipped": skipped,
     }
 
 
-def _check_same(task: str, first: str, a: dict[str, Any], second: str, b: dict[str, Any]) -> None:
-    different = [key for key in SAME if a["protocol"].get(key) != b["protocol"].get(key)]
-    if different:
-        raise RecipeError(
-            f"{task}: {first} and {second} were not asked the same (different {', '.join(different)}); "
-            "evaluate both with the same task, data and --limit"
-        )
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Which parts of two stamps forbid a comparison; empty if none."""
+    return ", ".join(f"other {key}" for key in SAME if a["protocol"].get(key) != b["protocol"].get(key))
 
 
 def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +112,8 @@ def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> di
     for score in results[0]["scores"]:
         if score not in PARTS or not all(score in r["scores"] for r in results):
             continue
-        parts = [_parts(part, score) for part in lines]
+        samples = results[0]["protocol"].get("samples", 1)
+        parts = [_parts(part, score, samples) for part in lines]
         entries = []
         for result, part in zip(results, parts, strict=True):
             entry = {"value": result["scores"][score], "interval": result["intervals"][score]}
@@ -121,12 +125,12 @@ def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> di
     return found
 
 
-def _parts(lines: list[dict[str, Any]], score: str) -> np.ndarray:
-    """(2, S) numerators and denominators of the score."""
+def _parts(lines: list[dict[str, Any]], score: str, samples: int) -> np.ndarray:
+    """(2, S) numerators and denominators of the score; the samples of one problem are one item."""
     above, below = PARTS[score]
     numerators = [float(line[above]) for line in lines]
     denominators = [float(line[below]) if below else 1.0 for line in lines]
-    return np.array([numerators, denominators])
+    return np.array([numerators, denominators]).reshape(2, -1, samples).sum(-1)
 
 
 def _describe(run: Evaluated) -> dict[str, Any]:

@@ -69,14 +69,26 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
             eos_token_id=stop_tokens(model, tokenizer),
             **options,
         )
-    return tokenizer.batch_decode(out[:, length:].cpu(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [_after(tokenizer, p, new) for p, new in zip(prompts, out[:, length:].tolist(), strict=True)]
+
+
+def _after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The new tokens' text as it follows the prompt: alone, some tokenizers would drop its leading space."""
+    before, alone, together = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (prompt[-8:], new, prompt[-8:] + new)
+    )
+    return together[len(before) :] if together.startswith(before) else alone
+
+
+TOKENS = 1 << 40  # keeps the draws of tokens apart from those of selections, which fold in positions
 
 
 class _Sampling(LogitsProcessor):
     """Gumbel noise on the scores: their argmax is a draw from the softmax (the Gumbel-max trick)."""
 
     def __init__(self, seed: int, rows: Tensor, prompt_length: int, temperature: float):
-        self.keys = fold(torch.full_like(rows, seed), rows)
+        self.keys = fold(fold(torch.full_like(rows, seed), rows), TOKENS)
         self.prompt_length, self.temperature = prompt_length, temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

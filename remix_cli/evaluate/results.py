@@ -24,14 +24,14 @@ class Lines:
 
     def add(self, item: int, line: Line) -> None:
         with storage_errors(self.path):
-            self._file.write((json.dumps({"item": item} | line, ensure_ascii=False) + "\n").encode())
+            self._file.write((json.dumps({"item": item} | line) + "\n").encode())
             self._file.flush()
         self.done[item] = {"item": item} | line
 
     def publish(self) -> None:
         """Write the final file, items in order, and drop the partial one."""
         lines = (self.done[item] for item in sorted(self.done))
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         write_text(self.path.with_name(self.path.name.replace(".partial", "")), text)
         self.path.unlink()
 

@@ -13,8 +13,9 @@ import transformers
 import remix_cli
 from remix_cli.errors import RecipeError
 from remix_cli.evaluate.results import Lines, open_lines
-from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings, labelled
+from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
 from remix_cli.recipe import Task
+from remix_cli.recipe.schema import labelled
 from remix_cli.runs import LoadedRun
 from remix_cli.sandbox import outside as sandbox
 from remix_cli.storage import write_json

@@ -6,6 +6,7 @@ A scorer reads its data when it is made, so that everything wrong with it shows 
 import hashlib
 import json
 import math
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -225,7 +226,7 @@ class Arc(Scorer):
             self.questions.append(question)
         self.data = rows
         both = zip(self.letters, self.texts, strict=True)
-        self.keys = [_key(*(row.input_ids for row in (*a, *b))) for a, b in both]
+        self.keys = [_key(*(x for row in (*a, *b) for x in (row.input_ids, row.supervised))) for a, b in both]
 
     def _source(self, source: Source | None) -> Source:
         if source is None:
@@ -294,15 +295,15 @@ class HumanEval(Scorer):
         programs = [humaneval.program_of(t, p, self.chat) for (_, t), p in zip(answers, problems, strict=True)]
         for j, verdict in sandbox.judge_all(programs):
             i, text = answers[j]
-            line = {"problem": problems[j]["task_id"], "sample": i % self.task.samples, "output": text}
+            line: Line = {"problem": problems[j]["task_id"], "index": i // self.task.samples, "output": text}
             printed = verdict.output[-2000:]
             yield i, line | {"correct": verdict.passed, "reason": verdict.reason, "printed": printed}
 
     def scores(self, lines: list[Line]) -> dict[str, Score]:
         n = self.task.samples
-        correct: dict[str, int] = {}
+        correct: dict[int, int] = {}
         for line in lines:
-            correct[line["problem"]] = correct.get(line["problem"], 0) + line["correct"]
+            correct[line["index"]] = correct.get(line["index"], 0) + line["correct"]
         found = {
             f"pass@{k}": mean(np.array([pass_at(k, n, c) for c in correct.values()])) for k in (1, 10, 100) if k <= n
         }
@@ -311,7 +312,11 @@ class HumanEval(Scorer):
 
     def stamp(self) -> dict[str, Any]:
         protocol = "chat, code block or whole answer" if self.chat else "completion of the bare prompt"
-        return super().stamp() | {"samples": self.task.samples, "protocol": protocol, "isolation": sandbox.LEVEL}
+        return super().stamp() | {
+            "samples": self.task.samples,
+            "protocol": protocol,
+            "isolation": sandbox.LEVEL | {"python": platform.python_version()},
+        }
 
 
 class ReasoningGym(Scorer):
@@ -332,8 +337,11 @@ class ReasoningGym(Scorer):
                 made.append((verifier, j, to_example(row, source)))
         self.items = evenly(made, self.limit)
         self.prompts = [self._prompt_ids(example) for _, _, example in self.items]
-        self.data = [list(example.messages) for _, _, example in self.items]
+        self.data = [[list(example.messages), verifier.facts(j)] for verifier, j, example in self.items]
         self.keys = [_key(ids) for ids in self.prompts]
+
+    def stamp(self) -> dict[str, Any]:
+        return super().stamp() | {"protocol": f"verifiers of reasoning-gym {self.items[0][0].version}"}
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
         for i, text in self._answers(self.prompts, todo, self.decoding()):
@@ -356,13 +364,3 @@ SCORERS: dict[str, type[Scorer]] = {
     "humaneval": HumanEval,
     "reasoning_gym": ReasoningGym,
 }
-
-
-def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:
-    """A second task of a kind is `nll-2` and so on."""
-    seen: dict[str, int] = {}
-    labels = []
-    for task in tasks:
-        seen[task.task] = seen.get(task.task, 0) + 1
-        labels.append((task.task if seen[task.task] == 1 else f"{task.task}-{seen[task.task]}", task))
-    return labels

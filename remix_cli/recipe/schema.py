@@ -191,6 +191,16 @@ class Eval(Strict):
     batch_size: Positive | None = Field(None, description="Rows at once; by default as many as memory holds.")
 
 
+def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:
+    """A second task of a kind is `nll-2` and so on."""
+    seen: dict[str, int] = {}
+    labels = []
+    for task in tasks:
+        seen[task.task] = seen.get(task.task, 0) + 1
+        labels.append((task.task if seen[task.task] == 1 else f"{task.task}-{seen[task.task]}", task))
+    return labels
+
+
 class Alarm(Strict):
     """When routing counts as collapsed: docs/routing.md says why these values."""
 
@@ -239,8 +249,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         metric = self.train.metric_for_best_model
-        tasks = [task for task in self.eval.tasks if task.task != "nll" or task.source]
-        known = [f"{task.task}/{score}" for task in tasks for score in SCORES.get(task.task, ())]
+        tasks = [(label, task) for label, task in labelled(self.eval.tasks) if task.task != "nll" or task.source]
+        known = [f"{label}/{score}" for label, task in tasks for score in SCORES.get(task.task, ())]
         if metric != "eval_loss" and (metric not in known or self.train.eval_tasks_limit is None):
             fix = "set train.eval_tasks_limit" if metric in known else f"use {', '.join(['eval_loss', *known])}"
             raise PydanticCustomError(

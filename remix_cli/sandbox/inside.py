@@ -25,7 +25,7 @@ _RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many file system rig
 # Linux 6.7 adds TCP, 6.12 signals and abstract sockets; seccomp denies those on older kernels, too.
 _NET_BIND_CONNECT, _SCOPES = 3, 3
 
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER_MODE = 38, 22, 2
+_PARENT_DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER_MODE = 1, 38, 22, 2
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | 1  # the last with EPERM
 # fcntl may duplicate a descriptor and read or set its flags, not ask for signals: F_DUPFD .. F_GETFL, F_DUPFD_CLOEXEC.
 _FCNTL = (0, 1, 2, 3, 1030)
@@ -58,8 +58,11 @@ class NotConfined(Exception):
     """The kernel lacks a mechanism, or refused it."""
 
 
-def confine(cpu_seconds: int) -> None:
-    """Give up, for good, everything but computing, reading the standard library and the open pipes."""
+def confine(cpu_seconds: int, parent: int) -> None:
+    """Give up, for good, everything but computing, reading the standard library and the open pipes.
+
+    And end when the process `parent` does, however that ends.
+    """
     for limit, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, MEMORY_BYTES),
@@ -69,6 +72,8 @@ def confine(cpu_seconds: int) -> None:
     ):
         resource.setrlimit(limit, (value, value))
     libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PARENT_DEATH_SIGNAL, 9, 0, 0, 0) or os.getppid() != parent:
+        raise NotConfined("the parent is gone")
     if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         raise NotConfined("PR_SET_NO_NEW_PRIVS refused")
     _landlock(libc)
@@ -138,7 +143,7 @@ def to_plain(value: Any, depth: int = 0) -> Any:
         return ["f", float.hex(value)]
     if isinstance(value, complex):
         return ["c", [value.real.hex(), value.imag.hex()]]
-    for tag, kind in (("l", list), ("t", tuple), ("s", set | frozenset)):
+    for tag, kind in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
         if isinstance(value, kind):
             return [tag, [to_plain(item, depth + 1) for item in value]]
     if isinstance(value, dict):
@@ -149,14 +154,14 @@ def to_plain(value: Any, depth: int = 0) -> Any:
 
 
 def from_plain(coded: Any) -> Any:
-    """Inverse of `to_plain`; a frozenset comes back as a set, a subclass as its base. Raises on anything else."""
+    """Inverse of `to_plain`; a subclass comes back as its base. Raises on anything else."""
     tag, content = coded
     if tag == "" and (content is None or isinstance(content, bool | str)):
         return content
     if tag == "d":
         return {from_plain(k): from_plain(v) for k, v in content}
-    if tag in ("l", "t", "s"):
-        return {"l": list, "t": tuple, "s": set}[tag](from_plain(item) for item in content)
+    if tag in ("l", "t", "s", "z"):
+        return {"l": list, "t": tuple, "s": set, "z": frozenset}[tag](from_plain(item) for item in content)
     if tag == "c":
         return complex(*map(float.fromhex, content))
     return {"i": lambda x: int(x, 16), "f": float.fromhex, "b": bytes.fromhex}[tag](content)
@@ -220,7 +225,7 @@ def main() -> None:
     payload = json.loads(sys.stdin.buffer.read())
     sys.setrecursionlimit(5000)
     try:
-        confine(payload.get("cpu_seconds", CPU_SECONDS))
+        confine(payload.get("cpu_seconds", CPU_SECONDS), payload["parent"])
     except (NotConfined, OSError, ValueError) as error:
         print(f"not confined: {error}", file=sys.stderr)
         sys.exit(7)

@@ -20,7 +20,12 @@ from remix_cli.sandbox.inside import CPU_SECONDS
 INSIDE = Path(__file__).with_name("inside.py")
 WALL_SECONDS = 15.0
 OUTPUT_LIMIT = 64 * 1024
-LEVEL = "fresh processes under rlimits, Landlock and seccomp"  # for the reports
+# For the reports.
+LEVEL: dict[str, Any] = {
+    "by": "fresh processes under rlimits, Landlock and seccomp",
+    "cpu_seconds": CPU_SECONDS,
+    "wall_seconds": WALL_SECONDS,
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,12 @@ class Verdict:
 
 def check_available() -> None:
     """Confine one process and see. Raises SandboxError where the kernel cannot."""
-    done = subprocess.run(
-        [*_command(), "probe"],
-        input=b"{}",
-        env={},
-        capture_output=True,
-        timeout=60,
-        check=False,
-        start_new_session=True,
-    )
+    command = [*_command(), "probe"]
+    payload = json.dumps({"parent": os.getpid()}).encode()
+    try:
+        done = subprocess.run(command, input=payload, env={}, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise SandboxError("generated code is not run on this machine: the confined process hangs") from None
     if done.returncode or done.stdout != b"confined\n":
         why = done.stderr.decode(errors="replace").strip().splitlines()
         raise SandboxError(
@@ -74,7 +76,7 @@ def judge(program: Program, cpu_seconds: int = CPU_SECONDS, wall_seconds: float 
     """Run one program against its test in two confined processes, each with so much processor time."""
     nonce = secrets.token_hex(16)
     (calls_out, calls_in), (answers_out, answers_in), (verdict_out, verdict_in) = (os.pipe() for _ in range(3))
-    common = {"entry_point": program.entry_point, "cpu_seconds": cpu_seconds}
+    common = {"entry_point": program.entry_point, "cpu_seconds": cpu_seconds, "parent": os.getpid()}
     solution = common | {"program": program.program}
     test = common | {"prompt": program.prompt, "test": program.test, "nonce": nonce}
     processes: list[subprocess.Popen] = []
@@ -100,7 +102,12 @@ def judge(program: Program, cpu_seconds: int = CPU_SECONDS, wall_seconds: float 
         return Verdict(False, "timeout" if any(used) else "the test's process died", shown)
     if found["passed"] is True:
         return Verdict(True, "", shown)
-    return Verdict(False, "timeout" if any(used) else str(found["reason"]) or "failed", shown)
+    return Verdict(False, "timeout" if any(used) else _readable(str(found["reason"])) or "failed", shown)
+
+
+def _readable(text: str) -> str:
+    """Without lone surrogates, which a program's error may hold and no file can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _command() -> list[str]:

@@ -70,7 +70,7 @@ def routing(run: Path, request: Request, progress: Callable[[str, int], Any], wi
     if request.plot is not None:
         parts += [f"written: {path}" for path in plot_use(result, request.plot)]
     if request.trace is not None:
-        lines = (json.dumps(line, ensure_ascii=False) for line in trace_lines(loaded, rows))
+        lines = (json.dumps(line) for line in trace_lines(loaded, rows))
         write_text(request.trace, "".join(f"{line}\n" for line in lines))
         parts.append(f"written: {request.trace}")
     if request.page is not None:

@@ -9,7 +9,8 @@ from accelerate.utils import gather_object
 
 from remix_cli.data.encode import EncodedRow
 from remix_cli.evaluate.nll import row_losses
-from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings, labelled
+from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
+from remix_cli.recipe.schema import labelled
 from remix_cli.runs import Subject
 
 
@@ -22,7 +23,8 @@ class Evaluation:
         for label, task in labelled(subject.recipe.eval.tasks) if limit else []:
             # Programs are not run unasked, and the held-out loss is measured anyway.
             if task.task != "humaneval" and (task.task != "nll" or task.source):
-                self.scorers[label] = SCORERS[task.task](subject, task, Settings(limit=limit))
+                fewer = min(limit or 0, task.limit or limit or 0)
+                self.scorers[label] = SCORERS[task.task](subject, task, Settings(limit=fewer))
 
     def measure(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """`eval_loss`, `eval_tokens`, and `<task>/<score>` for each task. `advance` hears of rows done."""
