@@ -32,7 +32,7 @@ Overrides = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of `remix train`.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
-Best = Annotated[bool, typer.Option("--best", help="Use the adapter of lowest held-out loss, not the last.")]
+Best = Annotated[bool, typer.Option("--best", help="Use the best adapter, not the last.")]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Use the adapter even if base model or tokenizer have changed.")
 ]

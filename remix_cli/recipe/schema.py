@@ -179,6 +179,8 @@ class Task(Strict):
     def _fits(self) -> Self:
         if self.shots and self.shots_from is None:
             raise ValueError("shots: say in shots_from which file the solved examples come from")
+        if self.shots and self.task == "nll":
+            raise ValueError("shots: the loss is of the rows as they are, without solved examples in front")
         if self.samples > 1 and self.task != "humaneval":
             raise ValueError("samples: more than one answer per problem is for humaneval (pass@k)")
         if self.samples > 1 and not self.temperature:
