@@ -40,6 +40,8 @@ def mean(values: np.ndarray) -> Score:
     """The mean of one value in [0, 1] per item; Wilson's interval where all are 0 or 1."""
     if np.isin(values, (0, 1)).all():
         return wilson(int(values.sum()), len(values))
+    if len(values) < 2:
+        return Score(float(values[0]), 0.0, 1.0, 1)  # one item says nothing of the others
     return ratio(values, np.ones_like(values), share=True)
 
 

@@ -256,7 +256,7 @@ class Recipe(Strict):
         if metric != "eval_loss" and (metric not in known or self.train.eval_tasks_limit is None):
             fix = "set train.eval_tasks_limit" if metric in known else f"use {', '.join(['eval_loss', *known])}"
             raise PydanticCustomError(
-                "unmeasured",
+                "conflict",
                 "{metric} is not measured during training; {fix}",
                 {"metric": metric, "fix": fix, "at": ("train", "metric_for_best_model")},
             )
