@@ -220,4 +220,6 @@ def test_tasks_are_scored_during_training_and_choose_the_best(verb, stage, tmp_p
         ("train.metric_for_best_model=nll-2/loss", "use eval_loss, nll/loss"),
         ("train.eval_tasks_limit=null", "set train.eval_tasks_limit"),
     ):
-        assert message in verb("validate", path, override, expect=2)[1]
+        err = verb("validate", path, override, expect=2)[1]
+        assert message in err
+        assert "got" not in err

@@ -83,6 +83,7 @@ def test_paired_differences_see_what_separate_intervals_cannot():
 def test_means_of_shares_stay_shares():
     assert mean(np.array([0.0, 1.0, 1.0])).value == pytest.approx(2 / 3)
     assert mean(np.array([0.0, 0.2, 1.0])).low >= 0
+    assert (mean(np.array([0.3])).low, mean(np.array([0.3])).high) == (0, 1)
 
 
 # --- batches
