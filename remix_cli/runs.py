@@ -120,7 +120,7 @@ def load_model_folder(path: Path, device: torch.device | None = None) -> LoadedR
     config = AdapterConfig(pool_size=1, active=1)
     identity = identify(recipe.model, model, tokenizer)
     stored = StoredAdapter(config, identity, {}, "")
-    encoder = Encoder(tokenizer, recipe.data.max_length, None)
+    encoder = Encoder.of(tokenizer, recipe.data)
     return LoadedRun(recipe, model, tokenizer, Adapter(model, config), encoder, folder, "model", stored, identity)
 
 
@@ -165,5 +165,5 @@ def load_run(
     except ValueError as error:
         raise ArtefactError(f"{where}: {error}") from None
     model.requires_grad_(False).eval()
-    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
+    encoder = Encoder.of(tokenizer, recipe.data)
     return LoadedRun(recipe, model, tokenizer, adapter, encoder, folder, where.name, stored, found)

@@ -1,19 +1,13 @@
 """The tasks of `remix eval`: what is asked, how answers are read, and that nothing depends on batches."""
 
 import json
-import math
-from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from tiny import recipe_text, write_recipe
 
-from remix_cli.data.chunks import in_chunks
 from remix_cli.evaluate import arc, run, tasks
-from remix_cli.evaluate.generate import Decoding, generate
 from remix_cli.evaluate.humaneval import load_problems, program_of
-from remix_cli.evaluate.statistics import mean, paired_difference, pass_at, ratio, wilson
 from remix_cli.evaluate.tasks import SCORERS, Settings
 from remix_cli.recipe import Source, Task
 from remix_cli.runs import load_run
@@ -38,119 +32,6 @@ def questions(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-# --- statistics
-
-
-def test_wilson_is_the_published_interval():
-    """Newcombe 1998, table I: 81 of 263; and 0 of 10, where the simple interval has no width."""
-    found = wilson(81, 263)
-    assert [found.low, found.high] == pytest.approx([0.2553, 0.3662], abs=5e-5)
-    assert wilson(0, 10).low == 0
-    assert wilson(0, 10).high == pytest.approx(0.2775, abs=1e-4)
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (7, 5, 4)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_pass(n, c, k):
-    subsets = list(combinations(range(n), k))
-    wanted = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
-    assert pass_at(k, n, c) == pytest.approx(wanted, rel=1e-12)
-
-
-def test_bootstrap_intervals_are_as_wide_as_theory_says():
-    random = np.random.default_rng(1)
-    nats, tokens = random.gamma(2, 2, 400), random.integers(1, 9, 400).astype(float)
-    found = ratio(nats, tokens, share=False)
-    value = nats.sum() / tokens.sum()
-    error = 1.96 * np.std(nats - value * tokens) / tokens.mean() / math.sqrt(400)  # the delta method
-    assert found.value == pytest.approx(value, rel=1e-12)
-    assert (found.high - found.low) / 2 == pytest.approx(error, rel=0.1)
-    assert ratio(nats, tokens, share=False) == found
-
-
-def test_paired_differences_see_what_separate_intervals_cannot():
-    random = np.random.default_rng(2)
-    nats = random.gamma(2, 2, 200)
-    ones = np.ones(200)
-    found = paired_difference(np.stack([nats, ones]), np.stack([nats - 0.01, ones]))
-    assert found.value == pytest.approx(-0.01)
-    assert found.low < found.high < 0
-    same = paired_difference(np.stack([nats, ones]), np.stack([nats, ones]))
-    assert (same.value, same.low, same.high) == (0, 0, 0)
-
-
-def test_means_of_shares_stay_shares():
-    assert mean(np.array([0.0, 1.0, 1.0])).value == pytest.approx(2 / 3)
-    assert mean(np.array([0.0, 0.2, 1.0])).low >= 0
-    assert (mean(np.array([0.3])).low, mean(np.array([0.3])).high) == (0, 1)
-
-
-# --- batches
-
-
-def test_chunks_halve_when_memory_runs_out_and_lose_nothing():
-    sizes = []
-
-    def work(chunk):
-        sizes.append(len(chunk))
-        if len(chunk) > 3:
-            raise torch.OutOfMemoryError("no")
-        return [i * 10 for i in chunk]
-
-    lengths = [3, 9, 1, 7, 7, 2, 8, 5, 4, 6]
-    found = {i: r for chunk, result in in_chunks(lengths, 8, work) for i, r in zip(chunk, result, strict=True)}
-    assert found == {i: 10 * i for i in range(10)}
-    assert sizes[:3] == [8, 4, 2]
-    with pytest.raises(torch.OutOfMemoryError):
-        list(in_chunks([1], 4, lambda chunk: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))))
-    with pytest.raises(RuntimeError, match="bug"):
-        list(in_chunks([1, 1], 4, lambda chunk: (_ for _ in ()).throw(RuntimeError("bug"))))
-
-
-@pytest.mark.parametrize(
-    "decoding",
-    [
-        Decoding(6),
-        Decoding(6, temperature=1.0, seed=3),
-        Decoding(6, selection_seed=5),
-        Decoding(6, temperature=0.7, selection_seed=5),
-    ],
-)
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_answers_do_not_depend_on_batches(stage, tmp_path, decoding, level):
-    from rich.console import Console
-
-    from remix_cli.recipe import load_recipe
-    from remix_cli.train.loop import train
-
-    model, rows, _ = stage
-    recipe = recipe_text(model, rows, tmp_path / level, router={"level": level})
-    train(load_recipe(write_recipe(tmp_path / "r.yaml", recipe)), Console(quiet=True))
-    subject = load_run(tmp_path / level)
-    for name, parameter in subject.adapter.parameters().items():  # so that the routing matters
-        with torch.no_grad():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.5)
-    prompts = [[4 + (7 * i + j) % 40 for j in range(3 + i)] for i in range(7)]
-    keys = list(range(100, 107))
-    one, three, all_ = (sorted(generate(subject, prompts, keys, decoding, size)) for size in (1, 3, 7))
-    assert one == three == all_
-    backwards = dict(generate(subject, prompts[::-1], keys[::-1], decoding, 2))
-    assert [(6 - i, text) for i, text in sorted(backwards.items(), reverse=True)] == one
-    if decoding != Decoding(6):
-        assert sorted(generate(subject, prompts, [k + 1 for k in keys], decoding, 7)) != one
-        assert sorted(generate(subject, prompts, keys, Decoding(6), 7)) != one
-
-
-def test_sampled_tokens_follow_the_softmax(loaded):
-    prompt = [4, 9, 12]
-    with torch.no_grad():
-        logits = loaded.model(torch.tensor([prompt])).logits[0, -1]
-    wanted = (logits / 0.8).softmax(-1)
-    draws = [t for _, t in generate(loaded, [prompt] * 3000, list(range(3000)), Decoding(1, 0.8, seed=1), 3000)]
-    words = loaded.tokenizer.batch_decode([[i] for i in range(len(wanted))], skip_special_tokens=True)
-    top = int(wanted.argmax())
-    assert draws.count(words[top]) / 3000 == pytest.approx(float(wanted[top]), abs=0.03)
 
 
 # --- tasks

@@ -14,7 +14,7 @@ import numpy as np
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.data.sources import load_rows
 from remix_cli.errors import DataError
-from remix_cli.recipe.schema import Source
+from remix_cli.recipe.schema import Data, Source
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Encoder:
         if use_chat_template and not tokenizer.chat_template:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
+
+    @classmethod
+    def of(cls, tokenizer: Any, data: Data) -> "Encoder":
+        """As the recipe's `data` says."""
+        return cls(tokenizer, data.max_length, data.use_chat_template)
 
     def segments(self, example: Example) -> list[tuple[str, bool]]:
         """The conversation's text in order, each stretch with whether it is supervised. Raises RowError."""

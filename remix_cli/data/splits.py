@@ -73,7 +73,7 @@ def evenly(rows: list[Row], limit: int | None) -> list[Row]:
 
 def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
     """Read, hold out, tokenise and plan, for `world` processes. Raises DataError."""
-    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
+    encoder = Encoder.of(tokenizer, recipe.data)
     examples, counts, held = split_examples(recipe)
     parts, start = [], 0
     for count in counts:

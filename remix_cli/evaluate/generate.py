@@ -66,7 +66,7 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
             top_p=None,
             top_k=None,
             pad_token_id=pad,
-            eos_token_id=stop_tokens(model, tokenizer),
+            eos_token_id=_stop_tokens(model, tokenizer),
             **options,
         )
     return [_after(tokenizer, p, new) for p, new in zip(prompts, out[:, length:].tolist(), strict=True)]
@@ -131,7 +131,7 @@ def _draw(adapter: Adapter, trace: Trace, mask: Tensor, rows: Tensor, seed: int)
     return before
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end token and whatever else the model's own settings stop at."""
     more = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})

@@ -25,7 +25,7 @@ def requested_tasks(
         update = dict(changed)
         if shots_from is not None:
             example = task.source or Source(path=shots_from, format="gsm8k" if task.task == "gsm8k" else "arc")
-            update["shots_from"] = example.model_copy(update={"path": shots_from, "limit": None})
+            update["shots_from"] = example.at(shots_from)
         try:
             made.append(Task(**(dict(task) | update)))
         except ValidationError as error:
@@ -53,5 +53,4 @@ def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
     default = recipe.data.train[0] if task.task == "nll" else Source(path=path)
     if task.task in ("gsm8k", "arc"):
         default = Source(path=path, format=task.task)
-    place = {"path": path, "reasoning_gym": None, "subset": None, "limit": None}
-    return task.model_copy(update={"source": (task.source or default).model_copy(update=place)})
+    return task.model_copy(update={"source": (task.source or default).at(path)})

@@ -40,7 +40,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         finished: list[Lines] = []
         results = []
         for label, scorer in scorers.items():
-            stamp = scorer.stamp() | _decoding(scorer) | _model(run, settings)
+            stamp = scorer.stamp() | _model(run, settings)
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
             results.append(_score(label, scorer, lines, stamp, progress))
             finished.append(lines)
@@ -107,14 +107,6 @@ def report_name(which: str, settings: Settings) -> str:
     if settings.base:
         return "model" if which == "model" else "base"
     return which + (f"-k{settings.active}" if settings.active else "") + ("-sampled" if settings.sampled else "")
-
-
-def _decoding(scorer: Scorer) -> dict[str, Any]:
-    task = scorer.task
-    if task.task in ("nll", "arc"):
-        return {"decoding": "log-likelihood"}
-    how = f"sampled at temperature {task.temperature:g}, seed {scorer.seed}" if task.temperature else "greedy"
-    return {"decoding": f"{how}, at most {scorer.decoding().max_new_tokens} new tokens"}
 
 
 def _model(run: LoadedRun, settings: Settings) -> dict[str, Any]:

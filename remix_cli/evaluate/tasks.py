@@ -47,7 +47,6 @@ class Scorer(ABC):
     """One task on one model. `headline` names the entry of a line that the progress bar averages."""
 
     headline = "correct"
-    max_new_tokens = 256
     prompt = "{prompt}"  # the task's own words around a question, for the stamp
 
     def __init__(self, subject: Subject, task: Task, settings: Settings):
@@ -87,18 +86,35 @@ class Scorer(ABC):
             "prompts": _digest(self.keys),
             "shots": self.task.shots,
             "chat_template": self.encoder.chat,
+            "decoding": "log-likelihood",
         }
+
+
+class Generating(Scorer):
+    """A task answered by generation: one prompt per item."""
+
+    max_new_tokens = 256
+    prompts: list[list[int]]
+
+    def ask(self, prompts: list[list[int]]) -> None:
+        """Set the prompts, and the keys from them."""
+        self.prompts, self.keys = prompts, [_key(ids) for ids in prompts]
+
+    def stamp(self) -> dict[str, Any]:
+        temperature, how = self.task.temperature, self.decoding()
+        rule = f"sampled at temperature {temperature:g}, seed {self.seed}" if temperature else "greedy"
+        return super().stamp() | {"decoding": f"{rule}, at most {how.max_new_tokens} new tokens"}
 
     def decoding(self) -> Decoding:
         length = self.task.max_new_tokens or self.max_new_tokens
         return Decoding(length, self.task.temperature, (), self.seed, self.selection_seed)
 
-    def _answers(self, prompts: list[list[int]], todo: list[int], decoding: Decoding) -> Iterator[tuple[int, str]]:
-        picked = [prompts[i] for i in todo]
-        for j, text in generate(self.subject, picked, todo, decoding, self.batch_size):
+    def answers(self, todo: list[int]) -> Iterator[tuple[int, str]]:
+        picked = [self.prompts[i] for i in todo]
+        for j, text in generate(self.subject, picked, todo, self.decoding(), self.batch_size):
             yield todo[j], text
 
-    def _prompt_ids(self, example: Example) -> list[int]:
+    def prompt_ids(self, example: Example) -> list[int]:
         return self.encoder.prompt_ids(self.encoder.with_shots(example, self.shots))
 
 
@@ -158,7 +174,7 @@ class HeldOutLoss(Scorer):
         return ratio(nats, tokens, share=False)
 
 
-class Gsm8k(Scorer):
+class Gsm8k(Generating):
     """Generation; exact match of the number after `####` (strict) and of the last number (flexible)."""
 
     headline = "flexible_correct"
@@ -171,12 +187,11 @@ class Gsm8k(Scorer):
             if gold is None:
                 raise DataError(f"eval task gsm8k: row {number}: the reference answer has no number after ####")
             self.gold.append(gold)
-        self.prompts = [self._prompt_ids(example) for example in examples]
+        self.ask([self.prompt_ids(example) for example in examples])
         self.data = [list(example.messages) for example in examples]
-        self.keys = [_key(ids) for ids in self.prompts]
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
-        for i, text in self._answers(self.prompts, todo, self.decoding()):
+        for i, text in self.answers(todo):
             strict, flexible = gsm8k.strict_answer(text), gsm8k.flexible_answer(text)
             yield (
                 i,
@@ -191,11 +206,10 @@ class Gsm8k(Scorer):
             )
 
     def scores(self, lines: list[Line]) -> dict[str, Score]:
-        has = mean(np.array([float(line["strict"] is not None) for line in lines]))
         return {
             "strict": _share(lines, "strict_correct"),
             "flexible": _share(lines, "flexible_correct"),
-            "has_answer": has,
+            "has_answer": mean(np.array([float(line["strict"] is not None) for line in lines])),
         }
 
 
@@ -207,8 +221,7 @@ class Arc(Scorer):
 
     def load(self) -> None:
         source = self._source(self.task.source)
-        rows = load_rows(source)
-        rows = evenly(rows, self.limit)
+        rows = evenly(load_rows(source), self.limit)
         shot_source = self.task.shots_from
         solved = load_rows(shot_source)[: self.task.shots] if shot_source else []
         self.questions, self.letters, self.texts = [], [], []
@@ -257,7 +270,7 @@ class Arc(Scorer):
         return {name: _share(lines, f"{name}_correct") for name in ("letter", "text", "text_norm")}
 
 
-class HumanEval(Scorer):
+class HumanEval(Generating):
     """Programs written by the model, run against the problems' tests in a sandbox; pass@k."""
 
     max_new_tokens = 512
@@ -276,14 +289,14 @@ class HumanEval(Scorer):
             return self.subject.tokenizer(problem["prompt"])["input_ids"]
         question = humaneval.CHAT_PROMPT.format(prompt=problem["prompt"].rstrip("\n"))
         turns = ({"role": "user", "content": question}, {"role": "assistant", "content": "x"})
-        return self._prompt_ids(Example(turns, "humaneval"))
+        return self.prompt_ids(Example(turns, "humaneval"))
 
     def decoding(self) -> Decoding:
         return replace(super().decoding(), stop=() if self.chat else humaneval.STOPS)
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
         waiting: list[tuple[int, str]] = []
-        for answer in self._answers(self.prompts, todo, self.decoding()):
+        for answer in self.answers(todo):
             waiting.append(answer)
             if len(waiting) == 64:  # so that an interruption loses little
                 yield from self._judge(waiting)
@@ -319,7 +332,7 @@ class HumanEval(Scorer):
         }
 
 
-class ReasoningGym(Scorer):
+class ReasoningGym(Generating):
     """Generation, scored by the verifiers of the package reasoning-gym."""
 
     headline = "score"
@@ -336,15 +349,14 @@ class ReasoningGym(Scorer):
                 row = {"prompt": entry["question"], "completion": str(entry["answer"])}
                 made.append((verifier, j, to_example(row, source)))
         self.items = evenly(made, self.limit)
-        self.prompts = [self._prompt_ids(example) for _, _, example in self.items]
+        self.ask([self.prompt_ids(example) for _, _, example in self.items])
         self.data = [[list(example.messages), verifier.facts(j)] for verifier, j, example in self.items]
-        self.keys = [_key(ids) for ids in self.prompts]
 
     def stamp(self) -> dict[str, Any]:
         return super().stamp() | {"protocol": f"verifiers of reasoning-gym {self.items[0][0].version}"}
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
-        for i, text in self._answers(self.prompts, todo, self.decoding()):
+        for i, text in self.answers(todo):
             verifier, j, example = self.items[i]
             gold = example.messages[-1]["content"]
             yield i, {"task": example.task, "output": text, "gold": gold, "score": verifier.score(j, text)}

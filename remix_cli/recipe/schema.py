@@ -119,6 +119,10 @@ class Source(Strict):
             raise ValueError("give either path or reasoning_gym")
         return self
 
+    def at(self, path: str) -> "Source":
+        """The same columns and format, read whole from another file."""
+        return self.model_copy(update={"path": path, "reasoning_gym": None, "subset": None, "limit": None})
+
     @property
     def label(self) -> str:
         return self.task or self.reasoning_gym or (self.format if self.format != "prompt_completion" else "data")
@@ -203,6 +207,11 @@ def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:
     return labels
 
 
+def tasks_while_training(tasks: list[Task]) -> list[tuple[str, Task]]:
+    """Those that training may score: programs are not run unasked, and the held-out loss is measured anyway."""
+    return [(label, t) for label, t in labelled(tasks) if t.task != "humaneval" and (t.task != "nll" or t.source)]
+
+
 class Alarm(Strict):
     """When routing counts as collapsed: docs/routing.md says why these values."""
 
@@ -251,8 +260,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         metric = self.train.metric_for_best_model
-        tasks = [(label, task) for label, task in labelled(self.eval.tasks) if task.task != "nll" or task.source]
-        known = [f"{label}/{score}" for label, task in tasks for score in SCORES.get(task.task, ())]
+        tasks = tasks_while_training(self.eval.tasks)
+        known = [f"{label}/{score}" for label, task in tasks for score in SCORES[task.task]]
         if metric != "eval_loss" and (metric not in known or self.train.eval_tasks_limit is None):
             fix = "set train.eval_tasks_limit" if metric in known else f"use {', '.join(['eval_loss', *known])}"
             raise PydanticCustomError(

@@ -97,8 +97,7 @@ def _rows(loaded: LoadedRun, request: Request) -> list[EncodedRow]:
     if request.data is None:
         examples = split_examples(recipe)[2]
     else:
-        place = {"path": request.data, "reasoning_gym": None, "subset": None, "limit": None}
-        examples = load_examples([recipe.data.train[0].model_copy(update=place)])[0]
+        examples = load_examples([recipe.data.train[0].at(request.data)])[0]
     rows = loaded.encoder.encode_rows(evenly(examples, request.limit)).rows
     if not rows:
         raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from remix_cli.data.encode import EncodedRow
 from remix_cli.evaluate.nll import row_losses
 from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
-from remix_cli.recipe.schema import labelled
+from remix_cli.recipe.schema import tasks_while_training
 from remix_cli.runs import Subject
 
 
@@ -20,11 +20,10 @@ class Evaluation:
     def __init__(self, subject: Subject, rows: list[EncodedRow], accelerator: Accelerator):
         self.subject, self.rows, self.accelerator = subject, rows, accelerator
         limit, self.scorers = subject.recipe.train.eval_tasks_limit, dict[str, Scorer]()
-        for label, task in labelled(subject.recipe.eval.tasks) if limit else []:
-            # Programs are not run unasked, and the held-out loss is measured anyway.
-            if task.task != "humaneval" and (task.task != "nll" or task.source):
-                fewer = min(limit or 0, task.limit or limit or 0)
-                self.scorers[label] = SCORERS[task.task](subject, task, Settings(limit=fewer))
+        if limit is not None:
+            for label, task in tasks_while_training(subject.recipe.eval.tasks):
+                settings = Settings(limit=min(limit, task.limit or limit))
+                self.scorers[label] = SCORERS[task.task](subject, task, settings)
 
     def measure(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """`eval_loss`, `eval_tokens`, and `<task>/<score>` for each task. `advance` hears of rows done."""

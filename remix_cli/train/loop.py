@@ -98,7 +98,7 @@ class _Run:
             self.model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.adapter.state.checkpoint_contexts}
             )
-        encoder = Encoder(self.tokenizer, recipe.data.max_length, recipe.data.use_chat_template)
+        encoder = Encoder.of(self.tokenizer, recipe.data)
         subject = Subject(recipe, self.model, self.tokenizer, self.adapter, encoder)
         self.evaluation = Evaluation(subject, self.data.validation.rows, accelerator)
         if recipe.train.torch_compile:
