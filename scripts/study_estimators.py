@@ -1,12 +1,14 @@
 """The study behind docs/results/estimators.md: every router-gradient estimator on a real model, at several rates.
 
-    python scripts/study_estimators.py configs/gsm8k-smollm2.yaml --out DIR --test test.jsonl [key=value ...]
+    python scripts/study_estimators.py configs/gsm8k-smollm2.yaml --out DIR --test test.jsonl \\
+        [--only REGEX] [--accuracy REGEX] [key=value ...]
 
 Runs go longest first, then by importance, so a shorter time limit loses the least: the LoRAs' learning rate of
-every method, then estimators, router rates, M, seeds and router parametrisations at one LoRA rate. At the end
-the best run of each method is scored for greedy accuracy. Needs a GPU.
+every method, then estimators, router rates, M, seeds and router parametrisations at one LoRA rate. Then the runs
+that `--accuracy` names are scored for greedy accuracy on the test rows. Needs a GPU.
 """
 
+import re
 import time
 
 from sweep import Sweep, accuracy, parser, print_table, run_all, sweep_of
@@ -76,24 +78,22 @@ def all_runs() -> dict[str, list[str]]:
     return runs
 
 
-def best_of_each(sweep: Sweep) -> dict[str, list[str]]:
-    """The run of lowest held-out loss of each method (seed 0), and the same with the other seeds, if still there."""
-    best: dict[str, str] = {}
-    rows = sweep.finished()
-    for name, row in sorted(rows.items(), key=lambda item: item[1].get("eval_loss", 99)):
-        if "eval_loss" in row and "seed" not in name and (sweep.out / name).exists():
-            best.setdefault(name.split("-")[0], name)
-    seeds = ["", "-seed1", "-seed2"]
-    wanted = [name + seed for seed in seeds for name in best.values()]
-    return {f"{name}:accuracy": [] for name in wanted if (sweep.out / name / "summary.json").exists()}
+def to_score(sweep: Sweep, pattern: str) -> dict[str, list[str]]:
+    """Those of the finished runs that `pattern` names and whose folders are still there."""
+    names = [name for name in sweep.finished() if re.search(pattern, name) and not name.endswith(":accuracy")]
+    return {f"{name}:accuracy": [] for name in names if (sweep.out / name / "summary.json").exists()}
 
 
 def main() -> None:
-    args = parser(__doc__ or "").parse_intermixed_args()
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--only", default="", help="regular expression on the names of the runs")
+    arguments.add_argument("--accuracy", default="^$", help="the same, of the runs to score; by default none")
+    args = arguments.parse_intermixed_args()
     sweep: Sweep = sweep_of(args)
     end = time.monotonic() + args.seconds
-    run_all(sweep, all_runs(), end - min(180.0, args.seconds / 4))
-    run_all(sweep, best_of_each(sweep), end, accuracy)
+    wanted = {name: overrides for name, overrides in all_runs().items() if re.search(args.only, name)}
+    run_all(sweep, wanted, end - min(180.0, args.seconds / 4))
+    run_all(sweep, to_score(sweep, args.accuracy), end, accuracy)
     print_table(sweep.finished())
 
 

@@ -139,6 +139,13 @@ def run_all(sweep: Sweep, runs: dict[str, list[str]], end: float, job: Any = one
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
     for name, row in sorted(rows.items(), key=lambda item: item[1].get("test_loss", 99)):
+        if "strict" in row:
+            figures = [
+                f"{k} {100 * row[k]:.2f} ({' to '.join(f'{100 * x:.2f}' for x in row['intervals'][k])})"
+                for k in ("strict", "flexible")
+            ]
+            print(f"{name:<40} {', '.join(figures)}, {row['seconds']:.0f} s")
+            continue
         if "step_seconds" not in row or "test_loss" not in row:
             print(f"{name:<40} {row.get('error', row)!s:.110}")
             continue
