@@ -141,3 +141,30 @@ def test_quadrature_of_a_saturated_router_is_finite_and_decided():
 def test_sets_beyond_the_recursion_are_refused():
     with pytest.raises(ValueError, match="k <= 8"):
         routing.set_log_prob(torch.zeros(1, 12), torch.arange(9).unsqueeze(0))
+
+
+def test_many_tokens_go_in_pieces_that_keep_nothing_for_the_backward_pass(monkeypatch):
+    """Values and gradients of the recursions as in one piece; what autograd keeps is the inputs alone."""
+    logits = torch.randn(3, 5, 7, 6, dtype=torch.float64)
+    chosen = routing.top_k(torch.randn(3, 5, 7, 6), 3)
+    weights = torch.randn(3, 5, 7, 6, dtype=torch.float64)
+
+    def run():
+        kept = []
+
+        def pack(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        x = logits.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            pi, log_prob = routing.inclusion_probabilities(x, 3), routing.set_log_prob(x, chosen)
+        (gradient,) = torch.autograd.grad((pi * weights).sum() + log_prob.sum(), x)
+        return pi, log_prob, gradient, sum(kept)
+
+    whole = run()
+    monkeypatch.setattr(routing, "SUBSETS_AT_ONCE", 22 * 10)  # ten tokens at once of 105
+    pieces = run()
+    for a, b in zip(pieces[:3], whole[:3], strict=True):
+        assert close(a, b, 1e-12)
+    assert pieces[3] < whole[3] / 4

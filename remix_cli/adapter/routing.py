@@ -7,14 +7,17 @@ A selection is k of the n, drawn from q without replacement in order i_1 .. i_k 
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from remix_cli.adapter.quadrature import inclusion_by_quadrature
 
 MAX_SUBSETS = 512  # that exact inclusion probabilities sum over for each token
+SUBSETS_AT_ONCE = 2**25  # over all tokens; what the recursions keep for their backward pass is a few times that
 
 # Multipliers and shifts of the SplitMix64 output function (Steele, Lea, Flood 2014), as signed integers.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -100,6 +103,20 @@ def _levels(m: int, sizes: int, device: torch.device) -> list[_Level]:
     return levels
 
 
+def _piecewise(work: Callable[..., Tensor], subsets: int, *tensors: Tensor) -> Tensor:
+    """`work` on tensors (..., any), token by token, in pieces whose intermediate values fit in memory.
+
+    With M = 8 selections the routers of a model decide millions of times a step, and a recursion over subsets keeps
+    hundreds of values for each. Pieces keep none of them: the backward pass computes a piece again.
+    """
+    tokens, step = math.prod(tensors[0].shape[:-1]), max(1, SUBSETS_AT_ONCE // subsets)
+    if tokens <= step:
+        return work(*tensors)
+    pieces = zip(*(x.flatten(0, -2).split(step) for x in tensors), strict=True)
+    found = [checkpoint(work, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.cat(found).unflatten(0, tensors[0].shape[:-1])
+
+
 MAX_SET_SIZE = 8  # 2^k subsets per position in set_log_prob
 
 
@@ -113,6 +130,11 @@ def set_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
     k = chosen.shape[-1]
     if k > MAX_SET_SIZE:
         raise ValueError(f"set_log_prob is for k <= {MAX_SET_SIZE}, got k = {k}; use ordered_log_prob")
+    return _piecewise(_set_log_prob, 2**k, logits, chosen)
+
+
+def _set_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
+    k = chosen.shape[-1]
     picked = logits.gather(-1, chosen)  # (..., k)
     mask = selection_mask(chosen, logits.shape[-1])
     rest = logits.masked_fill(mask, -math.inf).logsumexp(-1, keepdim=True)  # (..., 1)
@@ -139,8 +161,14 @@ def inclusion_probabilities(logits: Tensor, k: int) -> Tensor:
     n = logits.shape[-1]
     if k == n:
         return torch.ones_like(logits)
-    if sum(math.comb(n, size) for size in range(k)) > MAX_SUBSETS:
+    subsets = sum(math.comb(n, size) for size in range(k))
+    if subsets > MAX_SUBSETS:
         return inclusion_by_quadrature(logits, k).to(logits.dtype)
+    return _piecewise(lambda piece: _inclusion_by_subsets(piece, k), subsets, logits)
+
+
+def _inclusion_by_subsets(logits: Tensor, k: int) -> Tensor:
+    n = logits.shape[-1]
     wide = logits.double()
     q = (wide - wide.amax(-1, keepdim=True).detach()).clamp_min(-300).softmax(-1)
     f = gain = torch.ones_like(q[..., :1])
