@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear
 from remix_cli.adapter.patch import apply_adapter, compile_unadapted
+from remix_cli.adapter.trace import Weighting
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import DTYPES, batch_losses, load_model
@@ -92,9 +93,10 @@ class Arm:
             optimizer.zero_grad()
 
         if config.active == config.pool_size:
-            weights = torch.full((*batch.input_ids.shape, config.pool_size), config.scale, device=batch.mask.device)
+            shape = (*batch.input_ids.shape, config.pool_size * config.rank)
+            gates = torch.full(shape, config.scale, device=batch.mask.device, dtype=next(model.parameters()).dtype)
             for r in adapter.routers.values():
-                r.forward = lambda x: weights  # type: ignore[method-assign]
+                r.forward = lambda x: Weighting(gates, None)  # type: ignore[method-assign]
 
         def remove() -> None:
             adapter.remove()
@@ -157,8 +159,9 @@ def arms(n: int, k: int, r: int, only: str, compiled: bool) -> list[Arm]:
 
 def loop_over_loras(self: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
     """The usual dispatch of a mixture of LoRAs: one turn for each, over the tokens that chose it."""
-    assert self.router.selected is not None
-    flat, weights = x.flatten(0, -2), self.router.selected.flatten(0, -2)
+    assert self.router.block.weighting is not None
+    weights = self.router.block.weighting.weights
+    flat, weights = x.flatten(0, -2), weights.flatten(0, -2)
     y = self.base_layer(x)
     added = torch.zeros_like(y).flatten(0, -2)
     a, b = self.lora_A.unflatten(0, (self.pool_size, -1)), self.lora_B.unflatten(1, (self.pool_size, -1))

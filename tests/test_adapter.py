@@ -10,7 +10,7 @@ from tiny import FAMILIES, fill_adapter, tiny_model
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import TargetError, apply_adapter, find_targets
 from remix_cli.adapter.product import gates_of, pool_linear
-from remix_cli.adapter.trace import RoutingState, Trace
+from remix_cli.adapter.trace import RoutingState, Trace, Weighting
 from remix_cli.models import is_causal
 
 SMALL = AdapterConfig(pool_size=4, active=2, rank=2)
@@ -61,7 +61,8 @@ def test_the_product_by_hand_is_the_product_by_autograd(bias, positions, dtype):
     ]
 
     def by_hand(x, w, a, b):
-        return pool_linear(x, base, a, b, w, gates_of(w, a.shape[0] // w.shape[-1], x.dtype), RoutingState())
+        weighting = Weighting(gates_of(w, a.shape[0] // w.shape[-1], x.dtype), w)
+        return pool_linear(x, base, a, b, weighting, RoutingState())
 
     def by_autograd(x, w, a, b):
         down = torch.nn.functional.linear(x, a.to(dtype)).unflatten(-1, (n, r))
@@ -194,7 +195,7 @@ def test_routing_by_sequence_keeps_its_selection_while_generating():
     with adapter.tracing(Trace(prompt=mask.bool(), record=False)) as trace:
         cached = model.generate(IDS, use_cache=True, **options)
     assert not trace.decisions
-    assert {w.shape for w in trace.kept.values()} == {(2, 1, SMALL.pool_size)}
+    assert {w.gates.shape for w in trace.kept.values()} == {(2, 1, SMALL.pool_size * SMALL.rank)}
     with adapter.tracing(Trace(prompt=mask.bool(), record=False)):
         assert torch.equal(cached, model.generate(IDS, use_cache=False, **options))
     whole = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)

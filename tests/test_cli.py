@@ -105,6 +105,7 @@ def test_export_gives_peft_folders_that_equal_the_pool_with_all_active(verb, fin
     peft = pytest.importorskip("peft")
     from dataclasses import replace
 
+    from remix_cli.adapter.trace import Weighting
     from remix_cli.models import load_model
     from remix_cli.recipe.schema import Model
     from remix_cli.runs import load_run
@@ -122,7 +123,7 @@ def test_export_gives_peft_folders_that_equal_the_pool_with_all_active(verb, fin
         router.config = replace(router.config, active=4, omega="rslora")
     scale = run.stored.config.scale  # weights of the trained k, not of k = n
     for router in run.adapter.routers.values():
-        router.forward = lambda x: torch.full((*x.shape[:-1], 4), scale)
+        router.forward = lambda x: Weighting(torch.full((*x.shape[:-1], 4 * 3), scale), None)
     ours = run.model(ids).logits
     base = load_model(Model(name_or_path=str(stage[0]), dtype="float32"), torch.device("cpu"))
     wrapped = peft.PeftModel.from_pretrained(base, target / "lora-0", adapter_name="lora-0")

@@ -8,11 +8,13 @@ from test_step import gradients, same
 from remix_cli.adapter import kernel, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.layer import Router
+from remix_cli.adapter.product import gates_of
 from remix_cli.adapter.trace import RoutingState
 from remix_cli.recipe.schema import Router as RouterRecipe
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
+RULE = kernel.Rule(active=3, scale=0.5, rank=2, unit=True)
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
@@ -24,7 +26,7 @@ def _interpreted(monkeypatch):
 
 
 def made(n, k, width, unit=True):
-    config = AdapterConfig(pool_size=n, active=k, router_unit_input=unit)
+    config = AdapterConfig(pool_size=n, active=k, rank=3, router_unit_input=unit)
     router = Router("r", 0, width, config, RoutingState(), DEVICE)
     router.reset_parameters(torch.Generator().manual_seed(3))
     return router
@@ -47,26 +49,28 @@ def test_kernel_chooses_as_the_eager_router(n, k, width, shape, unit, dtype, sam
     generator = torch.Generator().manual_seed(0)
     x = (5 * torch.randn(*shape, width, generator=generator)).to(DEVICE, dtype)
     noise = routing.gumbel_noise(torch.arange(shape[0] * shape[1]).view(shape), 1, n)[0].to(DEVICE) if sampled else None
-    found = kernel.choose(x, router.weight.detach(), noise, k, router.config.scale, unit, dtype)
+    rule = router._rule()._replace(scale=0.5)  # a number in every type: the interpreter does not round to nearest
+    found = kernel.choose(x, router.weight.detach(), noise, rule, dtype, torch.float32)
     with torch.no_grad():
         logits, length = router.scores(x)
     assert close(found.logits, logits, 1e-5)
     assert close(found.length, length, 1e-6)
     assert torch.equal(found.chosen, routing.top_k(logits if noise is None else logits + noise, k))
     assert torch.equal(found.weights > 0, routing.selection_mask(found.chosen, n))
-    assert found.weights.dtype == dtype
-    assert torch.equal(found.weights.amax(-1), torch.full(shape, router.config.scale, device=DEVICE).to(dtype))
+    assert torch.equal(found.weights.amax(-1), torch.full(shape, rule.scale, device=DEVICE))
+    assert torch.equal(found.gates, gates_of(found.weights, rule.rank, dtype))
+    assert torch.equal(found.gates, kernel.choose_gates(x, router.weight.detach(), noise, rule, dtype))
 
 
 def test_equal_scores_go_to_the_lower_index():
     x = torch.ones(1, 2, 16, device=DEVICE)
-    found = kernel.choose(x, torch.zeros(6, 16, device=DEVICE), None, 3, 0.5, True, torch.float32)
+    found = kernel.choose(x, torch.zeros(6, 16, device=DEVICE), None, RULE, torch.float32, torch.float32)
     assert found.chosen.tolist() == [[[0, 1, 2], [0, 1, 2]]]
 
 
 def test_scores_that_are_no_numbers_still_choose_valid_loras():
     x = torch.full((1, 2, 16), float("nan"), device=DEVICE)
-    found = kernel.choose(x, torch.ones(6, 16, device=DEVICE), None, 3, 0.5, True, torch.float32)
+    found = kernel.choose(x, torch.ones(6, 16, device=DEVICE), None, RULE, torch.float32, torch.float32)
     assert found.chosen.tolist() == [[[0, 1, 2], [0, 1, 2]]]
     assert found.logits.isnan().all()
 
@@ -74,7 +78,7 @@ def test_scores_that_are_no_numbers_still_choose_valid_loras():
 def test_inputs_that_are_slices_are_read_as_they_are():
     router = made(4, 2, 8)
     x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)[..., :8]
-    found = kernel.choose(x, router.weight.detach(), None, 2, 0.5, True, torch.float32)
+    found = kernel.choose(x, router.weight.detach(), None, RULE._replace(active=2), torch.float32, torch.float32)
     with torch.no_grad():
         assert close(found.logits, router.scores(x)[0], 1e-5)
 

@@ -27,7 +27,8 @@ def decision(logits, chosen):
     """(1, T, n) logits and (1, T, k) ids, with constant weights 0.5 on the chosen."""
     logits, chosen = torch.tensor(logits).float().unsqueeze(0), torch.tensor(chosen).unsqueeze(0)
     weights = torch.zeros_like(logits).scatter(-1, chosen, 0.5)
-    return Decision(torch.zeros(1, logits.shape[1], 3), logits, torch.ones_like(logits[..., :1]), chosen, weights)
+    inputs, length = torch.zeros(1, logits.shape[1], 3), torch.ones_like(logits[..., :1])
+    return Decision(inputs, logits, length, chosen, weights, gates=weights)
 
 
 def count(*parts):

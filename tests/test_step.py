@@ -8,6 +8,8 @@ from tiny import fill_adapter, tiny_model
 from remix_cli.adapter import layer, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter, apply_adapter, compile_unadapted
+from remix_cli.adapter.product import gates_of
+from remix_cli.adapter.trace import Weighting
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.recipe.schema import Router
@@ -131,7 +133,8 @@ def test_straight_through_is_the_gradient_through_inclusion_probabilities(monkey
         logits, _ = self.scores(x.detach())
         pi = routing.inclusion_probabilities(logits, 2)
         chosen = routing.top_k(logits.detach() + noise[self.index], 2)
-        return self.config.scale * (routing.selection_mask(chosen, 4) + pi - pi.detach())
+        weights = self.config.scale * (routing.selection_mask(chosen, 4) + pi - pi.detach())
+        return Weighting(gates_of(weights, self.config.rank, x.dtype), weights)
 
     monkeypatch.setattr(layer.Router, "forward", forward)
     (step_module.batch_losses(model, batch).sum() / len(batch.targets)).backward()

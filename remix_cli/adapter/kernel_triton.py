@@ -13,24 +13,32 @@ def route(
     length_ptr,
     chosen_ptr,
     weights_ptr,
+    gates_ptr,
     tokens,
     width,
     scale,
     N: tl.constexpr,
     K: tl.constexpr,
+    RANK: tl.constexpr,
     SAMPLED: tl.constexpr,
     UNIT: tl.constexpr,
+    RECORD: tl.constexpr,
     PADDED: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """ROWS tokens of x (tokens, width); everything contiguous, N of the PADDED columns real."""
+    """ROWS tokens of x (tokens, width); everything contiguous, N of the PADDED columns real.
+
+    Without RECORD only the gates are written.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lora = tl.arange(0, PADDED)
     column = tl.arange(0, COLUMNS)
     real_row = row < tokens
-    total = tl.zeros((ROWS, PADDED), tl.float32)
-    square = tl.zeros((ROWS,), tl.float32)
+    # One sum for each column of a piece, added up at the end: a reduction in every turn would be most of the time.
+    products = tl.zeros((ROWS, PADDED, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, COLUMNS):
         here = start + column
         inside = here < width
@@ -44,16 +52,17 @@ def route(
             mask=(lora < N)[:, None] & inside[None, :],
             other=0.0,
         )
-        total += tl.sum(x[:, None, :] * p[None, :, :], axis=2)
-        square += tl.sum(x * x, axis=1)
+        products += x[:, None, :] * p[None, :, :]
+        squares += x * x
     length = tl.full((ROWS,), 1.0, tl.float32)
     if UNIT:
-        length = tl.maximum(tl.sqrt(square), 1e-12)
-    logits = total / length[:, None]
+        length = tl.maximum(tl.sqrt(tl.sum(squares, axis=1)), 1e-12)
+    logits = tl.sum(products, axis=2) / length[:, None]
     place = row[:, None] * N + lora[None, :]
     real = real_row[:, None] & (lora < N)[None, :]
-    tl.store(logits_ptr + place, logits, mask=real)
-    tl.store(length_ptr + row, length, mask=real_row)
+    if RECORD:
+        tl.store(logits_ptr + place, logits, mask=real)
+        tl.store(length_ptr + row, length, mask=real_row)
     score = logits
     if SAMPLED:
         score += tl.load(noise_ptr + place, mask=real, other=0.0)
@@ -63,5 +72,10 @@ def route(
     ahead = (theirs > mine) | ((theirs == mine) & (lora[None, None, :] < lora[None, :, None]))
     rank = tl.sum(ahead.to(tl.int32), axis=2)
     active = (rank < K) & real
-    tl.store(chosen_ptr + row[:, None] * K + rank, lora[None, :] + tl.zeros_like(rank), mask=active)
-    tl.store(weights_ptr + place, tl.where(active, scale, 0.0), mask=real)
+    weight = tl.where(active, scale, 0.0)
+    if RECORD:
+        tl.store(chosen_ptr + row[:, None] * K + rank, lora[None, :] + tl.zeros_like(rank), mask=active)
+        tl.store(weights_ptr + place, weight, mask=real)
+    of_rank = tl.arange(0, PADDED_RANK)[None, None, :]
+    gate = weight[:, :, None] + tl.zeros((ROWS, PADDED, PADDED_RANK), tl.float32)
+    tl.store(gates_ptr + place[:, :, None] * RANK + of_rank, gate, mask=real[:, :, None] & (of_rank < RANK))

@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, D_in and D_out widths of the linear, n LoRAs o
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from remix_cli.adapter import kernel, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.product import gates_of, pool_linear
-from remix_cli.adapter.trace import Decision, RoutingState, Trace
+from remix_cli.adapter.trace import Decision, RoutingState, Trace, Weighting
+
+
+class BlockPass:
+    """The one pass through a router's block that is under way. No module: setting a module's attributes is slow."""
+
+    __slots__ = ("weighting",)
+
+    def __init__(self) -> None:
+        self.weighting: Weighting | None = None
 
 
 class Router(nn.Module):
@@ -36,8 +46,7 @@ class Router(nn.Module):
         self.local = False  # True: no attention follows, so a choice at s changes only the loss at s
         self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32, device=device))
         self.state = state
-        self.selected: Tensor | None = None  # weights of the block being computed, (B, T, n)
-        self.gates: Tensor | None = None  # the same for each column of its stacked pools, (B, T, n r)
+        self.block = BlockPass()
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         values = torch.randn(self.weight.shape, generator=generator) * self.config.router_init_std
@@ -78,57 +87,69 @@ class Router(nn.Module):
             gradient = torch.stack(products).sum(0).to(self.weight.dtype)
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Weights of the n LoRAs for each position, (B, T, n), following the current trace's mode.
+    def forward(self, x: Tensor) -> Weighting:
+        """What the block's pools are weighted by at each position, following the current trace's mode.
 
-        With `level: sequence` (B, 1, n), and the first forward pass under a trace decides for all later ones.
+        With `level: sequence` one weighting for the sequence: the first forward pass under a trace decides for all
+        later ones.
         """
-        trace = self.state.trace or Trace()
+        trace = self.state.trace or Trace(record=False)
         if self.name in trace.kept:
             return trace.kept[self.name]
         soft = self.config.method == "mixlora"
         recorded = trace.replay.decisions[self.name] if trace.replay else None
         if recorded and not soft:
-            return recorded.weights  # the very tensor, so that its gradient gathers there
+            return recorded.weighting  # with the very weights, so that their gradient gathers there
         mode = trace.replay or trace
         noise = None if soft or mode.noise is None else mode.noise[self.index]
-        dtype = x.dtype  # in which the pool will be weighted
+        dtype = x.dtype  # of the computation
         x = x if soft else x.detach()
         if self.config.level == "sequence":
             x = _mean_over_prompt(x, mode.prompt)
-        if soft:
-            decision = self._soft(x, recorded.chosen if recorded else None)
+        if not (soft or trace.record) and kernel.serves(x, self.config.pool_size):
+            weighting = Weighting(kernel.choose_gates(x, self.weight.detach(), noise, self._rule(), dtype), None)
         else:
-            differentiated = mode.selection_grad and torch.is_grad_enabled()
-            decision = self._constant(x, noise, _wide_type(dtype) if differentiated else dtype)
-            if differentiated:
-                decision.weights.requires_grad_()
-        if self.state.trace is not None and not recorded:
-            if trace.record:
+            if soft:
+                decision = self._soft(x, recorded.chosen if recorded else None, dtype)
+            else:
+                decision = self._constant(x, noise, mode.selection_grad and torch.is_grad_enabled(), dtype)
+            if trace.record and not trace.replay:
                 trace.add(self.name, decision)
-            if self.config.level == "sequence":
-                trace.kept[self.name] = decision.weights
-        return decision.weights
+            weighting = decision.weighting
+        if self.config.level == "sequence" and not recorded:
+            trace.kept[self.name] = weighting
+        return weighting
+
+    def _rule(self) -> kernel.Rule:
+        return kernel.Rule(self.active, self.scale, self.config.rank, self.config.router_unit_input)
 
     @torch.no_grad()
-    def _constant(self, x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Decision:
-        """ReMix's rule: the top k of logits + noise, each with the weight omega."""
-        active, scale, unit = self.active, self.scale, self.config.router_unit_input
-        if kernel.serves(x, self.config.pool_size):
-            return Decision(x, *kernel.choose(x, self.weight, noise, active, scale, unit, dtype))
-        logits, length = self.scores(x)
-        chosen = routing.top_k(logits if noise is None else logits + noise, active)
-        weights = torch.zeros_like(logits, dtype=dtype).scatter_(-1, chosen, scale)
-        return Decision(x, logits, length, chosen, weights)
+    def _constant(self, x: Tensor, noise: Tensor | None, differentiated: bool, dtype: torch.dtype) -> Decision:
+        """ReMix's rule: the top k of logits + noise, each with the weight omega.
 
-    def _soft(self, x: Tensor, chosen: Tensor | None) -> Decision:
+        `differentiated`: the weights are to gather a gradient, in float32 or wider.
+        """
+        weights_type = _wide_type(dtype) if differentiated else dtype
+        if kernel.serves(x, self.config.pool_size):
+            decision = Decision(x, *kernel.choose(x, self.weight, noise, self._rule(), dtype, weights_type))
+        else:
+            logits, length = self.scores(x)
+            chosen = routing.top_k(logits if noise is None else logits + noise, self.active)
+            weights = torch.zeros_like(logits, dtype=weights_type).scatter_(-1, chosen, self.scale)
+            decision = Decision(x, logits, length, chosen, weights, gates_of(weights, self.config.rank, dtype))
+        if differentiated:
+            decision.weights.requires_grad_()
+        return decision
+
+    def _soft(self, x: Tensor, chosen: Tensor | None, dtype: torch.dtype) -> Decision:
         """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
         logits, length = self.scores(x)
         if chosen is None:
             chosen = routing.top_k(logits.detach(), self.active)
         share = logits.gather(-1, chosen).softmax(-1) * (self.active * self.scale)
         weights = torch.zeros_like(logits).scatter(-1, chosen, share)
-        return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights)
+        gates = gates_of(weights, self.config.rank, dtype)
+        return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights, gates)
 
 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -169,6 +190,7 @@ class RoutedLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(stacked, width_in, dtype=torch.float32, device=where))
         self.lora_B = nn.Parameter(torch.zeros(width_out, stacked, dtype=torch.float32, device=where))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.drops = config.dropout > 0
         self.plain = type(base_layer) is nn.Linear  # not quantised
         self.routes_itself = config.scope == "module"
         if self.routes_itself:
@@ -184,30 +206,25 @@ class RoutedLinear(nn.Module):
             self.lora_A.copy_(values)
             self.lora_B.zero_()
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def _is_plain(self, x: Tensor, base: Any) -> bool:
         """Does the product by hand apply? Not to a quantised layer, under autocast, or with dropout."""
-        if not self.plain or (self.training and isinstance(self.dropout, nn.Dropout)):
+        if not self.plain or (self.training and self.drops):
             return False
-        return self.base_layer.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+        return base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.router(x) if self.routes_itself else self.router.selected
-        if weights is None:
+        weighting = self.router(x) if self.routes_itself else self.router.block.weighting
+        if weighting is None:
             raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
-        if self._is_plain(x):
-            return pool_linear(
-                x, self.base_layer, self.lora_A, self.lora_B, weights, self._gates(weights, x), self.state
-            )
-        y = self.base_layer(x)
+        base = self.base_layer
+        if self._is_plain(x, base):
+            return pool_linear(x, base, self.lora_A, self.lora_B, weighting, self.state)
+        y = base(x)
+        gates, weights = weighting
         # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64)
-        mixed = down.unflatten(-1, (self.pool_size, self.rank)) * weights.to(x.dtype).unsqueeze(-1)
-        return y + F.linear(mixed.flatten(-2), self.lora_B.to(x.dtype))  # (4, 512, D_out)
-
-    def _gates(self, weights: Tensor, x: Tensor) -> Tensor:
-        """Made once for all linears of a block; the block forgets them when its forward pass ends."""
-        if self.routes_itself:
-            return gates_of(weights, self.rank, x.dtype)
-        if self.router.gates is None:
-            self.router.gates = gates_of(weights, self.rank, x.dtype)
-        return self.router.gates
+        if weights is None:
+            mixed = down * gates.to(down.dtype)
+        else:
+            mixed = (down.unflatten(-1, (self.pool_size, self.rank)) * weights.to(x.dtype).unsqueeze(-1)).flatten(-2)
+        return y + F.linear(mixed, self.lora_B.to(x.dtype))  # (4, 512, D_out)

@@ -208,10 +208,10 @@ def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
 
     def choose(_: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        router.selected, router.gates = router(x), None
+        router.block.weighting = router(x)
 
     def forget(_: nn.Module, args: tuple, output: Any) -> None:
-        router.selected = router.gates = None
+        router.block.weighting = None
 
     block.add_module("remix_router", router)
     return [

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remix_cli.adapter.trace import RoutingState
+from remix_cli.adapter.trace import RoutingState, Weighting
 
 
 def pool_linear(
@@ -21,12 +21,12 @@ def pool_linear(
     base: Any,
     lora_a: nn.Parameter,
     lora_b: nn.Parameter,
-    weights: Tensor,
-    gates: Tensor,
+    weighting: Weighting,
     state: RoutingState,
 ) -> Tensor:
-    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r), weights (B, T or 1, n) and their gates."""
+    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r)."""
     a, b = state.cast(lora_a, x.dtype), state.cast(lora_b, x.dtype)
+    gates, weights = weighting
     if not torch.is_grad_enabled():
         return _product(x, base.weight, base.bias, a, b, gates)[0]
     return _PoolLinear.apply(x, base.weight, base.bias, lora_a, lora_b, a, b, weights, gates)
@@ -59,7 +59,7 @@ class _PoolLinear(torch.autograd.Function):
         lora_b: Tensor,
         a: Tensor,
         b: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         gates: Tensor,
     ) -> Tensor:
         y, down, mixed = _product(x, weight, bias, a, b, gates)

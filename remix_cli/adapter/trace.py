@@ -10,11 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from remix_cli.adapter.routing import fold, gumbel_noise
+
+
+class Weighting(NamedTuple):
+    """What the pools of one block are weighted by."""
+
+    gates: Tensor  # (B, T or 1, n r), each LoRA's weight once for each of its r columns, in the computation's type
+    weights: Tensor | None  # (B, T or 1, n), where the backward pass is to leave a gradient by LoRA
 
 
 @dataclass
@@ -27,6 +35,11 @@ class Decision:
     length: Tensor  # (B, T, 1), what P x was divided by to give the logits: |x|, or 1
     chosen: Tensor  # ids of the k active LoRAs, (B, T, k), in order of preference or of drawing
     weights: Tensor  # what the pool was weighted by, (B, T, n)
+    gates: Tensor  # the same for each column of a stacked pool, (B, T, n r)
+
+    @property
+    def weighting(self) -> Weighting:
+        return Weighting(self.gates, self.weights if self.weights.requires_grad else None)
 
 
 @dataclass
@@ -46,7 +59,7 @@ class Trace:
     record: bool = True
     replay: Trace | None = None
     decisions: dict[str, Decision] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)  # weights in force for a whole generation, by router
+    kept: dict[str, Weighting] = field(default_factory=dict)  # in force for a whole generation, by router
 
     def add(self, router: str, decision: Decision) -> None:
         if router in self.decisions:
@@ -59,7 +72,7 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
-        self.casts: dict[tuple[int, torch.dtype], Tensor] | None = None
+        self.casts: dict[int, Tensor] | None = None
 
     @contextmanager
     def unchanging(self) -> Iterator[None]:
@@ -76,12 +89,12 @@ class RoutingState:
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """`parameter`, detached, in another type."""
-        if parameter.dtype == dtype or self.casts is None:
+        if self.casts is None or parameter.dtype == dtype:
             return parameter.detach().to(dtype)
-        key = id(parameter), dtype
-        if key not in self.casts:
-            self.casts[key] = parameter.detach().to(dtype)
-        return self.casts[key]
+        found = self.casts.get(id(parameter))
+        if found is None or found.dtype != dtype:
+            found = self.casts[id(parameter)] = parameter.detach().to(dtype)
+        return found
 
     @contextmanager
     def tracing(self, trace: Trace) -> Iterator[Trace]:
