@@ -34,6 +34,7 @@ from remix_cli.train.step import accumulate_gradients
 REFERENCE = "PEFT LoRA r = 32"
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
@@ -114,13 +115,21 @@ class Arm:
         )
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        if self.compiled:
+            for layer in model.model.layers:  # type: ignore[union-attr]
+                layer.compile(dynamic=False)
 
         def step() -> None:
             (batch_losses(model, batch).sum() / len(batch.targets)).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        return step, lambda: wrapped.unload()
+        def remove() -> None:
+            wrapped.unload()
+            for module in model.modules():
+                module._compiled_call_impl = None
+
+        return step, remove
 
 
 def arms(n: int, k: int, r: int, only: str, compiled: bool) -> list[Arm]:
@@ -154,6 +163,7 @@ def arms(n: int, k: int, r: int, only: str, compiled: bool) -> list[Arm]:
     if compiled:
         again = [arm for arm in made if arm.name.startswith("ReMix") and "mean" not in arm.name]
         made += [Arm(f"{arm.name}, compiled", arm.router, arm.config, compiled=True) for arm in again]
+        made.append(Arm(f"PEFT LoRA r = {k * r}, compiled", peft_rank=k * r, compiled=True))
     return [arm for arm in made if re.search(only, arm.name) or arm.name == REFERENCE]
 
 
@@ -210,6 +220,13 @@ def bench_model(shape: str | None, name: str, dtype: str, device: torch.device) 
     return model
 
 
+def random_batch(size: int, length: int, device: torch.device) -> Batch:
+    """Rows of random tokens, every position supervised."""
+    random = np.random.default_rng(0)
+    rows = [random.integers(10, 40000, length).astype(np.int32) for _ in range(size)]
+    return collate([EncodedRow(row, np.ones(length, bool), "bench") for row in rows]).to(device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
@@ -227,12 +244,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = bench_model(args.shape, args.model, args.dtype, device)
-    random = np.random.default_rng(0)
-    rows = [
-        EncodedRow(random.integers(10, 40000, args.length).astype(np.int32), np.ones(args.length, bool), "bench")
-        for _ in range(args.batch)
-    ]
-    batch = collate(rows).to(device)
+    batch = random_batch(args.batch, args.length, device)
     model.train()
     samples: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
