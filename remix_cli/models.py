@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
 from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
@@ -114,12 +114,30 @@ def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     hook = head.register_forward_pre_hook(gather)
     try:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]  # (S, V)
+        with _one_sequence_a_row():
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]  # (S, V)
     finally:
         hook.remove()
     losses = token_losses(logits, batch.targets)
+    if batch.real is not None:
+        losses = losses * batch.real
     flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)
     return flat.view(batch.input_ids.shape)
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Transformers would look at the position ids to see whether rows are packed: a wait for the GPU in every pass."""
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, None)
+    if found is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
 
 
 def identify(model: Model, base: nn.Module, tokenizer: Any) -> BaseIdentity:

@@ -98,7 +98,7 @@ def score(estimator: str, logits: Tensor, chosen: Tensor) -> Tensor:
     return routing.set_log_prob(logits, chosen)
 
 
-def router_surrogate(estimator: str, rollouts: Rollouts, beta: float = 0.0) -> tuple[Tensor, "Diagnostics"]:
+def router_surrogate(estimator: str, rollouts: Rollouts, beta: float | Tensor = 0.0) -> tuple[Tensor, "Diagnostics"]:
     """A scalar whose gradient with respect to the routers is the estimate, and what is worth logging.
 
     `beta` is the control variate's coefficient; it must not come from these rollouts. Raises ValueError
@@ -142,7 +142,7 @@ class Diagnostics:
     fit: Tensor | None
 
 
-def _control_variate(r: Rollouts, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _control_variate(r: Rollouts, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The centred prediction C - C^LOO (M, L, B, T), the term that restores its mean, and each sample's share.
 
     hbar_m is the mean of h = dL/dz over the OTHER samples; a sample's own h would bias the estimate. With

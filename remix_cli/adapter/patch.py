@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear, Router
-from remix_cli.adapter.trace import RoutingState, Trace, selection_noise
+from remix_cli.adapter.trace import RoutingState, Seed, Trace, selection_noise
 
 
 class TargetError(ValueError):
@@ -70,7 +71,13 @@ class Adapter:
         """Context: a promise that no parameter of the adapter changes inside, so that each is cast only once."""
         return self.state.unchanging()
 
-    def noise(self, seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
+    @cached_property
+    def local(self) -> Tensor:
+        """(routers,) bool on the model's device: True for routers after the last attention."""
+        device = next(iter(self.routers.values())).weight.device
+        return torch.tensor([router.local for router in self.routers.values()], device=device)
+
+    def noise(self, seed: Seed, rows: Tensor, length: int) -> Tensor:
         """Selection noise of one forward pass over rows (B,) of `length` positions, (routers, B, T, n).
 
         T is 1 with `level: sequence`.

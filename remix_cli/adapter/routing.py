@@ -33,7 +33,10 @@ def _mix(x: Tensor) -> Tensor:
 
 def fold(key: Tensor, value: Tensor | int) -> Tensor:
     """A new key for each (key, value) pair, int64, broadcasting; the building block of counter-based draws."""
-    return _mix(key + (torch.as_tensor(value, device=key.device) + 1) * _GOLDEN)
+    if isinstance(value, Tensor):
+        return _mix(key + (value + 1) * _GOLDEN)
+    step = (value + 1) * _GOLDEN % (1 << 64)  # as the tensor would wrap around
+    return _mix(key + (step - (1 << 64) if step >> 63 else step))
 
 
 def gumbel_noise(key: Tensor, routers: int, pool_size: int) -> Tensor:

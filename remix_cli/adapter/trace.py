@@ -17,6 +17,9 @@ from torch import Tensor
 
 from remix_cli.adapter.routing import fold, gumbel_noise
 
+# Whole numbers, on the host or, so that a recorded step can draw anew, on the device.
+Seed = tuple[int | Tensor, ...]
+
 
 class Weighting(NamedTuple):
     """What the pools of one block are weighted by."""
@@ -112,7 +115,7 @@ class RoutingState:
         return nullcontext(), self.tracing(Trace(replay=self.trace))
 
 
-def position_keys(seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
+def position_keys(seed: Seed, rows: Tensor, length: int) -> Tensor:
     """One int64 key per position, (B, T), from whole numbers `seed`, row ids (B,) and the position index.
 
     Give rows ids that are unique within a step, whatever rank or micro-batch they land in: the draws then
@@ -125,6 +128,6 @@ def position_keys(seed: tuple[int, ...], rows: Tensor, length: int) -> Tensor:
     return fold(fold(key, rows).unsqueeze(-1), positions)
 
 
-def selection_noise(seed: tuple[int, ...], rows: Tensor, length: int, routers: int, pool_size: int) -> Tensor:
+def selection_noise(seed: Seed, rows: Tensor, length: int, routers: int, pool_size: int) -> Tensor:
     """The noise of one sampled forward pass, (routers, B, T, n) float32, for `Trace(noise=...)`."""
     return gumbel_noise(position_keys(seed, rows, length), routers, pool_size)

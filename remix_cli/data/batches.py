@@ -6,10 +6,13 @@ ranks, so two ranks without accumulation do what one rank does with two accumula
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remix_cli.data.encode import EncodedRow
@@ -28,19 +31,52 @@ class Batch:
     targets: Tensor  # (S,) token ids; targets[j] follows position positions[j]
     rows: Tensor  # (B,) row ids, unique within the step over all ranks
     first_row: int = 0  # rows[0], known without asking the device
+    real: Tensor | None = None  # (S,) float32, 0 where a target only fills up; None: all are real
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
-        return replace(self, **moved)
+        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
+
+    def in_few_shapes(self) -> "Batch":
+        """The same batch, filled up to lengths and numbers of targets that many batches share.
+
+        A target that fills up stands at a position that has none, and counts nothing.
+        """
+        b, t = self.input_ids.shape
+        length = _up(t, LENGTHS)
+        wide: dict[str, Any] = {
+            name: F.pad(getattr(self, name), (0, length - t)) for name in ("input_ids", "mask", "prompt")
+        }
+        positions = self.positions // t * length + self.positions % t
+        free = torch.ones(b * length, dtype=torch.bool)
+        free[positions] = False
+        count = len(positions)
+        filler = free.nonzero().flatten()[: min(_up(count, TARGETS), b * length) - count]
+        targets = torch.cat([self.targets, self.targets.new_zeros(len(filler))])
+        real = torch.cat([torch.ones(count), torch.zeros(len(filler))])
+        return replace(self, **wide, positions=torch.cat([positions, filler]), targets=targets, real=real)
 
 
-TENSORS = ("input_ids", "mask", "prompt", "positions", "targets", "rows")
+LENGTHS, TARGETS = 64, 512  # a batch in few shapes has multiples of these
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+TENSORS = ("input_ids", "mask", "prompt", "positions", "targets", "rows", "real")
 
 
 def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
     """Pad on the right. Under a causal mask no real position can see the padding, so none needs masking."""
     length = max(len(row.input_ids) for row in rows)
-    length = -(-length // 8) * 8  # kernels like multiples of 8
+    length = _up(length, 8)  # kernels like multiples of 8
     ids = np.zeros((len(rows), length), dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
     prompt = np.zeros((len(rows), length), dtype=bool)

@@ -1,7 +1,7 @@
 """Batched generation with the KV cache and routed inference: the same text whatever the batch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.routing import fold, gumbel_noise
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.chunks import in_chunks
+from remix_cli.evaluate.graphed import fixed_cache, graphed
 from remix_cli.runs import Subject
 
 
@@ -56,7 +57,12 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
     eager = torch.compiler.set_stance("force_eager")  # the cache grows with every token
-    with eager, torch.no_grad(), adapter.unchanging(), _routing(subject, mask, rows, decoding.selection_seed):
+    cache = None
+    if decoding.selection_seed is None:  # selections that are drawn anew for every token cannot be replayed
+        cache = fixed_cache(model, len(prompts), length + decoding.max_new_tokens)
+    replayed = graphed(model, cache) if cache is not None else nullcontext()
+    routing = _routing(subject, mask, rows, decoding.selection_seed)
+    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed:
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -66,6 +72,8 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
             top_p=None,
             top_k=None,
             pad_token_id=pad,
+            past_key_values=cache,
+            disable_compile=True,
             eos_token_id=_stop_tokens(model, tokenizer),
             **options,
         )

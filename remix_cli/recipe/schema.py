@@ -155,6 +155,10 @@ class Train(Strict):
     torch_compile: bool = Field(
         False, description="Compile what is not adapted (attention, norms): a minute at the start, faster on a GPU."
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="Record the step of each batch shape and replay it: faster where steps wait for the host.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations; selections are replayed.")
     logging_steps: Positive = 10
     eval_steps: Positive | None = Field(None, description="Held-out loss every so many steps, and at the end.")
@@ -255,6 +259,24 @@ class Recipe(Strict):
                 "(or use router.estimator: straight_through, which is biased)",
                 {"m": router.selections, "estimator": router.estimator, "at": ("router", "selections")},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> Self:
+        """What a recorded step cannot do: draw dropout masks, change its loss scale, restore random states."""
+        train = self.train
+        other = {
+            "adapter.dropout": self.adapter.dropout > 0,
+            "model.dtype: float16": self.model.dtype == "float16",
+            "train.gradient_checkpointing": train.gradient_checkpointing,
+        }
+        for name, used in other.items():
+            if train.cuda_graphs and used:
+                raise PydanticCustomError(
+                    "conflict",
+                    "cannot be combined with {name}; leave one of them out",
+                    {"name": name, "at": ("train", "cuda_graphs")},
+                )
         return self
 
     @model_validator(mode="after")

@@ -37,10 +37,11 @@ from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.console import TrainingConsole
 from remix_cli.train.evaluation import Evaluation, cost
+from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.record import Recorder, peak_memory, summarise
 from remix_cli.train.resume import check_same_recipe, origin_of
 from remix_cli.train.signals import Signals
-from remix_cli.train.step import MicroResult, accumulate_gradients
+from remix_cli.train.step import MicroResult, accumulate_gradients, seed_of_dropout
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class _Run:
         self.identity = identify(recipe.model, self.model, self.tokenizer)
         self.origin = origin_of(recipe, self.data, self.identity)
         check_base(self.model, len(self.tokenizer))
+        prepare.check_graphs(recipe, self.model)
         self.adapter: Adapter = apply_adapter(self.model, recipe.adapter_config(), seed=recipe.seed)
         self.loras = list(self.adapter.lora_parameters().values())
         self.routers = list(self.adapter.router_parameters().values())
@@ -103,6 +105,9 @@ class _Run:
         self.evaluation = Evaluation(subject, self.data.validation.rows, accelerator)
         if recipe.train.torch_compile:
             compile_unadapted(self.model)
+        self.graphs: StepGraphs | None = None
+        if recipe.train.cuda_graphs:
+            self.graphs = StepGraphs(self.model, self.adapter, recipe.router, accelerator.backward)
         self.optimizer = optim.make_optimizer(self.adapter, recipe)
         self.state = TrainingState()
         if resume:
@@ -173,20 +178,24 @@ class _Run:
         for first, part in micro_batches(
             rows, self.data.train.lengths, size, accelerator.process_index, accelerator.num_processes
         ):
-            batch = collate([self.data.train.rows[i] for i in part], first).to(accelerator.device)
-            results.append(
-                accumulate_gradients(
-                    self.model,
-                    self.adapter,
-                    batch,
-                    recipe.router,
-                    targets_in_step=targets,
-                    seed=(recipe.seed, step),
-                    beta=self.coefficient.beta,
-                    backward=accelerator.backward,
-                    loss_scale=scaler.get_scale() if scaler else 1.0,
+            batch = collate([self.data.train.rows[i] for i in part], first)
+            if self.graphs:
+                results.append(self.graphs.accumulate(batch, targets, (recipe.seed, step), self.coefficient.beta))
+            else:
+                results.append(
+                    accumulate_gradients(
+                        self.model,
+                        self.adapter,
+                        batch.to(accelerator.device),
+                        recipe.router,
+                        targets_in_step=targets,
+                        seed=(recipe.seed, step),
+                        beta=self.coefficient.beta,
+                        backward=accelerator.backward,
+                        loss_scale=scaler.get_scale() if scaler else 1.0,
+                        dropout_seed=seed_of_dropout((recipe.seed, step), first),
+                    )
                 )
-            )
             tokens += int(self.data.train.lengths[part].sum())
         optim.sum_over_ranks(accelerator, self.loras + self.routers)
         sums, routing = self._reduce(results, tokens)
@@ -206,7 +215,7 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.prepared.step()
-        self.prepared.zero_grad()
+        self.prepared.zero_grad(set_to_none=self.graphs is None)
         if recipe.router.estimator == "control_variate" and math.isfinite(products + squares):
             self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))
         self._after_step(

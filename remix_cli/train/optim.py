@@ -30,6 +30,12 @@ def make_schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
     return schedule.lr_lambdas[0]
 
 
+def allocate_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def sum_over_ranks(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
     """Replace every gradient by its sum over ranks, in one flat all-reduce a step.
 
@@ -37,14 +43,13 @@ def sum_over_ranks(accelerator: Accelerator, parameters: list[nn.Parameter]) -> 
     reducer counts; adapters are small, so they stay replicated and are reduced once, here. Losses are
     divided by the step's global target count, so the sum is the gradient.
     """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    allocate_gradients(parameters)
     if accelerator.num_processes == 1:
         return
     flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "sum")
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = total.view_as(parameter).clone()
+        assert parameter.grad is not None
+        parameter.grad.copy_(total.view_as(parameter))
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -3,8 +3,10 @@
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from remix_cli.adapter.patch import Adapter, TargetError, apply_adapter
 from remix_cli.data.sources import check_source
@@ -106,6 +108,16 @@ def clear_output(folder: RunFolder) -> None:
                 path.unlink(missing_ok=True)
 
 
+def check_graphs(recipe: Recipe, model: Any) -> None:
+    """Raises RecipeError if the model draws random numbers while it trains: a recorded step would repeat them."""
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    drops = drops or bool(getattr(model.config, "attention_dropout", None))
+    if recipe.train.cuda_graphs and drops:
+        raise RecipeError("train.cuda_graphs: the base model has dropout of its own; leave cuda_graphs out")
+
+
 def check_hardware(recipe: Recipe, device: torch.device) -> None:
+    if recipe.train.cuda_graphs and device.type != "cuda":
+        raise RecipeError("train.cuda_graphs: needs a GPU; leave it out on this machine")
     if recipe.model.dtype == "float16" and device.type != "cuda":
         raise RecipeError("model.dtype: float16 training needs a GPU (its loss scaling does); use bfloat16 or float32")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.trace import Decision, Trace
+from remix_cli.adapter.trace import Decision, Seed, Trace
 from remix_cli.data.batches import Batch
 from remix_cli.models import batch_losses
 from remix_cli.objective import ESTIMATORS, Rollouts, router_surrogate
@@ -41,15 +41,17 @@ def accumulate_gradients(
     batch: Batch,
     router: RouterRecipe,
     *,
-    targets_in_step: int,
-    seed: tuple[int, int],
-    beta: float,
+    targets_in_step: int | Tensor,
+    seed: Seed,
+    beta: float | Tensor,
     backward: Callable[[Tensor], None],
     loss_scale: float = 1.0,
+    dropout_seed: int | None = None,
 ) -> MicroResult:
     """Add this micro-batch's share of the step's gradient to every adapter parameter.
 
-    `seed` is (run seed, step); `backward` multiplies its argument by `loss_scale` before differentiating.
+    `seed` is (run seed, step); `backward` multiplies its argument by `loss_scale` before differentiating;
+    `dropout_seed` decides what else is random in a forward pass. Nothing here waits for the device.
     """
     sampled = adapter.config.samples
     learns = sampled and router.learning_rate > 0
@@ -63,7 +65,8 @@ def accumulate_gradients(
             keep = m < with_gradient
             noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1])
             trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
-            torch.manual_seed(dropout_seed(seed, batch.first_row))  # one mask for all M: it cancels in the baseline
+            if dropout_seed is not None:
+                torch.manual_seed(dropout_seed)  # one mask for all M: it cancels in the baseline
             with adapter.tracing(trace), torch.set_grad_enabled(keep):
                 loss = batch_losses(model, batch) / targets_in_step  # (B, T)
             if keep:
@@ -95,7 +98,7 @@ def _gather(adapter: Adapter, batch: Batch, traces: list[Trace], losses: list[Te
         logits=_stack(adapter, traces, lambda d: d.logits).requires_grad_(),
         chosen=_stack(adapter, traces, lambda d: d.chosen),
         losses=torch.stack(losses),
-        local=torch.tensor([r.local for r in adapter.routers.values()], device=batch.mask.device),
+        local=adapter.local,
         mask=batch.mask,
     )
     if adapter.config.level == "sequence":  # one decision a sequence, answering for all of its losses
@@ -115,6 +118,6 @@ def _weight_gradient(decision: Decision) -> Tensor:
     return gradient
 
 
-def dropout_seed(seed: tuple[int, int], first_row: int) -> int:
-    """Seed of what else is random in the forward pass: a function of run seed, step and rows."""
+def seed_of_dropout(seed: tuple[int, int], first_row: int) -> int:
+    """A function of run seed, step and rows."""
     return int(np.random.SeedSequence([*seed, first_row]).generate_state(1)[0])
