@@ -29,6 +29,7 @@ from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import DTYPES, batch_losses, load_model
 from remix_cli.recipe.schema import Model, Router
+from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.step import accumulate_gradients
 
 REFERENCE = "PEFT LoRA r = 32"
@@ -52,9 +53,11 @@ class Arm:
         dora: bool = False,
         loop: bool = False,
         compiled: bool = False,
+        graphs: bool = False,
     ):
         self.name, self.router, self.config = name, router, config
         self.peft_rank, self.dora, self.loop, self.compiled = peft_rank, dora, loop, compiled
+        self.graphs = graphs
 
     def install(self, model: torch.nn.Module, batch: Batch) -> tuple[Callable[[], None], Callable[[], None]]:
         """(step, remove)"""
@@ -75,9 +78,13 @@ class Arm:
             compile_unadapted(model)
         optimizer = torch.optim.AdamW(adapter.parameters().values(), lr=1e-4, fused=True)
         router, config, steps = self.router, self.config, iter(range(10**9))
+        recorded = StepGraphs(model, adapter, router, lambda loss: loss.backward()) if self.graphs and router else None
+        on_host = batch.to(torch.device("cpu"))
 
         def step() -> None:
-            if router is None:  # the pool without routing: every LoRA on, M = 1
+            if recorded is not None:
+                recorded.accumulate(on_host, len(batch.targets), (0, next(steps)), 0.5)
+            elif router is None:  # the pool without routing: every LoRA on, M = 1
                 (batch_losses(model, batch).sum() / len(batch.targets)).backward()
             else:
                 accumulate_gradients(
@@ -91,7 +98,7 @@ class Arm:
                     backward=lambda loss: loss.backward(),
                 )
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=recorded is None)
 
         if config.active == config.pool_size:
             shape = (*batch.input_ids.shape, config.pool_size * config.rank)
@@ -164,6 +171,9 @@ def arms(n: int, k: int, r: int, only: str, compiled: bool) -> list[Arm]:
         again = [arm for arm in made if arm.name.startswith("ReMix") and "mean" not in arm.name]
         made += [Arm(f"{arm.name}, compiled", arm.router, arm.config, compiled=True) for arm in again]
         made.append(Arm(f"PEFT LoRA r = {k * r}, compiled", peft_rank=k * r, compiled=True))
+    if torch.cuda.is_available():
+        again = [arm for arm in made if arm.name.startswith("ReMix") and "mean" not in arm.name]
+        made += [Arm(f"{a.name}, graphs", a.router, a.config, compiled=a.compiled, graphs=True) for a in again]
     return [arm for arm in made if re.search(only, arm.name) or arm.name == REFERENCE]
 
 
@@ -256,7 +266,7 @@ def main() -> None:
             if time.monotonic() > end:
                 continue
             step, remove = arm.install(model, batch)
-            for _ in range(2):  # warm-up
+            for _ in range(3 if arm.graphs else 2):  # warm-up; a shape is recorded when it comes again
                 timed(step, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
