@@ -127,17 +127,19 @@ def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 @contextmanager
 def _one_sequence_a_row() -> Iterator[None]:
-    """Transformers would look at the position ids to see whether rows are packed: a wait for the GPU in every pass."""
-    name = "find_packed_sequence_indices"
-    found = getattr(masking_utils, name, None)
-    if found is None:
-        yield
-        return
-    setattr(masking_utils, name, lambda position_ids: None)
+    """Transformers would look at the position ids to see whether rows are packed: a wait for the GPU in every pass.
+
+    And while a step is recorded it would rather make a mask than rely on causal attention alone, which is faster.
+    """
+    answers = {"find_packed_sequence_indices": lambda _: None, "is_tracing": lambda _=None: False}
+    found = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+    for name in found:
+        setattr(masking_utils, name, answers[name])
     try:
         yield
     finally:
-        setattr(masking_utils, name, found)
+        for name, original in found.items():
+            setattr(masking_utils, name, original)
 
 
 def identify(model: Model, base: nn.Module, tokenizer: Any) -> BaseIdentity:

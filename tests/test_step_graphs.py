@@ -69,7 +69,7 @@ def test_recorded_steps_have_the_gradients_of_plain_ones(estimator, level):
     found = []
     for recorded in (False, True):
         model, adapter = build(level=level, dtype=DTYPE)
-        model.to(DEVICE)
+        model.to(DEVICE).set_attn_implementation("sdpa")
         adapter.__dict__.pop("local", None)
         recorder = None if DEVICE.type == "cuda" else ByHand(adapter)
         graphs = StepGraphs(model, adapter, router, backward, recorder)

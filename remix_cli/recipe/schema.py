@@ -263,12 +263,13 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _graphs_fit(self) -> Self:
-        """What a recorded step cannot do: draw dropout masks, change its loss scale, restore random states."""
+        """A recorded step cannot draw dropout masks, change its loss scale, restore random states or make a mask."""
         train = self.train
         other = {
             "adapter.dropout": self.adapter.dropout > 0,
             "model.dtype: float16": self.model.dtype == "float16",
             "train.gradient_checkpointing": train.gradient_checkpointing,
+            "model.attn_implementation: eager": self.model.attn_implementation == "eager",
         }
         for name, used in other.items():
             if train.cuda_graphs and used:
