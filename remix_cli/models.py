@@ -50,7 +50,7 @@ def load_model(model: Model, device: torch.device) -> Any:
                 f"model.name_or_path: {pickled[0]}: pickled weights are not read, because loading them can run "
                 "code; save the model again with safe_serialization=True"
             )
-    with _quiet():
+    with quiet():
         loaded = _loading(model, lambda: AutoModelForCausalLM.from_pretrained(**_where(model), **options))
     loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32
     return loaded.requires_grad_(False).eval()
@@ -60,7 +60,7 @@ def skeleton(model: Model) -> Any:
     """The model's modules without memory for weights: for target names and parameter counts."""
     config = load_config(model)
     code = model.trust_remote_code
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         return _loading(model, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=code))
 
 
@@ -88,7 +88,7 @@ def _loading(model: Model, load: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading bars and advice of transformers would tear the progress display apart."""
     logger = logging.getLogger("transformers")
     level = logger.level
@@ -102,10 +102,19 @@ def _quiet() -> Iterator[None]:
 
 
 def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats at each logit's position, (B, T) float32, 0 where nothing is supervised.
+    """Cross-entropy in nats at each logit's position, (B, T) float32, 0 where nothing is supervised."""
+    losses = token_losses(supervised_logits(model, batch), batch.targets)
+    if batch.real is not None:
+        losses = losses * batch.real
+    flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)
+    return flat.view(batch.input_ids.shape)
 
-    The output layer sees the S supervised positions only: its input is gathered on the way in, so that the
-    (B, T, V) logits never exist, while the model's own code before and after it stays in charge.
+
+def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the batch's S supervised positions, (S, V).
+
+    The output layer sees these positions only: its input is gathered on the way in, so that the (B, T, V) logits
+    never exist, while the model's own code before and after it stays in charge.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
@@ -115,14 +124,9 @@ def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
     hook = head.register_forward_pre_hook(gather)
     try:
         with _one_sequence_a_row():
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]  # (S, V)
+            return model(input_ids=batch.input_ids, use_cache=False).logits[0]
     finally:
         hook.remove()
-    losses = token_losses(logits, batch.targets)
-    if batch.real is not None:
-        losses = losses * batch.real
-    flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)
-    return flat.view(batch.input_ids.shape)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finis
     stamp = result["protocol"]
     assert {"task", "data", "prompt_template", "prompts", "shots", "decoding", "adapter", "versions"} <= stamp.keys()
     again = run.evaluate(subject, [one], settings, _silent)["results"][0]
-    assert again["scores"] == result["scores"]
+    assert again["scores"] == pytest.approx(result["scores"], rel=1e-6)  # other batches round differently
     assert again["asked"] == 4
 
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "stats": {"adapter", "recipe", "data", "models", "runs"},
     "sandbox": set(),
     "evaluate": {"adapter", "recipe", "data", "models", "runs", "sandbox"},
-    "export": {"adapter"},
+    "export": {"adapter", "data", "models", "runs"},
     "train": {"cross_entropy", "adapter", "recipe", "data", "models", "runs", "objective", "stats", "evaluate"},
     "verify": {"adapter", "data", "models", "objective"},
     "cli": {"recipe", "runs", "data", "train", "evaluate", "stats", "export", "verify"},

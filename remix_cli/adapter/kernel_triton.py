@@ -4,30 +4,15 @@ import triton
 import triton.language as tl
 
 
+# fmt: off
 @triton.jit
 def route(
-    x_ptr,
-    weight_ptr,
-    noise_ptr,
-    logits_ptr,
-    length_ptr,
-    chosen_ptr,
-    weights_ptr,
-    gates_ptr,
-    tokens,
-    width,
-    scale,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    UNIT: tl.constexpr,
-    RECORD: tl.constexpr,
-    PADDED: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_ptr, weight_ptr, noise_ptr, logits_ptr, length_ptr, chosen_ptr, weights_ptr, gates_ptr, tokens, width, scale,
+    N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    SAMPLED: tl.constexpr, UNIT: tl.constexpr, RECORD: tl.constexpr,
+    PADDED: tl.constexpr, PADDED_RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    # fmt: on
     """ROWS tokens of x (tokens, width); everything contiguous, N of the PADDED columns real.
 
     Without RECORD only the gates are written.

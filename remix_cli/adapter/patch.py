@@ -137,9 +137,11 @@ class Adapter:
     def disabled(self) -> Iterator[None]:
         """Context: the base model alone, bit for bit."""
         self._swap(base=True)
+        self.state.off = True
         try:
             yield
         finally:
+            self.state.off = False
             self._swap(base=False)
 
     def _swap(self, base: bool) -> None:
@@ -214,8 +216,8 @@ def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
     """Let the router read the block's input and hold its choice while the block runs."""
 
     def choose(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        router.block.weighting = router(x)
+        if not router.state.off:
+            router.block.weighting = router(args[0] if args else kwargs["hidden_states"])
 
     def forget(_: nn.Module, args: tuple, output: Any) -> None:
         router.block.weighting = None

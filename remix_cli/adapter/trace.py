@@ -75,6 +75,7 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
+        self.off = False  # while the adapter is disabled no router need choose
         self.casts: dict[int, Tensor] | None = None
 
     @contextmanager

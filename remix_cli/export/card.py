@@ -1,0 +1,111 @@
+"""The README of an exported folder: what it is, what it was made from, what it scores, what it is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import remix_cli
+from remix_cli.runs import LoadedRun
+
+KINDS = {
+    "hf": """The model as trained, routing included. Needs transformers, torch and safetensors; no other package:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+""",
+    "peft-merged": """An APPROXIMATION: one stock PEFT LoRA in place of the routed pool. The trained model chooses its
+LoRAs anew for every token; this one applies their best fixed combination. What that costs is measured below.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)
+```
+""",
+    "merged": """An APPROXIMATION: an ordinary checkpoint with one LoRA merged into its weights in place of the routed
+pool. The trained model chooses its LoRAs anew for every token; this one applies their best fixed combination. What
+that costs is measured below. It can be converted and served like any other model of its architecture.
+""",
+}
+
+
+def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
+    """Markdown with the hub's metadata block. `price`: measured on held-out rows, for the approximations."""
+    c, base = run.stored.config, run.recipe.model.name_or_path
+    base = _shown(base)
+    hub_id = base if "/" in base else None
+    tags = ["remix", "lora", *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
+    head = [
+        "---",
+        f"library_name: {'peft' if kind == 'peft-merged' else 'transformers'}",
+        "pipeline_tag: text-generation",
+    ]
+    head += [f"base_model: {hub_id}"] if hub_id else []
+    head += ["tags:", *(f"- {tag}" for tag in tags), "---"]
+    data = ", ".join(_shown(s.path) if s.path else f"reasoning-gym {s.reasoning_gym}" for s in run.recipe.data.train)
+    facts = [
+        f"- base model: {base} (fingerprint {run.identity.base_fingerprint[:16]}); its licence applies",
+        f"- method: ReMix ([arXiv 2603.10160](https://arxiv.org/abs/2603.10160)), remix {remix_cli.__version__}: "
+        f"{c.active} of {c.pool_size} LoRAs of rank {c.rank} for each {'token' if c.level == 'token' else 'sequence'}, "
+        f"each weighted by omega = {c.scale:.6g}, on {', '.join(c.target_modules)}; one router per {c.scope}",
+        f"- router: {run.recipe.router.estimator}, M = {run.recipe.router.selections}",
+        f"- data: {data}",
+        f"- adapter: {run.which}, sha256 {run.stored.weights_sha256[:16]}",
+    ]
+    parts = [
+        "\n".join(head),
+        f"# {base.rstrip('/').rpartition('/')[2]}, finetuned with ReMix",
+        KINDS[kind],
+        "\n".join(facts),
+    ]
+    if price:
+        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in price.items())
+        parts.append(f"## What the approximation costs\n\n| on held-out rows | |\n|---|---|\n{rows}")
+    parts += _scores(run) + _routing(run)
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(path: str) -> str:
+    """A hub id as it is; of a local path the name, for where it lies is nobody's business."""
+    return Path(path).name if Path(path).exists() or path.startswith((".", "/", "~")) else path
+
+
+def _scores(run: LoadedRun) -> list[str]:
+    """What `remix eval` has measured of the routed model."""
+    file = run.folder.evaluations / f"{run.which}.json"
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError):
+        return []
+    rows = [
+        "## Scores of the routed model",
+        "",
+        "| task | score | value | 95 % interval | rows | protocol |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        p: dict[str, Any] = result["protocol"]
+        how = f"{p['decoding']}, {p['shots']} shots, data {p['data'][:8]}, prompts {p['prompts'][:8]}"
+        for score, value in result["scores"].items():
+            low, high = result["intervals"][score]
+            rows.append(
+                f"| {result['task']} | {score} | {value:.4f} | {low:.4f} to {high:.4f} | {result['count']} | {how} |"
+            )
+    return ["\n".join(rows)]
+
+
+def _routing(run: LoadedRun) -> list[str]:
+    """The last routing figures that training logged."""
+    try:
+        lines = [json.loads(x) for x in run.folder.metrics.read_text(encoding="utf-8").splitlines()]
+        last = [line for line in lines if "router_entropy" in line][-1]
+    except (OSError, ValueError, IndexError):
+        return []
+    return [
+        f"## Routing\n\nAt step {last['step']}: entropy of q {last['router_entropy']:.2f} nats, effective support of "
+        f"the weights {last['ess_weights']:.2f}, LoRAs that serve under 1 % of the tokens: {last['dead_loras']}."
+    ]

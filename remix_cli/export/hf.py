@@ -1,0 +1,135 @@
+"""`--format hf`: a Hugging Face folder that stock transformers loads and runs as trained, routing included.
+
+`modeling_remix.py` beside this file goes into the folder, with the base model's own class in its import. It is an
+ordinary module here, so that linters and tests read what users get.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save
+from torch import Tensor
+
+from remix_cli.adapter.trace import Trace
+from remix_cli.errors import ArtefactError, RecipeError
+from remix_cli.export.card import card
+from remix_cli.models import quiet
+from remix_cli.runs import LoadedRun
+from remix_cli.storage import publish_folder
+
+CODE = "modeling_remix.py"
+CLASS = "RemixForCausalLM"
+SHARD = "4GB"
+
+
+def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> float:
+    """Write the folder, whole or not at all; the largest difference of its logits from ours, relative to theirs.
+
+    `reference_base` names the base model instead of copying its weights. Raises RecipeError for what the format
+    cannot hold, ArtefactError if the folder read back does not agree with the run, StorageError.
+    """
+    base_class = _base_class(run)
+    with publish_folder(target) as scratch:
+        _write(run, scratch, base_class, reference_base)
+        (scratch / "README.md").write_text(card(run, "hf", {}), encoding="utf-8")
+        return _check(run, scratch)
+
+
+def _base_class(run: LoadedRun) -> str:
+    name = type(run.model).__name__
+    if not hasattr(transformers, name):
+        raise RecipeError(f"--format hf: {name} is not a class of transformers itself, so the folder could not load it")
+    if run.stored.config.method != "remix":
+        raise RecipeError(f"--format hf: {run.stored.config.method} has no constant weight; only remix pools")
+    return name
+
+
+def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) -> None:
+    config = run.model.config.to_dict()
+    config |= {"architectures": [CLASS], "auto_map": {"AutoModelForCausalLM": f"{CODE.removesuffix('.py')}.{CLASS}"}}
+    config["remix"] = _description(run, reference_base)
+    config["dtype"] = run.recipe.model.dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    code = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
+    (folder / CODE).write_text(code.replace("LlamaForCausalLM", base_class), encoding="utf-8")
+    run.model.generation_config.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    tensors = _adapter_tensors(run)
+    if reference_base:
+        (folder / "remix.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+        return
+    state = base_state(run)
+    save_torch_state_dict(state | tensors, folder, max_shard_size=SHARD)
+
+
+def base_state(run: LoadedRun) -> dict[str, Tensor]:
+    """The base model's tensors under its own names."""
+    with run.adapter.disabled():
+        state = run.model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith(".remix_router.weight")}
+
+
+def _description(run: LoadedRun, reference_base: bool) -> dict[str, Any]:
+    c = run.stored.config
+    return {
+        "pool_size": c.pool_size,
+        "active": c.active,
+        "rank": c.rank,
+        "scale": c.scale,
+        "scope": c.scope,
+        "level": c.level,
+        "linears": list(run.adapter.linears),
+        "base_model": run.stored.identity.base_model if reference_base else None,
+    }
+
+
+def _adapter_tensors(run: LoadedRun) -> dict[str, Tensor]:
+    """By the names of modeling_remix.py; LoRAs in the type that the model computes in, routers in float32."""
+    dtype = next(run.model.parameters()).dtype
+    tensors = {}
+    for name, tensor in run.stored.tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "router":
+            tensors[f"{module}.remix_router.weight"] = tensor.contiguous()
+        else:
+            tensors[name] = tensor.to(dtype).contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def _check(run: LoadedRun, folder: Path) -> float:
+    """Load what was written, without the library, and compare logits on the run's own prompts."""
+    loaded = load_exported(folder, next(run.model.parameters()).dtype).to(run.device)
+    ids = torch.tensor([run.tokenizer("The quick brown fox counts: 1, 2, 3")["input_ids"]], device=run.device)
+    mask = torch.ones_like(ids)
+    with run.adapter.tracing(Trace(prompt=mask.bool(), record=False)):
+        ours = run.model(input_ids=ids, use_cache=False).logits.float()
+    theirs = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    difference = float((ours - theirs).norm() / ours.norm())
+    limit = 1e-5 if loaded.dtype == torch.float32 else 2e-2
+    if not difference <= limit:
+        raise ArtefactError(f"the exported model does not agree with the run (logits differ by {difference:.2g})")
+    return difference
+
+
+def load_exported(folder: Path, dtype: torch.dtype) -> Any:
+    """The exported model by its own code, as transformers would load it, without its cache of remote code."""
+    name = f"remix_exported_{abs(hash(folder.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, folder / CODE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with quiet():
+            return getattr(module, CLASS).from_pretrained(folder, config=config, dtype=dtype).eval()
+    finally:
+        del sys.modules[name]

@@ -1,0 +1,165 @@
+"""One LoRA in place of a routed pool: the fixed matrix that comes nearest to what the pool adds on calibration rows.
+
+For a linear layer with input x the pool adds D(x) = omega sum_i z_i(x) B_i A_i x, z_i(x) = 1 where LoRA i is chosen.
+The matrix M of least mean square |D(x) - M x|^2 is
+
+    M = omega B C S^-1        C = E[(z . A x) x^T]  (n r, D_in)        S = E[x x^T]  (D_in, D_in)
+
+and the best of rank r' is the truncated singular value decomposition of M S^(1/2), taken back by S^(-1/2) (Eckart-Young
+in the norm that the inputs define). Where every LoRA is always on (k = n), C = A S and M = omega B A, exactly.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remix_cli.adapter.patch import Adapter
+from remix_cli.adapter.trace import Trace
+from remix_cli.data.batches import Batch
+from remix_cli.models import supervised_logits
+
+RIDGE = 1e-4  # of the mean diagonal of S: directions that calibration never saw stay where the pool alone would be
+
+
+BUDGET = 4 << 30  # bytes of moments held at once; larger models take more passes over the rows
+
+
+@dataclass
+class Moments:
+    """Sums over real tokens of one linear layer's calibration inputs, float64."""
+
+    second: Tensor  # x x^T, (D_in, D_in)
+    mixed: Tensor  # (z . A x) x^T, (n r, D_in)
+
+
+@dataclass
+class Merged:
+    """A LoRA of one linear layer: y += up down x."""
+
+    down: Tensor  # (r', D_in) float32
+    up: Tensor  # (D_out, r') float32
+
+
+def merge_pool(model: nn.Module, adapter: Adapter, batches: list[Batch], rank: int) -> dict[str, Merged]:
+    """The nearest LoRA of rank `rank` for each adapted layer, by name, calibrated on every real token of `batches`."""
+    merged: dict[str, Merged] = {}
+    for names in _groups(adapter):
+        for name, moments in calibrate(model, adapter, names, batches).items():
+            linear = adapter.linears[name]
+            merged[name] = merge(moments, linear.lora_A, linear.lora_B, adapter.config.scale, rank)
+    return merged
+
+
+def _groups(adapter: Adapter) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, linear in adapter.linears.items():
+        size = 8 * linear.lora_A.shape[1] ** 2
+        if groups[-1] and held + size > BUDGET:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: list[Batch]) -> dict[str, Moments]:
+    """Moments of the layers `names` under top-k routing."""
+    found: dict[str, Moments] = {}
+    hooks, real = [], dict[str, Any]()
+
+    def watch(moments: Moments) -> Any:
+        def see(linear: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
+            gates = real["trace"].decisions[linear.router.name].gates.expand(*args[0].shape[:-1], -1)
+            x, chosen = (part.flatten(0, -2)[real["mask"]].float() for part in (args[0], gates != 0))
+            moments.second += (x.T @ x).double()
+            moments.mixed += ((chosen * (x @ linear.lora_A.T)).T @ x).double()
+
+        return see
+
+    for name in names:
+        wide = adapter.linears[name].lora_A.detach().double()
+        found[name] = Moments(wide.new_zeros(wide.shape[1], wide.shape[1]), torch.zeros_like(wide))
+        hooks.append(adapter.linears[name].register_forward_hook(watch(found[name])))
+    try:
+        for batch in batches:
+            real["mask"] = batch.mask.flatten()
+            with adapter.tracing(Trace(prompt=batch.prompt)) as trace:
+                real["trace"] = trace
+                model(input_ids=batch.input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def merge(moments: Moments, lora_a: Tensor, lora_b: Tensor, scale: float, rank: int) -> Merged:
+    """The LoRA of rank `rank` nearest to the pool A (n r, D_in), B (D_out, n r) with omega = `scale`."""
+    a, b, s = lora_a.detach().double(), lora_b.detach().double(), moments.second
+    identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    ridge = RIDGE * s.diagonal().mean().clamp_min(1e-12)
+    metric = s + ridge * identity
+    down = torch.linalg.solve(metric, (moments.mixed + ridge * _usage(moments, a) * a).T).T  # C S^-1, (n r, D_in)
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(ridge)
+    root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    basis, triangle = torch.linalg.qr(scale * b)  # so that the decomposition is of (n r, D_in), not (D_out, D_in)
+    u, sigma, vt = torch.linalg.svd(triangle @ down @ root, full_matrices=False)
+    half = sigma[:rank].sqrt()
+    return Merged((half[:, None] * vt[:rank] @ inverse).float(), (basis @ u[:, :rank] * half).float())
+
+
+def _usage(moments: Moments, a: Tensor) -> Tensor:
+    """(n r, 1): how much of each column's activation passes its LoRA's gate."""
+    energy = ((a @ moments.second) * a).sum(-1, keepdim=True)
+    return ((moments.mixed * a).sum(-1, keepdim=True) / energy.clamp_min(1e-30)).clamp(0, 1)
+
+
+@contextmanager
+def applied(adapter: Adapter, merged: dict[str, Merged]) -> Iterator[None]:
+    """Inside, the model is the base model with the merged LoRAs."""
+
+    def add(part: Merged) -> Any:
+        def after(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            x = args[0]
+            return y + F.linear(F.linear(x, part.down.to(x.dtype)), part.up.to(x.dtype))
+
+        return after
+
+    hooks = [adapter.linears[name].base_layer.register_forward_hook(add(part)) for name, part in merged.items()]
+    try:
+        with adapter.disabled():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def price(model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches: list[Batch]) -> dict[str, float]:
+    """Nats per supervised token: losses of the routed, the merged and the base model, and KL(routed || merged)."""
+    totals = dict.fromkeys(("routed", "merged", "base", "divergence"), 0.0)
+    tokens = 0
+    for batch in batches:
+        with adapter.tracing(Trace(prompt=batch.prompt, record=False)):
+            routed = supervised_logits(model, batch).float().log_softmax(-1)
+        with applied(adapter, merged):
+            ours = supervised_logits(model, batch).float().log_softmax(-1)
+        with adapter.disabled():
+            base = supervised_logits(model, batch).float().log_softmax(-1)
+        for name, log_p in (("routed", routed), ("merged", ours), ("base", base)):
+            totals[name] -= float(log_p.gather(-1, batch.targets[:, None]).double().sum())
+        totals["divergence"] += float((routed.exp() * (routed - ours)).double().sum())
+        tokens += len(batch.targets)
+    return {
+        "loss of the routed model": totals["routed"] / tokens,
+        "loss of this approximation": totals["merged"] / tokens,
+        "loss of the base model": totals["base"] / tokens,
+        "KL(routed, approximation) in nats a token": totals["divergence"] / tokens,
+    }

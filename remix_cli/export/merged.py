@@ -1,0 +1,118 @@
+"""`--format peft-merged` and `--format merged`: one LoRA in place of the pool, by itself or in the weights.
+
+Both are approximations of a routed model, and say what they cost: merge.py fits, and prices on held-out rows.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save
+from transformers import AutoModelForCausalLM
+
+from remix_cli.data.batches import Batch, collate
+from remix_cli.data.encode import EncodedRow
+from remix_cli.data.splits import evenly, split_examples
+from remix_cli.errors import ArtefactError, DataError, RecipeError
+from remix_cli.export.card import card
+from remix_cli.export.hf import SHARD, base_state
+from remix_cli.export.merge import Merged, applied, merge_pool, price
+from remix_cli.models import quiet
+from remix_cli.runs import LoadedRun
+from remix_cli.storage import publish_folder
+
+BATCH = 8
+
+
+def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int | None, rows: int) -> dict[str, float]:
+    """Write the folder, whole or not at all; what the approximation costs, on held-out rows.
+
+    The LoRA has rank `rank` (None: k r) and is calibrated on `rows` training rows. Raises RecipeError, DataError,
+    ArtefactError if the folder read back is not the model that was fitted, StorageError.
+    """
+    config = run.stored.config
+    if config.method != "remix":
+        raise RecipeError(f"--format: {config.method} weights its LoRAs by a softmax; only remix pools can be merged")
+    largest = config.pool_size * config.rank
+    rank = rank or min(largest, config.active * config.rank)
+    if rank > largest:
+        raise RecipeError(f"--rank: {rank} is more than the pool itself has (n r = {largest})")
+    train, held_out = _batches(run, rows)
+    with run.adapter.unchanging():
+        merged = merge_pool(run.model, run.adapter, train, rank)
+        cost = price(run.model, run.adapter, merged, held_out)
+    kind = "merged" if into_weights else "peft-merged"
+    with publish_folder(target) as scratch:
+        (_write_merged if into_weights else _write_lora)(run, scratch, merged, rank)
+        (scratch / "README.md").write_text(card(run, kind, cost), encoding="utf-8")
+        if into_weights:
+            _check(run, scratch, merged)
+    return cost
+
+
+def _batches(run: LoadedRun, rows: int) -> tuple[list[Batch], list[Batch]]:
+    """(calibration, held-out) batches of the run's own rows. Raises DataError."""
+    examples = split_examples(run.recipe)
+    kept = [run.encoder.encode_rows(evenly(part, rows)).rows for part in (examples[0], examples[2])]
+    if not all(kept):
+        raise DataError("export needs the run's training and held-out rows, to fit the merged LoRA and to price it")
+    calibration, held_out = (_collated(part, run) for part in kept)
+    return calibration, held_out
+
+
+def _collated(rows: list[EncodedRow], run: LoadedRun) -> list[Batch]:
+    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    return [collate(rows[i : i + BATCH]).to(run.device) for i in range(0, len(rows), BATCH)]
+
+
+def _write_lora(run: LoadedRun, folder: Path, merged: dict[str, Merged], rank: int) -> None:
+    tensors = {}
+    for name, part in merged.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = part.down.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = part.up.cpu().contiguous()
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": run.stored.identity.base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": list(merged),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    run.tokenizer.save_pretrained(folder)
+
+
+def _write_merged(run: LoadedRun, folder: Path, merged: dict[str, Merged], _: int) -> None:
+    state = base_state(run)
+    for name, part in merged.items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = (weight.float() + part.up @ part.down).to(weight.dtype)
+    bad = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+    if bad:
+        raise ArtefactError(f"{bad} does not fit into {run.recipe.model.dtype} once merged; use model.dtype float32")
+    save_torch_state_dict(state, folder, max_shard_size=SHARD)
+    config: Any = run.model.config
+    config.save_pretrained(folder)
+    run.model.generation_config.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _check(run: LoadedRun, folder: Path, merged: dict[str, Merged]) -> None:
+    with quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=next(run.model.parameters()).dtype)
+    loaded.to(run.device)
+    ids = torch.tensor([run.tokenizer("The quick brown fox counts: 1, 2, 3")["input_ids"]], device=run.device)
+    with applied(run.adapter, merged):
+        ours = run.model(input_ids=ids, use_cache=False).logits.float()
+    difference = float((loaded(input_ids=ids, use_cache=False).logits.float() - ours).norm() / ours.norm())
+    if not difference <= (1e-5 if loaded.dtype == torch.float32 else 3e-2):
+        raise ArtefactError(
+            f"the merged model read back does not agree with the fit (logits differ by {difference:.2g})"
+        )
