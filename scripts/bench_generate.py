@@ -7,16 +7,14 @@ Every row generates the same number of tokens after the same random prompts with
 repeats, the rows taken in turn.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import DTYPES, SHAPES, TARGETS, bench_model, timed
+from bench_step import TARGETS, bench_model, bench_parser, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -69,15 +67,11 @@ def install(name: str, model: torch.nn.Module, prompts: torch.Tensor, new: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser = bench_parser(__doc__ or "")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = bench_model(args.shape, args.model, args.dtype, device).eval()

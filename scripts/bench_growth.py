@@ -6,13 +6,11 @@ Each row is a whole step (rtg, `lora_gradient: one`, n = 8, k = 4, r = 8, M = 2 
 median of the repeats, its measured peak, and the peak that `remix validate` would estimate.
 """
 
-import argparse
 import json
 import statistics
-from pathlib import Path
 
 import torch
-from bench_step import DTYPES, SHAPES, Arm, bench_model, random_batch, timed
+from bench_step import Arm, bench_model, bench_parser, random_batch, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -48,14 +46,10 @@ def recipe_of(v: dict, dtype: str) -> Recipe:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser = bench_parser(__doc__ or "")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = bench_model(args.shape, args.model, args.dtype, device)

@@ -237,11 +237,18 @@ def random_batch(size: int, length: int, device: torch.device) -> Batch:
     return collate([EncodedRow(row, np.ones(length, bool), "bench") for row in rows]).to(device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def bench_parser(doc: str) -> argparse.ArgumentParser:
+    """What every benchmark asks: on which model."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = bench_parser(__doc__ or "")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -249,7 +256,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression on the names of the rows")
     parser.add_argument("--compile", action="store_true", help="our rows once more with train.torch_compile")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after so long")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="append a table of each row's GPU kernels to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
