@@ -142,11 +142,13 @@ class RemixForCausalLM(Base):
         tensors = load_file(Path(path) / "remix.safetensors")
         model = Base.from_pretrained(config.remix["base_model"], *args, **kwargs)
         model.__class__, model.config.remix = cls, config.remix
-        device, dtype = next(model.parameters()).device, model.dtype
-        values = dict(model.state_dict())
+        dtype, values = model.dtype, dict(model.state_dict())
         model._selection = _install(model, config.remix)
         for name, parameter in model.named_parameters():
-            value = tensors.get(name, values.get(name))
-            kept = torch.float32 if "remix_router" in name else dtype
-            parameter.data = value.to(values[name].device if name in values else device, kept)
+            if name in tensors:  # to where the block's own weights are
+                block = name.rsplit(".", 2)[0] + "."
+                device = next(value.device for other, value in values.items() if other.startswith(block))
+                parameter.data = tensors[name].to(device, torch.float32 if "remix_router" in name else dtype)
+            else:
+                parameter.data = values[name]
         return model.eval()
