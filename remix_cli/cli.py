@@ -208,7 +208,7 @@ def route_stats(
 def export(
     run: RunPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    form: Annotated[str, typer.Option("--format", help="hf, merged, peft-merged or peft-experts; see below.")] = "hf",
+    form: Annotated[str, typer.Option("--format", help="hf, merged, peft-merged or peft-experts, as above.")] = "hf",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the LoRA that merged formats fit; by default k r.")
     ] = None,

@@ -67,7 +67,7 @@ def test_route_stats_cover_all_blocks(run):
 
 
 def test_export_writes_eight_loras_and_the_router(run, tmp_path):
-    remix("export", run, "--output", tmp_path / "experts")
+    remix("export", run, "--format", "peft-experts", "--output", tmp_path / "experts")
     assert len(list((tmp_path / "experts").glob("lora-*/adapter_model.safetensors"))) == 8
     assert (tmp_path / "experts" / "router.safetensors").is_file()
 
