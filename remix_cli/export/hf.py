@@ -29,7 +29,7 @@ SHARD = "4GB"
 
 
 def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> float:
-    """Write the folder, whole or not at all; the largest difference of its logits from ours, relative to theirs.
+    """Write the folder, whole or not at all; the difference of its logits from ours, relative, in norm.
 
     `reference_base` names the base model instead of copying its weights. Raises RecipeError for what the format
     cannot hold, ArtefactError if the folder read back does not agree with the run, StorageError.

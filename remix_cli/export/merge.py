@@ -24,8 +24,6 @@ from remix_cli.data.batches import Batch
 from remix_cli.models import supervised_logits
 
 RIDGE = 1e-4  # of the mean diagonal of S: directions that calibration never saw stay where the pool alone would be
-
-
 BUDGET = 4 << 30  # bytes of moments held at once; larger models take more passes over the rows
 
 

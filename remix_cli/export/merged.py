@@ -3,13 +3,11 @@
 Both are approximations of a routed model, and say what they cost: merge.py fits, and prices on held-out rows.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from remix_cli.data.batches import Batch, collate
@@ -19,6 +17,7 @@ from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.hf import SHARD, base_state
 from remix_cli.export.merge import Merged, applied, merge_pool, price
+from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.models import quiet
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import publish_folder
@@ -68,23 +67,8 @@ def _collated(rows: list[EncodedRow], run: LoadedRun) -> list[Batch]:
 
 
 def _write_lora(run: LoadedRun, folder: Path, merged: dict[str, Merged], rank: int) -> None:
-    tensors = {}
-    for name, part in merged.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = part.down.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = part.up.cpu().contiguous()
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": run.stored.identity.base_model,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "target_modules": list(merged),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    parts = {name: (part.down, part.up) for name, part in merged.items()}
+    write_peft_lora(folder, parts, run.stored.identity.base_model, rank, alpha=rank)
     run.tokenizer.save_pretrained(folder)
 
 

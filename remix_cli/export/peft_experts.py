@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save
+from torch import Tensor
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.store import StoredAdapter, load_stored
@@ -63,26 +64,32 @@ def _readme(stored: StoredAdapter) -> str:
 def _write_lora(folder: Path, stored: StoredAdapter, i: int) -> None:
     config: AdapterConfig = stored.config
     rows = slice(i * config.rank, (i + 1) * config.rank)
-    tensors, modules = {}, []
-    for name, tensor in stored.tensors.items():
-        module, _, part = name.rpartition(".")
-        if part == "lora_A":
-            tensors[f"base_model.model.{module}.lora_A.weight"] = tensor[rows].contiguous()
-            modules.append(module)
-        elif part == "lora_B":
-            tensors[f"base_model.model.{module}.lora_B.weight"] = tensor[:, rows].contiguous()
+    names = [name.removesuffix(".lora_A") for name in stored.tensors if name.endswith(".lora_A")]
+    parts = {n: (stored.tensors[f"{n}.lora_A"][rows], stored.tensors[f"{n}.lora_B"][:, rows]) for n in names}
+    folder.mkdir()
+    alpha = config.scale * config.rank
+    write_peft_lora(folder, parts, stored.identity.base_model, config.rank, alpha, config.dropout)
+
+
+def write_peft_lora(
+    folder: Path, parts: dict[str, tuple[Tensor, Tensor]], base: str, rank: int, alpha: float, dropout: float = 0.0
+) -> None:
+    """A stock PEFT LoRA: A (r, D_in) and B (D_out, r) by the name of the linear layer, scaled by alpha / r."""
+    tensors = {}
+    for module, (lora_a, lora_b) in parts.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a.cpu().contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = lora_b.cpu().contiguous()
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": stored.identity.base_model,
-        "r": config.rank,
-        "lora_alpha": config.scale * config.rank,
-        "lora_dropout": config.dropout,
-        "target_modules": modules,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": list(parts),
         "bias": "none",
         "use_rslora": False,
         "inference_mode": True,
     }
-    folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
