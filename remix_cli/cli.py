@@ -122,7 +122,10 @@ def evaluate(
     settings = Settings(base=base, limit=limit, sampled=selection == "sample", allow_code=allow_code)
     changes = {"shots": shots, "samples": samples, "temperature": temperature}
     tasks = requested_tasks(recipe, task, data, changes, shots_from)
-    many = requested_active(active, recipe.adapter.pool_size)
+    config = recipe.adapter_config()
+    if (settings.sampled or active) and not config.routed:
+        raise RecipeError(f"--selection and --active are for routed adapters; this one is {config.method}")
+    many = requested_active(active, config.pool_size)
     check_code(tasks, settings)
     loaded = load_model_folder(run) if folder.is_model else load_run(run, best=best, any_base=any_base)
     with _Bars() as bars:

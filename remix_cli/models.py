@@ -119,7 +119,10 @@ def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1).index_select(0, batch.positions).unsqueeze(0),)
+        width = batch.input_ids.shape[1]
+        front = args[0].shape[1] - width  # virtual tokens that the method has put in front
+        places = batch.positions + (batch.positions // width + 1) * front if front else batch.positions
+        return (args[0].flatten(0, 1).index_select(0, places).unsqueeze(0),)
 
     hook = head.register_forward_pre_hook(gather)
     try:

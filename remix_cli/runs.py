@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import Adapter, apply_adapter
+from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.store import CONFIG_FILE, BaseIdentity, StoredAdapter, load_stored
 from remix_cli.data.encode import Encoder
 from remix_cli.errors import ArtefactError
+from remix_cli.methods.apply import apply_method
 from remix_cli.models import DTYPES, identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe, load_recipe
 
@@ -117,7 +118,7 @@ def load_model_folder(path: Path, device: torch.device | None = None) -> LoadedR
     recipe = folder.load_recipe()
     model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(recipe.model)
-    config = AdapterConfig(pool_size=1, active=1)
+    config = AdapterConfig(method="none", pool_size=1, active=1)
     identity = identify(recipe.model, model, tokenizer)
     stored = StoredAdapter(config, identity, {}, "")
     encoder = Encoder.of(tokenizer, recipe.data)
@@ -159,11 +160,11 @@ def load_run(
             f"{where}: trained on another {' and '.join(other)} than {recipe.model.name_or_path} now holds; "
             f"restore the {stored.identity.base_model} it was trained on, or add --any-base"
         )
-    adapter = apply_adapter(model, stored.config, seed=0)
+    adapter = apply_method(model, stored.config, seed=0)
     try:
         adapter.load(stored.tensors)
     except ValueError as error:
         raise ArtefactError(f"{where}: {error}") from None
-    model.requires_grad_(False).eval()
+    adapter.model.requires_grad_(False).eval()
     encoder = Encoder.of(tokenizer, recipe.data)
-    return LoadedRun(recipe, model, tokenizer, adapter, encoder, folder, where.name, stored, found)
+    return LoadedRun(recipe, adapter.model, tokenizer, adapter, encoder, folder, where.name, stored, found)

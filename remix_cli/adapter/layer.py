@@ -96,7 +96,7 @@ class Router(nn.Module):
         trace = self.state.trace or Trace(record=False)
         if self.name in trace.kept:
             return trace.kept[self.name]
-        soft = self.config.method == "mixlora"
+        soft = self.config.method != "remix"
         recorded = trace.replay.decisions[self.name] if trace.replay else None
         if recorded and not soft:
             return recorded.weighting  # with the very weights, so that their gradient gathers there
@@ -142,14 +142,15 @@ class Router(nn.Module):
         return decision
 
     def _soft(self, x: Tensor, chosen: Tensor | None, dtype: torch.dtype) -> Decision:
-        """MixLoRA's rule: a softmax over the k largest logits, times k * omega."""
+        """MixLoRA's rule, a softmax over the k largest logits, times the total weight; HydraLoRA's, with k = n."""
         logits, length = self.scores(x)
         if chosen is None:
             chosen = routing.top_k(logits.detach(), self.active)
-        share = logits.gather(-1, chosen).softmax(-1) * (self.active * self.scale)
+        share = logits.gather(-1, chosen).softmax(-1) * self.config.total_weight
         weights = torch.zeros_like(logits).scatter(-1, chosen, share)
         gates = gates_of(weights, self.config.rank, dtype)
-        return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights, gates)
+        live = logits if logits.requires_grad else None
+        return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights, gates, live)
 
 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -176,24 +177,32 @@ class RoutedLinear(nn.Module):
     """A frozen linear layer plus its pool: y = W x + sum_i w_i B_i A_i x, with the router's weights w.
 
     The pool is stored stacked, `lora_A` (n r, D_in) and `lora_B` (D_out, n r), and the weights multiply
-    the rank-r activations: two products whatever n, and every LoRA gets a (possibly zero) gradient.
+    the rank-r activations: two products whatever n, and every LoRA gets a (possibly zero) gradient. A shared A
+    is stored once, (r, D_in). Without a router every weight is omega.
     """
 
-    def __init__(self, base_layer: nn.Module, config: AdapterConfig, router: Router):
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, router: Router | None, state: RoutingState):
         super().__init__()
         self.base_layer = base_layer
-        self.pool_size, self.rank = config.pool_size, config.rank
-        self.state = router.state
+        self.pool_size, self.rank, self.shares_a = config.pool_size, config.rank, config.shares_a
+        self.state = state
         width_in, width_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
         stacked = config.pool_size * config.rank
         where = next(base_layer.parameters()).device
-        self.lora_A = nn.Parameter(torch.zeros(stacked, width_in, dtype=torch.float32, device=where))
+        rows = config.rank if config.shares_a else stacked
+        self.lora_A = nn.Parameter(torch.zeros(rows, width_in, dtype=torch.float32, device=where))
         self.lora_B = nn.Parameter(torch.zeros(width_out, stacked, dtype=torch.float32, device=where))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.drops = config.dropout > 0
         self.plain = type(base_layer) is nn.Linear  # not quantised
-        self.routes_itself = config.scope == "module"
-        if self.routes_itself:
+        self.routes_itself = router is not None and config.scope == "module"
+        self.router: Router | None
+        self.gates: Tensor
+        if router is None:
+            self.router = None
+            constant = torch.full((1, 1, stacked), config.scale, dtype=torch.float32, device=where)
+            self.register_buffer("gates", constant, persistent=False)
+        elif self.routes_itself:
             self.router = router
         else:  # owned by the block; kept out of this module's parameters
             object.__setattr__(self, "router", router)
@@ -212,17 +221,25 @@ class RoutedLinear(nn.Module):
             return False
         return base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _weighting(self, x: Tensor) -> Weighting:
+        if self.router is None:
+            return Weighting(self.state.cast(self.gates, x.dtype), None)
         weighting = self.router(x) if self.routes_itself else self.router.block.weighting
         if weighting is None:
             raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
+        return weighting
+
+    def forward(self, x: Tensor) -> Tensor:
+        weighting = self._weighting(x)
         base = self.base_layer
         if self._is_plain(x, base):
             return pool_linear(x, base, self.lora_A, self.lora_B, weighting, self.state)
         y = base(x)
         gates, weights = weighting
         # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64)
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (4, 512, 64), or (4, 512, 8) of a shared A
+        if self.shares_a:
+            down = down.repeat(1, 1, self.pool_size)
         if weights is None:
             mixed = down * gates.to(down.dtype)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.config import POOLED, AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear, Router
 from remix_cli.adapter.trace import RoutingState, Seed, Trace, selection_noise
 
@@ -73,7 +73,7 @@ class Adapter:
 
     @cached_property
     def local(self) -> Tensor:
-        """(routers,) bool on the model's device: True for routers after the last attention."""
+        """(routers,) bool on the model's device: True for routers after the last attention. There must be routers."""
         device = next(iter(self.routers.values())).weight.device
         return torch.tensor([router.local for router in self.routers.values()], device=device)
 
@@ -161,29 +161,21 @@ class Adapter:
 def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
     """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
 
-    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing.
+    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing, ValueError for a method that
+    is not one of `config.POOLED`.
     """
+    if config.method not in POOLED:
+        raise ValueError(f"{config.method} is not a method of pools; see remix_cli.methods")
     targets = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     adapter = Adapter(model, config)
     last_layer = _last_layer_prefix(model)
     for name in targets:
         base = model.get_submodule(name)
-        if config.scope == "block":
-            owner = name.rpartition(".")[0]
-            width = _hidden_size(model)
-        else:
-            owner, width = name, int(base.in_features)  # type: ignore[arg-type]
-        router = adapter.routers.get(owner)
-        if router is None:
-            device = next(base.parameters()).device
-            router = Router(owner, len(adapter.routers), width, config, adapter.state, device)
-            router.local = last_layer is not None
-            adapter.routers[owner] = router
-            if config.scope == "block":
-                adapter._hooks += _attach_to_block(model.get_submodule(owner), router)
-        router.local = router.local and last_layer is not None and _is_local(name, last_layer)
-        linear = RoutedLinear(base, config, router)
+        router = _router_of(name, base, adapter) if config.routed else None
+        if router is not None:
+            router.local = router.local and last_layer is not None and _is_local(name, last_layer)
+        linear = RoutedLinear(base, config, router, adapter.state)
         adapter.linears[name] = linear
         _set_module(model, name, linear)
     generator = torch.Generator().manual_seed(seed)
@@ -192,6 +184,22 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
         if next(part.parameters()).device.type != "meta":
             part.reset_parameters(generator)
     return adapter
+
+
+def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
+    """The router that serves the linear `name`: that of its block, made for the first of them, or its own."""
+    config, by_block = adapter.config, adapter.config.scope == "block"
+    owner = name.rpartition(".")[0] if by_block else name
+    router = adapter.routers.get(owner)
+    if router is None:
+        width = _hidden_size(adapter.model) if by_block else int(base.in_features)  # type: ignore[arg-type]
+        device = next(base.parameters()).device
+        router = Router(owner, len(adapter.routers), width, config, adapter.state, device)
+        router.local = True  # until a linear says otherwise
+        adapter.routers[owner] = router
+        if by_block:
+            adapter._hooks += _attach_to_block(adapter.model.get_submodule(owner), router)
+    return router
 
 
 def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:

@@ -24,7 +24,7 @@ def pool_linear(
     weighting: Weighting,
     state: RoutingState,
 ) -> Tensor:
-    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), B (D_out, n r)."""
+    """(B, T, D_out) from x (B, T, D_in), A (n r, D_in), or (r, D_in) if the pool shares it, B (D_out, n r)."""
     a, b = state.cast(lora_a, x.dtype), state.cast(lora_b, x.dtype)
     gates, weights = weighting
     if not torch.is_grad_enabled():
@@ -42,6 +42,8 @@ def _product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, D_out), and on the way to it x A^T and the same gated, both (B, T, n r)."""
     down = F.linear(x, a)
+    if down.shape[-1] != gates.shape[-1]:  # a shared A
+        down = down.repeat(1, 1, gates.shape[-1] // down.shape[-1])
     mixed = down * gates
     y = F.linear(x, weight, bias)
     y.view(-1, y.shape[-1]).addmm_(mixed.view(-1, mixed.shape[-1]), b.T)
@@ -73,6 +75,8 @@ class _PoolLinear(torch.autograd.Function):
         rows = g.flatten(0, -2)  # (S, D_out), S = B T
         d_mixed = F.linear(g, b.T)  # (B, T, n r)
         d_down = (d_mixed * gates).flatten(0, -2)
+        if d_down.shape[-1] != a.shape[0]:  # a shared A gathers from all LoRAs
+            d_down = d_down.unflatten(-1, (-1, a.shape[0])).sum(1)
         d_b = (rows.T @ mixed.flatten(0, -2)).to(ctx.types[1])
         d_a = (d_down.T @ x.flatten(0, -2)).to(ctx.types[0])
         d_x = d_weights = None

@@ -39,6 +39,7 @@ class Decision:
     chosen: Tensor  # ids of the k active LoRAs, (B, T, k), in order of preference or of drawing
     weights: Tensor  # what the pool was weighted by, (B, T, n)
     gates: Tensor  # the same for each column of a stacked pool, (B, T, n r)
+    live: Tensor | None = None  # the logits with their graph, under a soft rule: a balance loss is made from them
 
     @property
     def weighting(self) -> Weighting:

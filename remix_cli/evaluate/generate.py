@@ -1,5 +1,6 @@
 """Batched generation with the KV cache and routed inference: the same text whatever the batch."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
         cache = fixed_cache(model, len(prompts), length + decoding.max_new_tokens)
     replayed = graphed(model, cache) if cache is not None else nullcontext()
     routing = _routing(subject, mask, rows, decoding.selection_seed)
-    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed:
+    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT makes its own, correctly
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 Run = Callable[[], Any]
@@ -19,7 +19,7 @@ Record = Callable[[Run], tuple[Any, Callable[[], None]]]  # -> what the run retu
 
 def fixed_cache(model: Any, rows: int, length: int) -> StaticCache | None:
     """A cache for `rows` sequences of `length` tokens, or None where recording is of no use or not possible."""
-    if model.device.type != "cuda" or not getattr(model, "_can_compile_fullgraph", False):
+    if model.device.type != "cuda" or not isinstance(model, PreTrainedModel) or not model._can_compile_fullgraph:
         return None
     cache = StaticCache(config=model.config, max_cache_len=length, max_batch_size=rows)
     return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None

@@ -112,11 +112,13 @@ def report_name(which: str, settings: Settings) -> str:
 def _model(run: LoadedRun, settings: Settings) -> dict[str, Any]:
     config = run.adapter.config
     rule = f"{'sampled' if settings.sampled else 'top'} {settings.active or config.active} of {config.pool_size}"
+    routing = f"{rule} by {config.level}" if config.routed and not settings.base else "none"
     return {
         "model": run.recipe.model.name_or_path,
         "base_fingerprint": run.identity.base_fingerprint[:16],
         "adapter": None if settings.base else run.stored.weights_sha256[:16],
-        "routing": "none" if settings.base else f"{rule} by {config.level}",
+        "method": config.method,
+        "routing": routing,
         "dtype": run.recipe.model.dtype,
         "device": run.device.type,
         "versions": {

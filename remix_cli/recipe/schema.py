@@ -5,12 +5,23 @@ The descriptions are what `remix schema` prints and editors show. Defaults are s
 
 import os
 import string
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from remix_cli.adapter.config import AdapterConfig, Level, Method, Omega, Scope
+from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -35,10 +46,7 @@ class Model(Strict):
 
 
 class Adapter(Strict):
-    method: Method = Field(
-        "remix",
-        description="remix: constant weights, router by policy gradient. mixlora: renormalised softmax of the top k.",
-    )
+    method: Method = Field("remix", description="; ".join(f"{name}: {m.summary}" for name, m in METHODS.items()) + ".")
     pool_size: Positive = Field(8, description="n, LoRAs in each pool.")
     active: Positive = Field(4, description="k, LoRAs in use for each token.")
     rank: Positive = Field(8, description="r, rank of each LoRA.")
@@ -47,6 +55,24 @@ class Adapter(Strict):
         ["gate_proj", "up_proj", "down_proj"], description="Ends of module names, or regular expressions."
     )
     dropout: Share = 0.0
+    virtual_tokens: Positive = Field(20, description="Of prefix, prompt and p_tuning.")
+    vectors: Positive = Field(256, description="vblora: vectors in the bank.")
+    vector_length: Positive = Field(64, description="vblora: length of each; must divide the adapted layers' widths.")
+
+    @model_validator(mode="after")
+    def _only_own_settings(self) -> Self:
+        own = METHODS[self.method].settings
+        for key in sorted(self.model_fields_set - {"method", *own}):
+            raise PydanticCustomError(
+                "conflict",
+                "not a setting of {method}, which takes {own}; leave it out",
+                {"method": self.method, "own": ", ".join(own) or "none", "at": ("adapter", key)},
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_own_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key in ("method", *METHODS[self.method].settings)}
 
     @field_validator("active")
     @classmethod
@@ -58,6 +84,8 @@ class Adapter(Strict):
 
 
 class Router(Strict):
+    """How the router works and learns; read by methods that have one."""
+
     selections: Positive = Field(2, description="M, selections sampled for each batch; the baseline needs 2.")
     estimator: Literal["paper", "rtg", "control_variate", "straight_through"] = Field(
         "control_variate",
@@ -81,6 +109,9 @@ class Router(Strict):
         True, description="The router reads x / |x|; false: x itself, as published (then use a rate near 1e-2)."
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")
+    balance: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0, description="mixlora: weight of the load balance loss, by default 0.01."
+    )
 
 
 class Source(Strict):
@@ -141,7 +172,7 @@ class Data(Strict):
 
 
 class Train(Strict):
-    learning_rate: Rate = 1e-3
+    learning_rate: Rate = Field(1e-3, description="By default the method's own: 1e-3 for remix.")
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = Field(None, description="Stop after so many steps; overrides num_train_epochs.")
     per_device_train_batch_size: Positive = 8
@@ -234,6 +265,13 @@ SCORES = {
 }
 
 
+def _refuse(key: str, other: str) -> NoReturn:
+    """`train.<key>` cannot be combined with another setting."""
+    raise PydanticCustomError(
+        "conflict", "cannot be combined with {other}; leave one of them out", {"other": other, "at": ("train", key)}
+    )
+
+
 class Recipe(Strict):
     """A whole run: what is trained on what, how, and where it is written."""
 
@@ -246,6 +284,11 @@ class Recipe(Strict):
     alarm: Alarm = Alarm()
     output_dir: Place
     seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_method(cls, values: Any) -> Any:
+        return fill_defaults(values)
 
     @model_validator(mode="after")
     def _estimator_fits(self) -> Self:
@@ -273,11 +316,18 @@ class Recipe(Strict):
         }
         for name, used in other.items():
             if train.cuda_graphs and used:
-                raise PydanticCustomError(
-                    "conflict",
-                    "cannot be combined with {name}; leave one of them out",
-                    {"name": name, "at": ("train", "cuda_graphs")},
-                )
+                _refuse("cuda_graphs", name)
+        return self
+
+    @model_validator(mode="after")
+    def _virtual_tokens_fit(self) -> Self:
+        """A recomputed layer would find its prefix already in the cache; PEFT moves prompts between devices anew."""
+        method = self.adapter.method
+        if method in PROMPTS:
+            if method == "prefix" and self.train.gradient_checkpointing:
+                _refuse("gradient_checkpointing", "adapter.method: prefix")
+            if self.train.cuda_graphs:
+                _refuse("cuda_graphs", f"adapter.method: {method}")
         return self
 
     @model_validator(mode="after")
@@ -295,17 +345,23 @@ class Recipe(Strict):
         return self
 
     def adapter_config(self) -> AdapterConfig:
-        a = self.adapter
+        """In full; methods without a pool are one adapter that is always on."""
+        a, method = self.adapter, self.adapter.method
+        own = METHODS[method].settings
+        pool_size = a.pool_size if "pool_size" in own else 1
         return AdapterConfig(
-            pool_size=a.pool_size,
-            active=a.active,
+            method=method,
+            pool_size=pool_size,
+            active=a.active if "active" in own else pool_size,
             rank=a.rank,
-            omega=a.omega,
+            omega="lora" if method == "lora" else a.omega,
             target_modules=tuple(a.target_modules),
             dropout=a.dropout,
-            method=a.method,
             scope=self.router.scope,
             level=self.router.level,
             router_init_std=self.router.init_std,
             router_unit_input=self.router.unit_input,
+            virtual_tokens=a.virtual_tokens,
+            vectors=a.vectors,
+            vector_length=a.vector_length,
         )

@@ -41,7 +41,7 @@ def read_history(folder: RunFolder) -> History:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{folder.metrics}: cannot be read ({error}); give the output_dir of a run") from None
     if not found.steps:
-        raise ArtefactError(f"{folder.metrics}: no step with routing in it; was the run trained by an older version?")
+        raise ArtefactError(f"{folder.metrics}: no step with routing in it; does the run's method have a router?")
     return found
 
 

@@ -52,7 +52,12 @@ class StepRouting:
         return self.sums[:, 3].sum()
 
     def summary(self) -> dict[str, Any]:
-        """Means over decisions; LoRAs serving under 1 % of their router's tokens, and the largest share."""
+        """Means over decisions; LoRAs serving under 1 % of their router's tokens, and the largest share.
+
+        Empty where there is no router.
+        """
+        if not len(self.sums):
+            return {}
         entropy, ess_q, ess_weights, decisions = self.sums.sum(0).tolist()
         share = self.used * (len(self.used) / decisions)  # of each router's decisions
         return {

@@ -9,13 +9,19 @@ from remix_cli.adapter.patch import Adapter
 class ParameterCounts:
     lora_a: int
     lora_b: int
+    other: int  # of methods without matrices A and B
     router: int
     active: int  # adapter parameters that serve one token: k of n LoRAs, and the routers
     base: int
 
     @property
     def trained(self) -> int:
-        return self.lora_a + self.lora_b + self.router
+        return self.lora_a + self.lora_b + self.other + self.router
+
+    def describe(self) -> str:
+        parts = {"A": self.lora_a, "B": self.lora_b, "other": self.other, "router": self.router}
+        listed = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+        return f"{self.trained:,} trained ({listed or 'nothing'}), {self.active:,} active per token"
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self) | {"trained": self.trained}
@@ -23,9 +29,10 @@ class ParameterCounts:
 
 def count_parameters(adapter: Adapter) -> ParameterCounts:
     loras = adapter.lora_parameters()
-    a = sum(p.numel() for name, p in loras.items() if name.endswith("lora_A"))
-    b = sum(p.numel() for name, p in loras.items() if name.endswith("lora_B"))
+    a = sum(p.numel() for name, p in loras.items() if ".lora_A" in name)
+    b = sum(p.numel() for name, p in loras.items() if ".lora_B" in name)
+    other = sum(p.numel() for p in loras.values()) - a - b
     router = sum(p.numel() for p in adapter.router_parameters().values())
     everything = sum(p.numel() for p in adapter.model.parameters())
-    active = (a + b) * adapter.config.active // adapter.config.pool_size + router
-    return ParameterCounts(a, b, router, active, everything - a - b - router)
+    active = (a + b) * adapter.config.active // adapter.config.pool_size + other + router
+    return ParameterCounts(a, b, other, router, active, everything - a - b - other - router)

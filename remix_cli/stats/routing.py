@@ -167,6 +167,8 @@ def _texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 def update_similarity(linear: RoutedLinear) -> Tensor:
     """Cosines between the updates B_i A_i, (n, n) float64, from n r x n r products; 0 where an update is 0."""
     a, b = linear.lora_A.detach().double(), linear.lora_B.detach().double()
+    if linear.shares_a:
+        a = a.repeat(linear.pool_size, 1)
     inner = (a @ a.T) * (b.T @ b)  # <B_i A_i, B_j A_j> = tr(A_i^T B_i^T B_j A_j), summed over ranks below
     n, r = linear.pool_size, linear.rank
     inner = inner.view(n, r, n, r).sum((1, 3))
@@ -209,9 +211,8 @@ def collect(
 
 def _similarities(adapter: Adapter, router: str) -> Tensor:
     """(linears, n, n): of all linears that the router serves."""
-    return torch.stack(
-        [update_similarity(linear) for linear in adapter.linears.values() if linear.router.name == router]
-    )
+    served = [linear for linear in adapter.linears.values() if linear.router and linear.router.name == router]
+    return torch.stack([update_similarity(linear) for linear in served])
 
 
 @torch.no_grad()

@@ -133,11 +133,13 @@ def parameter_table(counts: ParameterCounts) -> Table:
     rows = [
         ("A matrices", counts.lora_a, ""),
         ("B matrices", counts.lora_b, ""),
+        ("other", counts.other, ""),
         ("routers", counts.router, ""),
         ("trained", counts.trained, f"{100 * counts.trained / counts.base:.2f} % of the base model"),
-        ("active per token", counts.active, "k of n LoRAs, and the routers"),
+        ("active per token", counts.active, "k of n LoRAs, and the routers" if counts.active < counts.trained else ""),
         ("base, frozen", counts.base, ""),
     ]
     for label, number, note in rows:
-        table.add_row(label, f"{number:,}", note)
+        if number or label in ("trained", "active per token"):
+            table.add_row(label, f"{number:,}", note)
     return table

@@ -9,7 +9,7 @@ from typing import Any
 from remix_cli.data.chunks import start_size
 from remix_cli.data.encode import EncodedRow, load_examples
 from remix_cli.data.splits import evenly, split_examples
-from remix_cli.errors import DataError
+from remix_cli.errors import DataError, RecipeError
 from remix_cli.runs import LoadedRun, RunFolder, load_run
 from remix_cli.stats.health import verdict
 from remix_cli.stats.history import read_history
@@ -45,6 +45,14 @@ class Shown:
     healthy: bool = True
 
 
+def _check_routed(*runs: Path) -> None:
+    """Raises RecipeError for a run whose method has no router."""
+    for run in runs:
+        method = RunFolder(run).load_recipe().adapter_config()
+        if not method.routed:
+            raise RecipeError(f"{run}: trained by {method.method}, which has no router; nothing is routed")
+
+
 def history(runs: list[Path], plot: Path | None, width: int) -> Shown:
     """Measures over the steps. Raises ArtefactError."""
     found = [read_history(RunFolder(run)) for run in runs]
@@ -54,7 +62,8 @@ def history(runs: list[Path], plot: Path | None, width: int) -> Shown:
 
 
 def routing(run: Path, request: Request, progress: Callable[[str, int], Any], width: int) -> Shown:
-    """Statistics of one run, or of two on the same rows. Raises DataError, ArtefactError."""
+    """Statistics of one run, or of two on the same rows. Raises DataError, ArtefactError, RecipeError."""
+    _check_routed(run, *([request.compare_with] if request.compare_with else []))
     loaded = load_run(run, best=request.best, any_base=request.any_base)
     rows = _rows(loaded, request)
     result, healthy = _measured(loaded, rows, progress)

@@ -54,10 +54,11 @@ class TrainingConsole:
             if scores:
                 self.line(f"            {', '.join(scores)}")
             return
+        routing = f"H(q) {m['router_entropy']:.3f}  ESS {m['ess']:.2f}  " if "router_entropy" in m else ""
         left = (time.monotonic() - self.begun) / max(1, self.step - self.start) * (self.total - self.step)
         self.line(
-            f"step {m['step']:>5}/{self.total}  loss {m['loss']:.4f}  H(q) {m['router_entropy']:.3f}  "
-            f"ESS {m['ess']:.2f}  {m['tokens_per_second']:,.0f} tok/s  {_clock(left)} left"
+            f"step {m['step']:>5}/{self.total}  loss {m['loss']:.4f}  {routing}"
+            f"{m['tokens_per_second']:,.0f} tok/s  {_clock(left)} left"
         )
 
 

@@ -18,16 +18,18 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-from remix_cli.adapter.patch import Adapter, apply_adapter, compile_unadapted
+from remix_cli.adapter.patch import Adapter, compile_unadapted
 from remix_cli.adapter.store import save_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import load_data
 from remix_cli.errors import DivergedError, Interrupted
+from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.objective import ESTIMATORS, Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
+from remix_cli.recipe.methods import METHODS
 from remix_cli.runs import RunFolder, Subject
 from remix_cli.stats.health import Watch
 from remix_cli.stats.live import StepRouting
@@ -87,13 +89,15 @@ class _Run:
         self.console, self.resumed = console, resume
         self.tokenizer = load_tokenizer(recipe.model)
         self.data = load_data(recipe, self.tokenizer, accelerator.num_processes)
-        self.total = self.data.total_steps(recipe)
+        trains = recipe.adapter.method != "none"
+        self.total = self.data.total_steps(recipe) if trains else 0
         self.model = load_model(recipe.model, accelerator.device)
         self.identity = identify(recipe.model, self.model, self.tokenizer)
         self.origin = origin_of(recipe, self.data, self.identity)
         check_base(self.model, len(self.tokenizer))
         prepare.check_graphs(recipe, self.model)
-        self.adapter: Adapter = apply_adapter(self.model, recipe.adapter_config(), seed=recipe.seed)
+        self.adapter: Adapter = apply_method(self.model, recipe.adapter_config(), seed=recipe.seed)
+        self.model = self.adapter.model
         self.loras = list(self.adapter.lora_parameters().values())
         self.routers = list(self.adapter.router_parameters().values())
         if recipe.train.gradient_checkpointing:
@@ -117,7 +121,7 @@ class _Run:
         self.coefficient = Coefficient(**self.state.coefficient)
         self.begun = time.monotonic() - self.state.seconds
         self._open_window()
-        self.watch = Watch(list(self.adapter.routers), recipe.adapter.active, recipe.alarm)
+        self.watch = Watch(list(self.adapter.routers), self.adapter.config.active, recipe.alarm)
         self.epoch_plan: tuple[int, list] = (-1, [])
         self.recorder: Recorder | None = None  # on the main process
 
@@ -153,10 +157,8 @@ class _Run:
         self.view.line(f"train     {self.data.train.describe()}")
         also = f", {self.data.overlap} of them also in train" if self.data.overlap else ""
         self.view.line(f"held out  {self.data.validation.describe()}{also}")
-        self.view.line(
-            f"adapter   {counts.trained:,} trained (A {counts.lora_a:,}, B {counts.lora_b:,}, "
-            f"router {counts.router:,}), {counts.active:,} active per token"
-        )
+        self.view.line(f"method    {recipe.adapter.method}: {METHODS[recipe.adapter.method].summary}")
+        self.view.line(f"adapter   {counts.describe()}")
         if self.adapter.config.samples:
             self.view.line(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
         self.view.line(f"steps     {self.state.step} -> {self.total}, {self.data.plan.rows_per_step} rows each")
@@ -202,8 +204,8 @@ class _Run:
         accelerator.unscale_gradients(self.prepared)
         norms = torch.stack(
             [
-                optim.clip(self.loras, recipe.train.max_grad_norm),
-                optim.clip(self.routers, recipe.router.max_grad_norm),
+                optim.clip(self.loras, recipe.train.max_grad_norm, accelerator.device),
+                optim.clip(self.routers, recipe.router.max_grad_norm, accelerator.device),
             ]
         )
         lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
@@ -229,19 +231,24 @@ class _Run:
                 "lora_grad_norm": lora_norm,
                 "router_grad_norm": router_norm,
                 **routing.summary(),
-                "advantage_variance": variance / float(routing.decisions),
-                "control_variate_beta": self.coefficient.beta,
+                **self._estimator_record(variance, routing),
             },
             int(all_tokens),
             bool(stop),
             routing,
         )
 
+    def _estimator_record(self, variance: float, routing: StepRouting) -> dict[str, float]:
+        if not self.adapter.config.samples:
+            return {}
+        beta = self.coefficient.beta
+        return {"advantage_variance": variance / float(routing.decisions), "control_variate_beta": beta}
+
     def _reduce(self, results: list[MicroResult], tokens: int) -> tuple[torch.Tensor, StepRouting]:
         """(6,) float64 sums over micro-batches and ranks, and the routing; one collective, one transfer."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         device = self.accelerator.device
-        nothing = StepRouting.none(len(self.routers), self.recipe.adapter.pool_size, device)
+        nothing = StepRouting.none(len(self.adapter.routers), self.adapter.config.pool_size, device)
         routing = StepRouting.add([nothing, *(r.routing for r in results)])
         parts = [torch.zeros(4, dtype=torch.float64, device=device)]
         parts += [torch.stack([r.loss, r.advantage_variance * r.routing.decisions, *r.fit]).double() for r in results]

@@ -52,6 +52,8 @@ def sum_over_ranks(accelerator: Accelerator, parameters: list[nn.Parameter]) -> 
         parameter.grad.copy_(total.view_as(parameter))
 
 
-def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+def clip(parameters: list[nn.Parameter], limit: float, device: torch.device) -> Tensor:
     """Scale the joint norm of these gradients down to `limit`; returns the norm before, not synchronised."""
+    if not parameters:
+        return torch.zeros((), device=device)
     return nn.utils.clip_grad_norm_(parameters, limit)

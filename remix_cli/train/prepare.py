@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from remix_cli.adapter.patch import Adapter, TargetError, apply_adapter
+from remix_cli.adapter.patch import Adapter, TargetError
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError
+from remix_cli.methods.apply import apply_method
 from remix_cli.models import skeleton
 from remix_cli.recipe import Recipe
+from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
 from remix_cli.storage import MIB, free_bytes, storage_errors
 from remix_cli.train.checkpoints import adapter_bytes
@@ -37,9 +39,13 @@ def check_recipe(recipe: Recipe) -> Adapter:
     try:
         model = skeleton(recipe.model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and recipe.data.max_length > limit:
-            problems.append(f"data.max_length: {recipe.data.max_length}, but the model reads at most {limit} tokens")
-        adapter = apply_adapter(model, recipe.adapter_config(), seed=recipe.seed)
+        front = recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0
+        if limit is not None and recipe.data.max_length + front > limit:
+            also = f" and {front} virtual tokens" if front else ""
+            problems.append(
+                f"data.max_length: {recipe.data.max_length}{also}, but the model reads at most {limit} tokens"
+            )
+        adapter = apply_method(model, recipe.adapter_config(), seed=recipe.seed)
     except RecipeError as error:
         problems += error.problems
     except TargetError as error:

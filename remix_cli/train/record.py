@@ -72,14 +72,17 @@ def summarise(
 ) -> dict[str, Any]:
     """What summary.json holds."""
     estimator = ESTIMATORS[recipe.router.estimator]
+    samples = recipe.adapter_config().samples
     return {
+        "method": recipe.adapter.method,
         "steps": state.step,
         "best_eval_loss": state.best_loss,
         "best_step": state.best_step,
         "seconds": round(state.seconds, 3),
         "tokens": state.tokens,
         "parameters": counts.to_dict(),
-        "estimator": {"name": estimator.name, "unbiased": estimator.unbiased},
+        "estimator": {"name": estimator.name, "unbiased": estimator.unbiased} if samples else None,
+        "peak_memory_gib": round(peak_memory(device), 3),
         "processes": processes,
         "device": _device_name(device),
         "versions": {

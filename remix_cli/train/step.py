@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from remix_cli.adapter import routing
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Decision, Seed, Trace
 from remix_cli.data.batches import Batch
@@ -63,16 +64,24 @@ def accumulate_gradients(
     with adapter.unchanging():
         for m in range(selections):
             keep = m < with_gradient
-            noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1])
+            noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1]) if sampled else None
             trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed)  # one mask for all M: it cancels in the baseline
             with adapter.tracing(trace), torch.set_grad_enabled(keep):
                 loss = batch_losses(model, batch) / targets_in_step  # (B, T)
+                whole = loss.sum() / with_gradient
+                if router.balance and not sampled:
+                    share = len(batch.targets) / targets_in_step  # of this micro-batch in the step
+                    whole = whole + router.balance * share * balance_loss(trace, batch.mask)
             if keep:
-                backward(loss.sum() / with_gradient)
+                backward(whole)
             traces.append(trace)
             losses.append(loss.detach())
+    mean_loss = torch.stack(losses).sum() / selections
+    if not adapter.routers:
+        nothing = StepRouting.none(0, adapter.config.pool_size, mean_loss.device)
+        return MicroResult(mean_loss, nothing, loss.new_zeros(()), loss.new_zeros(2))
     rollouts = _gather(adapter, batch, traces, losses)
     if linear:
         scale = adapter.config.scale * with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz
@@ -89,7 +98,26 @@ def accumulate_gradients(
     with torch.no_grad():
         weights = _stack(adapter, traces, lambda d: d.weights.detach())
         measured = StepRouting.measure(rollouts.logits.detach(), rollouts.chosen, weights, rollouts.mask)
-    return MicroResult(torch.stack(losses).sum() / selections, measured, variance, fit)
+    return MicroResult(mean_loss, measured, variance, fit)
+
+
+def balance_loss(trace: Trace, mask: Tensor) -> Tensor:
+    """The load balance loss of MixLoRA (arXiv 2404.15159): n sum_i F_i P_i, the mean over routers.
+
+    F_i is the share of the selections that went to LoRA i, P_i the mean of its probability, over the positions where
+    `mask` (B, T) is True. It is 1 for each router when both are even.
+    """
+    total = torch.zeros((), device=mask.device)
+    for decision in trace.decisions.values():
+        if decision.live is None:
+            continue
+        n = decision.live.shape[-1]
+        real = mask if decision.live.shape[1] > 1 else mask.any(-1, keepdim=True)
+        chosen = routing.selection_mask(decision.chosen, n) & real.unsqueeze(-1)
+        served = chosen.sum((0, 1)) / chosen.sum()
+        likely = (decision.live.softmax(-1) * real.unsqueeze(-1)).sum((0, 1)) / real.sum()
+        total = total + n * (served * likely).sum()
+    return total / max(1, len(trace.decisions))
 
 
 def _gather(adapter: Adapter, batch: Batch, traces: list[Trace], losses: list[Tensor]) -> Rollouts:

@@ -1,0 +1,94 @@
+"""What `adapter.method` may name: which settings each method reads, and what it takes where the recipe is silent.
+
+Rates are for a model of a few billion parameters; smaller models want more (docs/methods.md).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from remix_cli.adapter.config import Method
+
+LINEARS = ("rank", "target_modules", "dropout")
+POOL = ("pool_size", "active", "omega", *LINEARS)
+PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that put trained vectors in front of the sequence
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    summary: str
+    settings: tuple[str, ...]  # keys of `adapter` that it reads
+    learning_rate: float = 1e-3
+    router: dict[str, Any] = field(default_factory=dict)  # defaults of the `router` group
+    adapter: dict[str, Any] = field(default_factory=dict)  # defaults of the `adapter` group
+    peft: bool = False  # needs the extra of that name
+    soft: bool = False  # its router is trained with the LoRAs and, as published, at their rate
+
+
+AS_PUBLISHED = {"unit_input": False}
+
+METHODS: dict[Method, MethodFacts] = {
+    "remix": MethodFacts("k of n LoRAs with one constant weight, router by policy gradient (arXiv 2603.10160)", POOL),
+    "mixlora": MethodFacts(
+        "top k of n LoRAs by a renormalised softmax, with a load balance loss (arXiv 2404.15159)",
+        POOL,
+        router=AS_PUBLISHED | {"balance": 0.01},
+        soft=True,
+    ),
+    "hydralora": MethodFacts(
+        "n matrices B for one shared A, all weighted by a softmax (arXiv 2404.19245)",
+        tuple(key for key in POOL if key != "active"),
+        router=AS_PUBLISHED | {"scope": "module"},
+        soft=True,
+    ),
+    "lora": MethodFacts("one LoRA, scaled by 2/r (arXiv 2106.09685)", LINEARS, learning_rate=3e-3),
+    "rslora": MethodFacts("one LoRA, scaled by 2/sqrt(r) (arXiv 2312.03732)", LINEARS),
+    "dora": MethodFacts(
+        "one LoRA for the direction of W and a length for each row (arXiv 2402.09353)",
+        LINEARS,
+        learning_rate=3e-3,
+        peft=True,
+    ),
+    "ia3": MethodFacts(
+        "a factor for every key, value and inner activation (arXiv 2205.05638)",
+        ("target_modules",),
+        learning_rate=3e-3,
+        adapter={"target_modules": ["k_proj", "v_proj", "down_proj"]},
+        peft=True,
+    ),
+    "vblora": MethodFacts(
+        "LoRAs put together from a shared bank of vectors (arXiv 2405.15179); the router group's rate is its logits'",
+        (*LINEARS, "vectors", "vector_length"),
+        router={"learning_rate": 1e-2},
+        peft=True,
+    ),
+    "prefix": MethodFacts(
+        "trained keys and values in front, in every layer (arXiv 2101.00190)",
+        ("virtual_tokens",),
+        learning_rate=1e-2,
+        peft=True,
+    ),
+    "prompt": MethodFacts(
+        "trained embeddings in front of the sequence (arXiv 2104.08691)",
+        ("virtual_tokens",),
+        learning_rate=3e-2,
+        peft=True,
+    ),
+    "p_tuning": MethodFacts("the same, made by a small network (arXiv 2103.10385)", ("virtual_tokens",), peft=True),
+    "none": MethodFacts("the base model: zero-shot, or few-shot with `shots` of an evaluation task", ()),
+}
+
+
+def fill_defaults(values: Any) -> Any:
+    """A recipe's raw mapping with the method's own defaults where it is silent; anything malformed as it came."""
+    if not isinstance(values, dict):
+        return values
+    groups = {name: values.get(name, {}) for name in ("adapter", "router", "train")}
+    if not all(isinstance(group, dict) for group in groups.values()):
+        return values
+    facts = METHODS.get(groups["adapter"].get("method", "remix"))
+    if facts is None:
+        return values
+    train = {"learning_rate": facts.learning_rate} | groups["train"]
+    tied = {"learning_rate": train["learning_rate"]} if facts.soft else {}
+    router = facts.router | tied | groups["router"]
+    return values | {"adapter": facts.adapter | groups["adapter"], "router": router, "train": train}
