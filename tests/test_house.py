@@ -41,7 +41,8 @@ ALLOWED = {
         "evaluate",
     },
     "verify": {"adapter", "data", "models", "objective"},
-    "cli": {"recipe", "runs", "data", "train", "evaluate", "stats", "export", "verify"},
+    "sweep": {"recipe", "runs", "train", "evaluate"},
+    "cli": {"recipe", "runs", "data", "train", "sweep", "evaluate", "stats", "export", "verify"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -103,7 +104,19 @@ def test_the_adapter_core_needs_torch_and_safetensors_only():
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["train"], ["eval"], ["route-stats"], ["export"], ["validate"], ["schema"], ["verify-estimator"]]
+    "verb",
+    [
+        [],
+        ["train"],
+        ["eval"],
+        ["route-stats"],
+        ["export"],
+        ["validate"],
+        ["schema"],
+        ["verify-estimator"],
+        ["sweep"],
+        ["budget"],
+    ],
 )
 def test_help_is_quick_and_needs_no_torch(verb):
     code = (

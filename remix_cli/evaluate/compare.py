@@ -1,7 +1,7 @@
 """`remix compare`: the same items under several models, item by item."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ class Evaluated:
     folder: Path
     summary: dict[str, Any]
 
+    read: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # lines by task
+
     def lines(self, task: str) -> list[dict[str, Any]]:
+        if task not in self.read:
+            self.read[task] = self._read(task)
+        return self.read[task]
+
+    def _read(self, task: str) -> list[dict[str, Any]]:
         path = self.folder / f"{self.report['model']}-{task}.jsonl"
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -84,7 +91,7 @@ def compare(paths: list[Path]) -> dict[str, Any]:
     skipped = []
     for task in list(tasks):
         for run, found in zip(runs[1:], results[1:], strict=True):
-            different = _difference(results[0][task], found[task])
+            different = difference_of_protocols(results[0][task], found[task])
             if different and task in tasks:
                 tasks.remove(task)
                 skipped.append(f"{task}: {runs[0].label} and {run.label} were not asked the same ({different})")
@@ -97,23 +104,19 @@ def compare(paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+def difference_of_protocols(a: dict[str, Any], b: dict[str, Any]) -> str:
     """Which parts of two stamps forbid a comparison; empty if none."""
     return ", ".join(f"other {key}" for key in SAME if a["protocol"].get(key) != b["protocol"].get(key))
 
 
 def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> dict[str, Any]:
     """{score: one entry per run}."""
-    lines = [run.lines(task) for run in runs]
-    items = [[line["prompt"] for line in found] for found in lines]
+    items = [[line["prompt"] for line in run.lines(task)] for run in runs]
     if any(found != items[0] for found in items):
         raise ArtefactError(f"{task}: the per-example files do not hold the same items; evaluate again")
     found: dict[str, Any] = {"items": len(items[0]), "scores": {}}
-    for score in results[0]["scores"]:
-        if score not in PARTS or not all(score in r["scores"] for r in results):
-            continue
-        samples = results[0]["protocol"].get("samples", 1)
-        parts = [_parts(part, score, samples) for part in lines]
+    for score in scores_in_common(results):
+        parts = [parts_of(run, task, score) for run in runs]
         entries = []
         for result, part in zip(results, parts, strict=True):
             entry = {"value": result["scores"][score], "interval": result["intervals"][score]}
@@ -125,8 +128,15 @@ def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> di
     return found
 
 
-def _parts(lines: list[dict[str, Any]], score: str, samples: int) -> np.ndarray:
+def scores_in_common(results: list[dict[str, Any]]) -> list[str]:
+    """Scores that all results of one task have and that can be compared item by item."""
+    return [score for score in results[0]["scores"] if score in PARTS and all(score in r["scores"] for r in results)]
+
+
+def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
     """(2, S) numerators and denominators of the score; the samples of one problem are one item."""
+    lines = run.lines(task)
+    samples = next(r["protocol"].get("samples", 1) for r in run.report["results"] if r["task"] == task)
     above, below = PARTS[score]
     numerators = [float(line[above]) for line in lines]
     denominators = [float(line[below]) if below else 1.0 for line in lines]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -56,14 +57,17 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Score:
 def _resampled(rows: np.ndarray) -> np.ndarray:
     """Sums of each row (R, S) over S items drawn with replacement, RESAMPLES times: (R, RESAMPLES). Always the same
     draws for the same S, so that a report can be made again."""
-    count = rows.shape[1]
+    return np.concatenate([rows.astype(float) @ times.T for times in _times_drawn(rows.shape[1])], axis=1)
+
+
+@lru_cache(maxsize=1)
+def _times_drawn(count: int) -> list[np.ndarray]:
+    """How often each of `count` items is drawn, (some, count) a part, RESAMPLES in all. Kept, because scores of the
+    same items follow each other, and drawing takes longest."""
     random = np.random.default_rng(0)
     size = max(1, min(RESAMPLES, 20_000_000 // count))
-    parts = []
-    for start in range(0, RESAMPLES, size):
-        times = random.multinomial(count, np.full(count, 1 / count), size=min(size, RESAMPLES - start))
-        parts.append(rows.astype(float) @ times.T)
-    return np.concatenate(parts, axis=1)
+    even = np.full(count, 1 / count)
+    return [random.multinomial(count, even, size=min(size, RESAMPLES - start)) for start in range(0, RESAMPLES, size)]
 
 
 def pass_at(k: int, samples: int, correct: int) -> float:
@@ -71,3 +75,35 @@ def pass_at(k: int, samples: int, correct: int) -> float:
     if samples - correct < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - correct + 1, samples + 1))
+
+
+# The 97.5 % points of Student's t with 1, 2, ... degrees of freedom.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def over_seeds(values: list[float], share: bool) -> Score:
+    """The mean of one score over runs that differ in their seed; Student's interval, unbounded for a single run."""
+    centre = float(np.mean(values))
+    if len(values) < 2:
+        return Score(centre, -math.inf, math.inf, 1, share)
+    t = _STUDENT[len(values) - 2] if len(values) - 2 < len(_STUDENT) else _NORMAL
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Score(centre, centre - half, centre + half, len(values), share)
+
+
+def difference_over_seeds(first: np.ndarray, second: np.ndarray, share: bool) -> Score:
+    """Second minus first, each (seeds, 2, S): numerators and denominators of the same S items under each seed.
+
+    A nested bootstrap: the items are drawn with replacement, the same for both, and the seeds of each apart, so that
+    the interval knows both that the test set is a sample and that a training run is one.
+    """
+    random = np.random.default_rng(1)
+    drawn, values = [], []
+    for runs in (first, second):
+        sums = _resampled(runs.reshape(-1, runs.shape[-1])).reshape(len(runs), 2, -1)  # (seeds, 2, RESAMPLES)
+        ratios = sums[:, 0] / sums[:, 1]
+        picks = random.integers(len(runs), size=(len(runs), RESAMPLES))
+        drawn.append(np.take_along_axis(ratios, picks, 0).mean(0))
+        values.append(float((runs[:, 0].sum(-1) / runs[:, 1].sum(-1)).mean()))
+    low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
+    return Score(values[1] - values[0], float(low), float(high), first.shape[-1], share)

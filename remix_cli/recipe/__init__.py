@@ -1,6 +1,8 @@
 """Recipes: YAML -> a frozen, complete, checked `Recipe`. Imports nothing heavy.
 
 schema.py    the keys, their types, limits and defaults
+methods.py   what `adapter.method` may name, and what each method takes by default
+sweep.py     one file that stands for many recipes
 loader.py    reads YAML and overrides; every problem at once, with line and nearest valid name
 """
 

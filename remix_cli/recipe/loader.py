@@ -3,6 +3,7 @@
 import difflib
 import re
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,55 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
 
     Raises RecipeError with one line per problem: file:line, dotted key, what is wrong, the nearest name.
     """
+    raw = read_raw(path, overrides)
+    if "sweep" in raw.values:
+        raise RecipeError(f"{path}: has a `sweep` group, so it is for `remix sweep`; take it out to train one run")
+    return build(raw)
+
+
+@dataclass
+class RawRecipe:
+    """A recipe's mapping before it is checked, and where each key came from, for messages."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: dict[KeyPath, int]
+    overridden: set[str]
+
+    def where(self, dotted: str) -> str:
+        """`file:line` of a dotted key or of the group that would hold it, or `override`."""
+        if any(dotted == key or dotted.startswith(f"{key}.") for key in self.overridden):
+            return "override"
+        at = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+        known = next((at[:i] for i in range(len(at), 0, -1) if at[:i] in self.lines), None)
+        return f"{self.path}:{self.lines[known]}" if known else str(self.path)
+
+
+def read_raw(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RawRecipe:
+    """The mapping at `path` with the overrides in it. Raises RecipeError."""
     values, lines = _read(path)
-    problems: list[str] = []
-    overridden: set[str] = set()
+    raw = RawRecipe(path, values, lines, set())
+    problems = []
     for override in overrides:
         try:
-            overridden.add(_apply_override(values, override))
+            raw.overridden.add(_apply_override(values, override))
         except ValueError as error:
             problems.append(str(error))
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems += [_explain(problem, path, lines, overridden) for problem in error.errors()]
-        raise RecipeError(*problems) from None
     if problems:
+        try:
+            build(raw)
+        except RecipeError as error:
+            problems += error.problems
         raise RecipeError(*problems)
-    return recipe
+    return raw
+
+
+def build(raw: RawRecipe) -> Recipe:
+    """The checked recipe. Raises RecipeError with one line per problem."""
+    try:
+        return Recipe.model_validate(raw.values)
+    except ValidationError as error:
+        raise RecipeError(*(_explain(problem, raw) for problem in error.errors())) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -117,6 +151,12 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         value = _Loader(text).get_single_data()
     except yaml.YAMLError:
         raise ValueError(f"{dotted}: cannot read {text!r} as a YAML value") from None
+    set_value(values, dotted, value)
+    return dotted
+
+
+def set_value(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Put `value` at `dotted` in nested mappings and lists. Raises ValueError if there is no such place."""
     *parents, last = dotted.split(".")
     place: Any = values
     for depth, part in enumerate(parents):
@@ -130,7 +170,6 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         place[_index(place, last, dotted)] = value
     else:
         place[last] = value
-    return dotted
 
 
 def _index(items: list, part: str, dotted: str) -> int:
@@ -139,15 +178,10 @@ def _index(items: list, part: str, dotted: str) -> int:
     return int(part)
 
 
-def _explain(problem: Any, path: Path, lines: dict[KeyPath, int], overridden: set[str]) -> str:
+def _explain(problem: Any, raw: RawRecipe) -> str:
     at: KeyPath = problem.get("ctx", {}).get("at", problem["loc"])
     dotted = ".".join(map(str, at)) or "recipe"
-    where = str(path)
-    if any(dotted == key or dotted.startswith(f"{key}.") for key in overridden):
-        where = "override"
-    else:
-        known = next((at[:i] for i in range(len(at), 0, -1) if at[:i] in lines), None)
-        where = f"{path}:{lines[known]}" if known else str(path)
+    where = raw.where(dotted)
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         return f"{where}: {dotted}: unknown key{_suggest(at)}"
@@ -175,15 +209,15 @@ def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for inner in _models_in(field.annotation):
+        for inner in models_in(field.annotation):
             keys += all_keys(inner, f"{prefix}{name}.")
     return keys
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+    return [model for part in typing.get_args(annotation) for model in models_in(part)]
 
 
 def _suggest(at: KeyPath) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from remix_cli.stats.health import short_name
 from remix_cli.stats.history import MEASURES, History, sparkline
@@ -142,4 +143,20 @@ def parameter_table(counts: ParameterCounts) -> Table:
     for label, number, note in rows:
         if number or label in ("trained", "active per token"):
             table.add_row(label, f"{number:,}", note)
+    return table
+
+
+def budget_table(target: int, count: str, sizes: list[Any]) -> Table:
+    """Each method at the size nearest to the target."""
+    table = Table(title=f"Sizes for {target:,} {count} parameters", title_justify="left", box=None, pad_edge=False)
+    for column in ("method", "setting", "kept", "trained", "active", "of target"):
+        table.add_column(column, justify="left" if column in ("method", "setting", "kept") else "right")
+    for size in sizes:
+        if size.problem:
+            table.add_row(size.method, Text(size.problem, overflow="fold"))
+            continue
+        setting = f"{size.knob}: {size.value}" if size.knob else "no size to choose"
+        share = size.count(count) / target
+        near = f"{100 * share:.1f} %"
+        table.add_row(size.method, setting, size.fixed, f"{size.trained:,}", f"{size.active:,}", near)
     return table

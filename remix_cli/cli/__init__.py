@@ -1,0 +1,51 @@
+"""The `remix` command. Each verb parses, calls one function and prints what it returned.
+
+Workers are imported inside the commands, so that `remix --help` needs neither torch nor half a second.
+
+training.py  train, sweep, budget, validate, schema, verify-estimator
+results.py   eval, compare, route-stats
+taking.py    export
+"""
+
+import os
+import re
+import sys
+
+from remix_cli.cli import training  # isort: skip  (the order in which --help lists the commands)
+from remix_cli.cli import results, taking  # isort: skip
+from remix_cli.cli.common import app
+from remix_cli.errors import RemixError, is_out_of_memory
+
+__all__ = ["app", "main", "results", "taking", "training"]
+
+
+def main() -> None:
+    """Entry point: every expected failure is one `error:` line and its documented exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments, prog_name="remix")
+    except RemixError as error:
+        if debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            for line in error.problems:
+                print(f"error: {_one_line(line)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        if is_out_of_memory(error):
+            fix = "lower train.per_device_train_batch_size, data.max_length or eval.batch_size"
+            print(f"error: out of memory; {fix}, or set train.gradient_checkpointing", file=sys.stderr)
+            sys.exit(2)
+        what = _one_line(f"{type(error).__name__}: {error}")
+        print(f"error: unexpected {what} (a bug: run again with --debug and report it)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without the user name and password of any address."""
+    return re.sub(r"(:/+)[^/@\s]+@", r"\1***@", " ".join(text.split()))

@@ -1,0 +1,74 @@
+"""What the commands share: the app, their arguments, progress bars."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="remix",
+    help="Finetune language models with routed mixtures of LoRAs (ReMix, arXiv 2603.10160).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, for example configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example train.max_steps=20 seed=1."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of `remix train`.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Best = Annotated[bool, typer.Option("--best", help="Use the best adapter, not the last.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Use the adapter even if base model or tokenizer have changed.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use so many rows, spread evenly over all.")]
+
+
+class Bars:
+    """Progress bars on stderr, so that stdout stays for results; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> "Bars":
+        if self.progress.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.progress.console.is_terminal:
+            self.progress.stop()
+
+    def start(self, name: str, total: int, done: int = 0) -> "Bar":
+        return Bar(self.progress, self.progress.add_task(name, total=total, completed=done, speed=""))
+
+
+class Bar:
+    """Items a second, and the running mean of a score if one is given."""
+
+    def __init__(self, progress: Any, task: Any):
+        self.progress, self.task = progress, task
+        self.begun, self.count, self.sum = time.monotonic(), 0, 0.0
+
+    def advance(self, n: int, value: float | None = None) -> None:
+        self.count += n
+        speed = f"{self.count / max(1e-9, time.monotonic() - self.begun):.1f}/s"
+        if value is not None:
+            self.sum += value
+            speed += f"  mean {self.sum / self.count:.3f}"
+        self.progress.update(self.task, advance=n, speed=speed)

@@ -1,0 +1,166 @@
+"""Commands that start from a finished run: eval, compare, route-stats."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from remix_cli.cli.common import AnyBase, Bars, Best, Json, Limit, RunPath, app
+from remix_cli.errors import RecipeError
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="nll, gsm8k, arc, humaneval or reasoning_gym; by default the recipe's eval.tasks."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Score this file instead of the recipe's rows.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
+    limit: Limit = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, max=64, help="Solved examples in front; needs --shots-from.")
+    ] = None,
+    shots_from: Annotated[str | None, typer.Option(help="File whose first rows are the solved examples.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="humaneval: answers per problem, for pass@k.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=5, help="Of the answers; 0 is greedy.")] = None,
+    active: Annotated[
+        str | None, typer.Option(metavar="K,K...", help="Activate so many LoRAs instead of the trained k.")
+    ] = None,
+    selection: Annotated[str, typer.Option(help="top, or sample as in training (the paper's ablation).")] = "top",
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
+    ] = False,
+    best: Best = False,
+    any_base: AnyBase = False,
+    as_json: Json = False,
+) -> None:
+    """Score a run, or a model folder: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
+
+    Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
+    """
+    from dataclasses import replace
+
+    from remix_cli.evaluate.request import requested_active, requested_tasks
+    from remix_cli.evaluate.run import check_code
+    from remix_cli.evaluate.run import evaluate as score
+    from remix_cli.evaluate.tables import eval_stamp, eval_table
+    from remix_cli.evaluate.tasks import Settings
+    from remix_cli.runs import RunFolder, load_model_folder, load_run
+
+    console = Console(stderr=as_json)
+    if selection not in ("top", "sample"):
+        raise RecipeError(f"--selection: {selection!r} is not known; use top or sample")
+    folder = RunFolder(run)
+    recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
+    if folder.is_model and not (task and (data or task == ["humaneval"])):
+        raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
+    base = base or folder.is_model
+    settings = Settings(base=base, limit=limit, sampled=selection == "sample", allow_code=allow_code)
+    changes = {"shots": shots, "samples": samples, "temperature": temperature}
+    tasks = requested_tasks(recipe, task, data, changes, shots_from)
+    config = recipe.adapter_config()
+    if (settings.sampled or active) and not config.routed:
+        raise RecipeError(f"--selection and --active are for routed adapters; this one is {config.method}")
+    many = requested_active(active, config.pool_size)
+    check_code(tasks, settings)
+    loaded = load_model_folder(run) if folder.is_model else load_run(run, best=best, any_base=any_base)
+    with Bars() as bars:
+        reports = [score(loaded, tasks, replace(settings, active=k), bars.start) for k in many]
+    if as_json:
+        print(json.dumps(reports[0] if len(reports) == 1 else {"reports": reports}))
+        return
+    for report in reports:
+        console.print(eval_table(report))
+        console.print(eval_stamp(report), highlight=False)
+        console.print(f"written: {report['file']} and every answer beside it", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Evaluated runs, reports such as RUN/eval/base.json, or one sweep."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare evaluated runs on the same items: paired differences with 95 % intervals.
+
+    One sweep's folder instead: its arms over seeds.
+    """
+    from remix_cli.sweep.report import is_sweep, sweep_report
+    from remix_cli.sweep.tables import sweep_tables
+
+    if len(runs) == 1 and is_sweep(runs[0]):
+        report = sweep_report(runs[0])
+        if as_json:
+            print(json.dumps(report))
+            return
+        for table in sweep_tables(report):
+            Console().print(table)
+            print()
+        for line in report["skipped"]:
+            Console().print(f"skipped {line}", highlight=False)
+        return
+    from remix_cli.evaluate.compare import compare as paired
+    from remix_cli.evaluate.tables import comparison_tables
+
+    found = paired(runs)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console()
+    for table in comparison_tables(found):
+        console.print(table)
+        console.print()
+    for line in found["skipped"]:
+        console.print(f"skipped {line}", highlight=False)
+
+
+@app.command("route-stats")
+def route_stats(
+    run: RunPath,
+    data: Annotated[
+        str | None, typer.Option(help="Rows in the recipe's first format; by default the held-out rows.")
+    ] = None,
+    limit: Limit = None,
+    history: Annotated[bool, typer.Option("--history", help="Routing over the steps of training, no model.")] = False,
+    compare_with: Annotated[
+        Path | None, typer.Option("--compare", metavar="RUN", help="Beside another run, on this run's rows.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write figures, PNG and SVG.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every token's LoRAs, block by block, as JSON lines.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page: heat maps, history, tokens.")
+    ] = None,
+    fail_on_collapse: Annotated[
+        bool, typer.Option("--fail-on-collapse", help="Exit 1 if a block's routing has collapsed.")
+    ] = False,
+    best: Best = False,
+    any_base: AnyBase = False,
+    as_json: Json = False,
+) -> None:
+    """Show how the routers choose: is it healthy, how decided, which LoRAs are used and for what."""
+    from remix_cli.stats import view
+
+    console = Console(stderr=as_json)
+    if history:
+        runs = [run] if compare_with is None else [run, compare_with]
+        shown = view.history(runs, plot, console.width)
+    else:
+        with Bars() as bars:
+            request = view.Request(data, limit, compare_with, plot, trace, page, best, any_base)
+            shown = view.routing(run, request, bars.start, console.width)
+    if as_json:
+        print(json.dumps(shown.document))
+    for part in [] if as_json else shown.parts:
+        console.print(part, highlight=False, soft_wrap=str(part).startswith("written:"))
+    if fail_on_collapse and not shown.healthy:
+        print(f"error: {shown.document['verdict']}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,97 @@
+"""From a sweep's folder to the paper's Table 1 in shape: one row for each arm, over seeds."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from remix_cli.errors import ArtefactError
+from remix_cli.evaluate.compare import Evaluated, difference_of_protocols, load_evaluated, parts_of, scores_in_common
+from remix_cli.evaluate.statistics import Score, difference_over_seeds, over_seeds
+from remix_cli.recipe.sweep import describe
+from remix_cli.sweep.run import FILE
+
+
+@dataclass
+class ArmReport:
+    """One arm at its best setting. Means over its runs, which differ in the seed only."""
+
+    arm: str
+    setting: str
+    runs: int
+    trained_parameters: int
+    active_parameters: int
+    train_seconds: float
+    train_tokens: float
+    peak_memory_gib: float
+    validation: float | None  # of the chosen setting, under the first seed
+    scores: dict[str, Score]  # `<task> <score>` -> over seeds
+    differences: dict[str, Score]  # from the first arm, over seeds and items
+
+
+def is_sweep(path: Path) -> bool:
+    return (path / FILE).is_file()
+
+
+def sweep_report(folder: Path) -> dict[str, Any]:
+    """{metric, seeds, reference, arms: [...], skipped: [...]}. Raises ArtefactError."""
+    try:
+        document = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        arms = {name: arm for name, arm in document["arms"].items() if arm["runs"]}
+        found = {name: [load_evaluated(folder / run) for run in arm["runs"]] for name, arm in arms.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{folder / FILE}: cannot be read ({error}); run `remix sweep` again") from None
+    if not found:
+        raise ArtefactError(f"{folder}: no arm of this sweep has a finished run; see the logs beside the run folders")
+    reference = next(iter(found))
+    skipped: list[str] = []
+    rows = [
+        asdict(_arm(name, arms[name], runs, found[reference] if name != reference else None, skipped))
+        for name, runs in found.items()
+    ]
+    absent = [f"{name}: no finished run" for name in document["arms"] if name not in found]
+    header = {"metric": document["metric"], "seeds": document["seeds"], "reference": reference}
+    return header | {"arms": rows, "skipped": absent + list(dict.fromkeys(skipped))}
+
+
+def _arm(
+    name: str, arm: dict[str, Any], runs: list[Evaluated], reference: list[Evaluated] | None, skipped: list[str]
+) -> ArmReport:
+    summaries = [run.summary for run in runs]
+
+    def mean(key: str) -> float:
+        return float(np.mean([summary.get(key, 0.0) for summary in summaries]))
+
+    parameters = summaries[0]["parameters"]
+    value = next((s["value"] for s in arm["searched"] if s["setting"] == arm["chosen"]), None)
+    results = [{r["task"]: r for r in run.report["results"]} for run in runs]
+    scores: dict[str, Score] = {}
+    differences: dict[str, Score] = {}
+    for task, first in results[0].items():
+        for score in scores_in_common([found[task] for found in results if task in found]):
+            values = [found[task]["scores"][score] for found in results if task in found]
+            scores[f"{task} {score}"] = over_seeds(values, score in first["shares"])
+    for task, result in results[0].items() if reference else ():
+        others = {r["task"]: r for r in reference[0].report["results"]} if reference else {}
+        why = difference_of_protocols(others[task], result) if task in others else "not scored there"
+        if why:
+            skipped.append(f"{task}: {name} was not asked what the first arm was ({why}); no difference")
+            continue
+        for score in scores_in_common([others[task], result]):
+            one, two = (np.stack([parts_of(run, task, score) for run in group]) for group in (reference or [], runs))
+            differences[f"{task} {score}"] = difference_over_seeds(one, two, score in result["shares"])
+    return ArmReport(
+        name,
+        describe(arm["chosen"] or {}),
+        len(runs),
+        parameters["trained"],
+        parameters["active"],
+        mean("seconds"),
+        mean("tokens"),
+        mean("peak_memory_gib"),
+        value,
+        scores,
+        differences,
+    )

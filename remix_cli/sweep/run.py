@@ -1,0 +1,256 @@
+"""A sweep from start to end. What is done stays done: the same command goes on where it was stopped.
+
+1. Every point of every arm is trained under the first seed.
+2. As soon as an arm's points are all there, the best by the metric on held-out rows is trained under all seeds.
+3. Those runs, and no others, are scored on the recipe's tasks.
+"""
+
+import functools
+import json
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remix_cli.errors import Interrupted, RecipeError, RemixError
+from remix_cli.evaluate.run import check_code
+from remix_cli.evaluate.tasks import Settings
+from remix_cli.recipe import Recipe
+from remix_cli.recipe.schema import SCORES
+from remix_cli.recipe.sweep import Point, Sweep, describe
+from remix_cli.runs import RunFolder
+from remix_cli.storage import lock_folder, write_json
+from remix_cli.sweep.work import score_run, set_up, train_run
+
+FILE = "sweep.json"
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Arm:
+    """Where one arm stands."""
+
+    name: str
+    points: list[Point]
+    values: dict[Path, float] = field(default_factory=dict)  # of the metric, as a cost: less is better
+    chosen: Point | None = None
+    waiting: int = 0
+
+
+def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) -> Path:
+    """Carry it out and return the path of its `sweep.json`. `allow_code`: see `remix eval`.
+
+    Raises RecipeError, BusyError, Interrupted, and RemixError at the end if a run failed for another reason than
+    divergence, which makes a setting the worst of its arm.
+    """
+    _check_metric(sweep)
+    _check_folder(sweep)
+    for points in sweep.points.values():
+        check_code(points[0].recipe.eval.tasks, Settings(allow_code=allow_code))
+    with lock_folder(sweep.folder):
+        done = _Sweep(sweep, say, allow_code).run(processes)
+        write_json(sweep.folder / FILE, done.document())
+    if done.failures:
+        raise RemixError(*done.failures)
+    return sweep.folder / FILE
+
+
+def _check_metric(sweep: Sweep) -> None:
+    first = next(iter(sweep.points.values()))[0].recipe
+    task, _, score = sweep.metric.partition("/")
+    measured = sweep.metric == "eval_loss" or (first.train.eval_tasks_limit and score in SCORES.get(task, ()))
+    if not measured:
+        raise RecipeError(
+            f"sweep.metric: {sweep.metric} is not measured on held-out rows while training; use eval_loss, or a "
+            "score of eval.tasks with train.eval_tasks_limit set"
+        )
+
+
+def _check_folder(sweep: Sweep) -> None:
+    """A sweep's folder holds its arms and nothing else. Raises RecipeError."""
+    if RunFolder(sweep.folder).recipe.exists():
+        raise RecipeError(f"output_dir: {sweep.folder} holds a single run; choose another folder for the sweep")
+
+
+class _Sweep:
+    def __init__(self, sweep: Sweep, say: Say, allow_code: bool):
+        self.sweep, self.say, self.allow_code = sweep, say, allow_code
+        self.arms = {name: _Arm(name, points) for name, points in sweep.points.items()}
+        self.errors: dict[Path, str] = {}
+        self.failures: list[str] = []
+        self.begun: set[Path] = set()
+        self.total = sum(len(points) for points in sweep.points.values())
+        self.count = 0
+
+    def run(self, processes: int) -> "_Sweep":
+        with _Pool(processes) as pool:
+            for arm in self.arms.values():
+                for point in arm.points:
+                    self._train(pool, arm, point)
+            try:
+                pool.until_idle()
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    signal.SIGINT, "interrupted; the same command goes on where every run was stopped"
+                ) from None
+        return self
+
+    def _train(self, pool: "_Pool", arm: _Arm, point: Point) -> None:
+        self.begun.add(point.folder)
+        arm.waiting += 1
+        pool.submit(train_run, point.recipe, lambda problem: self._trained(pool, arm, point, problem))
+
+    def _trained(self, pool: "_Pool", arm: _Arm, point: Point, problem: str | None) -> None:
+        arm.waiting -= 1
+        self.count += 1
+        value = math.inf
+        if problem is None:
+            value = _cost(self.sweep.metric, RunFolder(point.folder))
+        else:
+            self.errors[point.folder] = problem
+            if not problem.startswith("diverged"):
+                self.failures.append(f"{point.folder}: {problem}")
+        arm.values[point.folder] = value
+        shown = f"{self.sweep.metric} {abs(value):.4f}" if problem is None else problem
+        setting = describe(point.setting)
+        name = f"{arm.name}{f' ({setting})' if setting else ''}, seed {point.seed}"
+        self.say(f"{self.count:>4} trained  {name}: {shown}")
+        if arm.chosen is None and arm.waiting == 0:
+            self._choose(pool, arm)
+        elif arm.chosen is not None and problem is None:
+            self._score(pool, point)
+
+    def _choose(self, pool: "_Pool", arm: _Arm) -> None:
+        best = min(arm.points, key=lambda point: arm.values[point.folder])
+        if not math.isfinite(arm.values[best.folder]):
+            self.failures.append(f"sweep.arms.{arm.name}: no setting of it could be trained")
+            return
+        arm.chosen = best
+        self._score(pool, best)
+        for seed in self._seeds(best)[1:]:
+            self._train(pool, arm, self.sweep.under(best, seed))
+
+    def _seeds(self, point: Point) -> list[int]:
+        """Without training nothing depends on a seed."""
+        return self.sweep.seeds if point.recipe.adapter.method != "none" else self.sweep.seeds[:1]
+
+    def _score(self, pool: "_Pool", point: Point) -> None:
+        job = functools.partial(score_run, allow_code=self.allow_code)
+        pool.submit(job, point.recipe, lambda problem: self._scored(point, problem))
+
+    def _scored(self, point: Point, problem: str | None) -> None:
+        if problem is not None:
+            self.failures.append(f"{point.folder}: {problem}")
+        self.say(f"     scored   {point.arm}, seed {point.seed}{f': {problem}' if problem else ''}")
+
+    def document(self) -> dict[str, Any]:
+        """What sweep.json holds; folders are relative to its own."""
+        arms = {}
+        for name, arm in self.arms.items():
+            searched = [
+                {
+                    "setting": point.setting,
+                    "run": self._relative(point.folder),
+                    "value": _finite(arm.values.get(point.folder), self.sweep.metric),
+                    "error": self.errors.get(point.folder),
+                }
+                for point in arm.points
+            ]
+            runs = []
+            if arm.chosen is not None:
+                under = [self.sweep.under(arm.chosen, seed).folder for seed in self._seeds(arm.chosen)]
+                runs = [self._relative(folder) for folder in under if folder not in self.errors]
+            chosen = arm.chosen.setting if arm.chosen is not None else None
+            arms[name] = {"searched": searched, "chosen": chosen, "runs": runs}
+        return {"metric": self.sweep.metric, "seeds": self.sweep.seeds, "arms": arms}
+
+    def _relative(self, folder: Path) -> str:
+        return str(folder.relative_to(self.sweep.folder))
+
+
+def _finite(value: float | None, metric: str) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return value if _less_is_better(metric) else -value
+
+
+def _less_is_better(metric: str) -> bool:
+    return metric.endswith(("loss", "perplexity"))
+
+
+def _cost(metric: str, folder: RunFolder) -> float:
+    """The metric of the run's last measurement on held-out rows, such that less is better."""
+    value = math.nan
+    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+        value = json.loads(line).get(metric, value)
+    if math.isnan(value):
+        raise RecipeError(f"{folder.path}: no {metric} was measured; are there held-out rows?")
+    return value if _less_is_better(metric) else -value
+
+
+class _Pool:
+    """Worker processes, each with a GPU in turn; what a job returns goes to its callback, in this process."""
+
+    def __init__(self, processes: int):
+        context = multiprocessing.get_context("spawn")
+        devices = context.Queue()
+        for device in _devices(processes):
+            devices.put(device)
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        self.executor = ProcessPoolExecutor(processes, context, set_up, (devices, threads))
+        self.pending: dict[Future, Callable[[str | None], None]] = {}
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self.stop()
+        self.executor.shutdown(cancel_futures=True)
+
+    def submit(self, job: Callable[[Recipe], str | None], recipe: Recipe, then: Callable[[str | None], None]) -> None:
+        self.pending[self.executor.submit(job, recipe)] = then
+
+    def until_idle(self) -> None:
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            while self.pending:
+                for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
+                    then = self.pending.pop(future)
+                    try:
+                        then(future.result())
+                    except Interrupted:
+                        raise KeyboardInterrupt from None
+                    except BrokenProcessPool:
+                        raise RemixError("a worker process was killed; the same command goes on") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def stop(self) -> None:
+        """Ask the runs in hand to save and end."""
+        for future in self.pending:
+            future.cancel()
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _devices(processes: int) -> list[str | None]:
+    """Which GPU each process gets, in turn; None where there is no choice."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name for name in visible.split(",") if name]
+    else:
+        import torch
+
+        names = [str(i) for i in range(torch.cuda.device_count())]
+    return [names[i % len(names)] if len(names) > 1 else None for i in range(processes)]

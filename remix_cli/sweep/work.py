@@ -1,0 +1,108 @@
+"""What a worker process of a sweep does. Imports nothing heavy before the worker knows its GPU."""
+
+import gc
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from remix_cli.errors import RemixError
+from remix_cli.recipe import Recipe
+from remix_cli.runs import RunFolder
+
+WIDTH = 100  # of a log
+
+
+def set_up(devices: Any, threads: int) -> None:
+    """Give this process a GPU of its own, if there are several, and its share of the cores.
+
+    Ctrl-C reaches the parent, which then asks every run to save and end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    device = devices.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before torch looks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def train_run(recipe: Recipe) -> str | None:
+    """Train, or go on, or do nothing if the run is complete. What went wrong, in one line; None if nothing.
+
+    Output goes to a log beside the run's folder. Interruptions are raised.
+    """
+    from remix_cli.errors import Interrupted
+    from remix_cli.train.loop import train
+
+    folder = RunFolder(Path(recipe.output_dir))
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
+        console = Console(file=log, width=WIDTH)
+        try:
+            train(recipe, console, resume=folder.recipe.is_file())
+        except Interrupted:
+            raise
+        except Exception as error:
+            return _told(error, console)
+        finally:
+            _let_go()
+    return None
+
+
+def score_run(recipe: Recipe, allow_code: bool) -> str | None:
+    """Score the finished run on the recipe's tasks, unless that is done. As `train_run`."""
+    from remix_cli.evaluate.run import evaluate
+    from remix_cli.evaluate.tasks import Settings
+    from remix_cli.recipe.schema import labelled
+    from remix_cli.runs import load_run
+
+    folder = RunFolder(Path(recipe.output_dir))
+    if set(scored_tasks(folder)) >= {label for label, _ in labelled(recipe.eval.tasks)}:
+        return None
+    with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
+        try:
+            evaluate(load_run(folder.path), recipe.eval.tasks, Settings(allow_code=allow_code), lambda *_: _Silent())
+        except Exception as error:
+            return _told(error, Console(file=log, width=WIDTH))
+        finally:
+            _let_go()
+    return None
+
+
+def scored_tasks(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Results by task of the run's last adapter; none if it was not scored."""
+    try:
+        report = json.loads((folder.evaluations / "adapter.json").read_text(encoding="utf-8"))
+        return {result["task"]: result for result in report["results"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _told(error: Exception, console: Console) -> str:
+    if not isinstance(error, RemixError):
+        console.print_exception()
+    line = "; ".join(error.problems) if isinstance(error, RemixError) else f"{type(error).__name__}: {error}"
+    console.print(f"error: {line}", highlight=False, soft_wrap=True)
+    return " ".join(line.split())[:300]
+
+
+def _let_go() -> None:
+    """The next run in this process starts afresh, and other processes need the memory."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+
+
+class _Silent:
+    def advance(self, *_: float) -> None:
+        pass
