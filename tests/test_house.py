@@ -103,21 +103,21 @@ def test_the_adapter_core_needs_torch_and_safetensors_only():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        [],
-        ["train"],
-        ["eval"],
-        ["route-stats"],
-        ["export"],
-        ["validate"],
-        ["schema"],
-        ["verify-estimator"],
-        ["sweep"],
-        ["budget"],
-    ],
-)
+VERBS = [
+    "train",
+    "sweep",
+    "budget",
+    "validate",
+    "schema",
+    "verify-estimator",
+    "eval",
+    "compare",
+    "route-stats",
+    "export",
+]
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=" ".join)
 def test_help_is_quick_and_needs_no_torch(verb):
     code = (
         f"import sys; sys.argv = ['remix', *{verb}, '--help']\n"

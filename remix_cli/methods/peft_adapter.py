@@ -3,6 +3,7 @@
 Parameters are named as in PEFT's own files, without the adapter's name in them.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,8 @@ class PeftAdapter(Adapter):
                 f"adapter.method: {config.method} needs PEFT, which is not installed; pip install 'remix-cli[peft]'"
             ) from None
         described = _describe(peft, model, config)
-        with torch.random.fork_rng():  # PEFT draws from the global generators
+        with torch.random.fork_rng(), warnings.catch_warnings():  # PEFT draws from the global generators
+            warnings.simplefilter("ignore", FutureWarning)  # of what it asks transformers
             torch.manual_seed(seed)
             try:
                 self.wrapped: Any = peft.get_peft_model(model, described)

@@ -116,7 +116,7 @@ def _group(raw: RawRecipe, values: Any) -> SweepGroup:
 def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Path) -> list[Point]:
     """The arm's recipes under the first seed. Raises RecipeError; what the arm itself sets is named as its own."""
     axes = dict(_axes(raw.values, Recipe, ""))
-    made = []
+    made: list[Point] = []
     problems: dict[str, None] = {}
     for setting in _settings(axes, group.draws, arm, problems):
         one = copy.deepcopy(raw)
@@ -192,12 +192,14 @@ def _settings(axes: dict[str, Any], draws: int | None, arm: str, problems: dict[
 
 def slug(text: str) -> str:
     """As a folder's name."""
-    return re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.") or "run"
 
 
 def describe(setting: dict[str, Any]) -> str:
-    """`learning_rate=0.003, rank=8`; empty for an arm without axes."""
-    return ", ".join(f"{dotted.rpartition('.')[2]}={_shown(value)}" for dotted, value in setting.items())
+    """`learning_rate=0.003, rank=8`; empty for an arm without axes. Whole keys where two end alike."""
+    ends = [dotted.rpartition(".")[2] for dotted in setting]
+    names = [end if ends.count(end) == 1 else dotted for end, dotted in zip(ends, setting, strict=True)]
+    return ", ".join(f"{name}={_shown(value)}" for name, value in zip(names, setting.values(), strict=True))
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,285 @@
+"""Sweeps: what a file stands for, and a whole one from search to table."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from tiny import recipe_text, write_recipe, write_rows
+
+from remix_cli.errors import RecipeError
+from remix_cli.evaluate.statistics import difference_over_seeds, over_seeds
+from remix_cli.recipe.sweep import describe, load_sweep
+from remix_cli.runs import RunFolder
+from remix_cli.sweep import run as sweep_run
+from remix_cli.sweep import work
+
+ARMS = {
+    "LoRA": {"adapter": {"method": "rslora", "rank": 4}},
+    "ReMix": {"train.learning_rate": [0.005, 0.02], "router.selections": 2},
+}
+
+
+def sweep_file(stage, tmp_path, sweep, **groups):
+    model, data, _ = stage
+    test = write_rows(tmp_path / "test.jsonl", 12, seed=7)
+    recipe = recipe_text(model, data, tmp_path / "out", **groups)
+    source = {"path": str(test), "format": "gsm8k"}
+    recipe["eval"] = {"tasks": [{"task": "nll", "source": source}]}
+    return write_recipe(tmp_path / "sweep.yaml", recipe | {"sweep": sweep})
+
+
+def test_lists_make_a_grid_for_each_arm(stage, tmp_path):
+    path = sweep_file(stage, tmp_path, {"arms": ARMS, "seeds": [3, 4]}, router={"learning_rate": [0.1, 0.3]})
+    sweep = load_sweep(path)
+    # the list of the recipe counts for both arms, that of an arm for it alone
+    assert [point.setting for point in sweep.points["LoRA"]] == [{"router.learning_rate": r} for r in (0.1, 0.3)]
+    assert len(sweep.points["ReMix"]) == 4
+    last = sweep.points["ReMix"][-1]
+    assert (last.recipe.train.learning_rate, last.recipe.router.learning_rate, last.recipe.seed) == (0.02, 0.3, 3)
+    name = "router.learning_rate=0.3-train.learning_rate=0.02-seed3"
+    assert last.folder == tmp_path / "out" / "ReMix" / name
+    again = sweep.under(last, 4)
+    assert (again.recipe.seed, again.folder.name.endswith("seed4")) == (4, True)
+    folders = [point.folder for points in sweep.points.values() for point in points]
+    assert len(set(folders)) == 6
+    assert sweep.metric == "eval_loss"
+
+
+def test_lists_that_a_recipe_takes_anyway_are_no_axes(stage, tmp_path):
+    path = sweep_file(stage, tmp_path, {}, adapter={"target_modules": ["up_proj", "down_proj"]})
+    (point,) = load_sweep(path).points["run"]
+    assert point.recipe.adapter.target_modules == ["up_proj", "down_proj"]
+    path = sweep_file(stage, tmp_path, {}, adapter={"target_modules": [["up_proj"], ["up_proj", "down_proj"]]})
+    assert [len(p.recipe.adapter.target_modules) for p in load_sweep(path).points["run"]] == [1, 2]
+
+
+def test_whole_groups_may_be_listed_as_tied_settings(stage, tmp_path):
+    path = sweep_file(stage, tmp_path, {})
+    both = "adapter=[{method: rslora, rank: 4}, {method: remix, pool_size: 4, active: 2, rank: 2}]"
+    points = load_sweep(path, [both]).points["run"]
+    assert [p.recipe.adapter.method for p in points] == ["rslora", "remix"]
+
+
+def test_random_points_are_distinct_in_range_and_always_the_same(stage, tmp_path):
+    rates = {"train": {"learning_rate": {"log_uniform": [1e-4, 1e-1]}}}
+    path = sweep_file(stage, tmp_path, {"draws": 20}, **rates)
+    drawn = [p.recipe.train.learning_rate for p in load_sweep(path).points["run"]]
+    assert drawn == [p.recipe.train.learning_rate for p in load_sweep(path).points["run"]]
+    assert len(set(drawn)) == 20
+    assert all(1e-4 <= rate <= 1e-1 for rate in drawn)
+    assert 4 < sum(rate < 10**-2.5 for rate in drawn) < 16  # as many on each side of the logarithm's middle
+    grid = {"train": {"learning_rate": [1e-3, 2e-3, 3e-3], "max_steps": [1, 2, 3]}}
+    path = sweep_file(stage, tmp_path, {"draws": 5}, **grid)
+    settings = [describe(p.setting) for p in load_sweep(path).points["run"]]
+    assert len(set(settings)) == 5
+
+
+WRONG = [
+    ({"arms": {"A": {"adapter": {"method": "lora", "active": 3}}}}, [], "adapter.active: not a setting of lora"),
+    ({"arms": {"A": {"trian.max_steps": 3}}}, [], "trian: unknown key"),
+    ({"arms": {"A b": {}, "A-b": {}}}, [], "another arm's folder would have the same name, A-b"),
+    ({"seed": [1]}, [], "sweep.seed: Extra inputs are not permitted; valid here: arms, seeds, draws, metric"),
+    ({"seeds": []}, [], "sweep.seeds: List should have at least 1 item"),
+    ({}, ["train.learning_rate=[]"], "train.learning_rate: an empty list has no value to try"),
+    ({}, ["train.learning_rate={log_uniform: [1, 2]}"], "say in sweep.draws how many points to try"),
+    ({"draws": 2}, ["train.learning_rate={log_uniform: [2, 1]}"], "log_uniform takes two numbers, 0 < low < high"),
+    ({}, ["train.learning_rate=[0.1, 99]"], "train.learning_rate: should be less than or equal to 10, got 99"),
+]
+
+
+@pytest.mark.parametrize(("group", "overrides", "message"), WRONG)
+def test_a_wrong_sweep_is_refused_before_anything_runs(group, overrides, message, stage, tmp_path):
+    path = sweep_file(stage, tmp_path, group)
+    with pytest.raises(RecipeError) as refused:
+        load_sweep(path, overrides)
+    assert any(message in line for line in refused.value.problems), refused.value.problems
+    assert len(refused.value.problems) == (2 if "another arm" in message else 1)
+
+
+def test_a_metric_that_is_not_measured_is_refused(stage, tmp_path, verb):
+    path = sweep_file(stage, tmp_path, {"metric": "arc/letter"})
+    _, err = verb("sweep", path, expect=2)
+    assert "sweep.metric: arc/letter is not measured" in err
+
+
+def test_train_points_to_sweep_and_the_reverse_is_one_run(stage, tmp_path, verb):
+    path = sweep_file(stage, tmp_path, {})
+    _, err = verb("train", path, expect=2)
+    assert "it is for `remix sweep`" in err
+    out, _ = verb("sweep", path, "--dry-run")
+    assert "1 arms, 1 runs to search" in out
+    assert not (tmp_path / "out").exists()
+
+
+def in_this_process(monkeypatch):
+    """Jobs run when they are submitted, and what they do is noted."""
+    ran = []
+
+    class Pool:
+        def __init__(self, processes):
+            self.queue = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, job, recipe, then):
+            self.queue.append((job, recipe, then))
+
+        def until_idle(self):
+            while self.queue:
+                job, recipe, then = self.queue.pop(0)
+                ran.append((getattr(job, "func", job).__name__, Path(recipe.output_dir)))
+                then(job(recipe))
+
+    monkeypatch.setattr(sweep_run, "_Pool", Pool)
+    return ran
+
+
+def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_path, verb, monkeypatch):
+    ran = in_this_process(monkeypatch)
+    path = sweep_file(stage, tmp_path, {"arms": ARMS, "seeds": [0, 1]})
+    out, _ = verb("sweep", path)
+    trained = [folder for job, folder in ran if job == "train_run"]
+    scored = [folder for job, folder in ran if job == "score_run"]
+    assert len(trained) == 3 + 2
+    assert len(scored) == 4
+    document = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    for arm in document["arms"].values():
+        values = [one["value"] for one in arm["searched"]]
+        for one in arm["searched"]:
+            lines = (tmp_path / "out" / one["run"] / "metrics.jsonl").read_text().splitlines()
+            held = [json.loads(line)["eval_loss"] for line in lines if "eval_loss" in line]
+            assert one["value"] == held[-1]
+        assert arm["chosen"] == arm["searched"][values.index(min(values))]["setting"]
+        assert {tmp_path / "out" / run for run in arm["runs"]} <= set(scored)
+    # the search's other points never saw the test rows
+    lost = {tmp_path / "out" / one["run"] for arm in document["arms"].values() for one in arm["searched"]} - set(scored)
+    assert len(lost) == 1
+    assert not any(RunFolder(folder).evaluations.exists() for folder in lost)
+    assert "nll loss: mean over seeds, and difference from LoRA" in out
+    # the figures of the table, from the runs themselves
+    report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
+    for arm in report["arms"]:
+        folders = [tmp_path / "out" / run for run in document["arms"][arm["arm"]]["runs"]]
+        losses = [work.scored_tasks(RunFolder(f))["nll"]["scores"]["loss"] for f in folders]
+        assert arm["scores"]["nll loss"]["value"] == pytest.approx(np.mean(losses))
+        assert arm["runs"] == 2
+        summary = json.loads((folders[0] / "summary.json").read_text())
+        assert arm["trained_parameters"] == summary["parameters"]["trained"]
+    # again: nothing is trained or scored anew
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
+    verb("sweep", path)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
+
+
+def test_a_setting_that_diverges_loses_and_one_that_fails_is_told_at_the_end(stage, tmp_path, verb, monkeypatch):
+    in_this_process(monkeypatch)
+    path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}})
+    real = work.train_run
+    for problem, code in (("diverged at step 1: loss nan", 0), ("OSError: no such thing", 1)):
+
+        def one_fails(recipe, problem=problem):
+            return problem if recipe.train.learning_rate == 0.02 else real(recipe)
+
+        monkeypatch.setattr(sweep_run, "train_run", one_fails)
+        _, err = verb("sweep", path, expect=code)
+        document = json.loads((tmp_path / "out" / "sweep.json").read_text())
+        first, second = document["arms"]["A"]["searched"]
+        assert (first["value"], first["error"]) == (None, problem)
+        assert document["arms"]["A"]["chosen"] == second["setting"] == {"train.learning_rate": 0.01}
+        assert ("no such thing" in err) == (code == 1)
+
+
+def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, tmp_path):
+    """Two processes; SIGTERM once a checkpoint is there; the same command finishes without redoing it."""
+    many = {"max_steps": 60, "save_steps": 5, "eval_steps": 60}
+    path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}}, train=many)
+    command = [sys.executable, "-m", "remix_cli", "sweep", str(path), "--processes", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").rglob("step-*/manifest.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "the same command goes on" in told
+    assert "Traceback" not in told
+    kept = len(list((tmp_path / "out").rglob("step-*/manifest.json")))
+    assert kept
+    done = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [p.read_text() for p in (tmp_path / "out").rglob("*.log")]
+    assert len(logs) == 2
+    assert any("steps     0 -> 60" not in log.rpartition("train     ")[2] for log in logs)  # one at least went on
+    assert (tmp_path / "out" / "sweep.json").is_file()
+
+
+def test_intervals_over_seeds():
+    score = over_seeds([1.0, 2.0, 3.0], share=False)
+    assert (score.value, score.count) == (2.0, 3)
+    assert score.high - score.value == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert over_seeds([1.0], share=True).high == float("inf")
+
+
+def test_the_difference_over_seeds_knows_items_and_seeds():
+    random = np.random.default_rng(0)
+    items = random.random((1, 400))  # how hard each item is, for everyone
+    first = np.stack([np.stack([items[0] + 0.01 * random.standard_normal(400), np.ones(400)]) for _ in range(3)])
+    better = first.copy()
+    better[:, 0] -= 0.05
+    found = difference_over_seeds(first, better, share=False)
+    assert found.value == pytest.approx(-0.05)
+    assert -0.06 < found.low < found.value < found.high < -0.04  # items cancel, because they are the same
+    spread = better.copy()
+    spread[:, 0] += np.array([-0.2, 0.0, 0.2])[:, None]  # seeds that disagree
+    wide = difference_over_seeds(first, spread, share=False)
+    assert wide.low < -0.1 < 0 < wide.high
+
+
+def test_budget_meets_its_target_for_every_method(stage, tmp_path, verb):
+    model, data, _ = stage
+    recipe = recipe_text(model, data, tmp_path / "run")
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    found = json.loads(verb("budget", path, "--parameters", "20000", "--count", "trained", "--json")[0])
+    sizes = {(size["method"], size["knob"]): size for size in found["methods"]}
+    assert {method for method, _ in sizes} == {
+        *("remix", "mixlora", "hydralora", "lora", "rslora", "dora", "ia3", "vblora", "prefix", "prompt", "p_tuning")
+    }
+    for (method, knob), size in sizes.items():
+        if knob and not size["problem"]:
+            assert size["trained"] == pytest.approx(20000, rel=0.08), (method, knob)
+    # what it says is what a run of that size has
+    rank = sizes["dora", "rank"]["value"]
+    out, _ = verb("validate", path, f"adapter={{method: dora, rank: {rank}}}", "--json")
+    assert json.loads(out)["parameters"]["trained"] == sizes["dora", "rank"]["trained"]
+    hydra = sizes["hydralora", "pool_size"]["value"]
+    out, _ = verb("validate", path, f"adapter={{method: hydralora, rank: 3, pool_size: {hydra}}}", "--json")
+    assert json.loads(out)["parameters"]["trained"] == sizes["hydralora", "pool_size"]["trained"]
+    out, _ = verb("budget", path)
+    assert "no size to choose" in out
+    own = json.loads(verb("validate", path, "--json")[0])["parameters"]["active"]
+    assert f"{own:,} active parameters" in out
+
+
+SWEEPS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in SWEEPS if "sweep" in yaml.safe_load(p.read_text())], ids=lambda p: p.name)
+def test_every_sweep_file_of_ours_loads(path):
+    sweep = load_sweep(path)
+    assert len(sweep.points) > 1
+    assert f"remix sweep {path.relative_to(ROOT)}" in path.read_text().splitlines()[0]
