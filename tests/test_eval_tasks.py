@@ -351,10 +351,10 @@ def test_answers_of_any_characters_are_kept_and_compared(verb, finished, monkeyp
 
 
 def test_samples_of_one_problem_are_one_item_in_comparisons():
-    from remix_cli.evaluate.compare import _parts
+    from remix_cli.evaluate.compare import parts_of_lines
 
     lines = [{"correct": c} for c in (1, 0, 1, 1, 0, 0)]
-    assert _parts(lines, "pass@1", 2).tolist() == [[1, 2, 0], [2, 2, 2]]
+    assert parts_of_lines(lines, "pass@1", 2).tolist() == [[1, 2, 0], [2, 2, 2]]
 
 
 def test_text_keeps_the_space_that_follows_the_prompt():

@@ -10,7 +10,7 @@ from remix_cli.errors import RecipeError
 from remix_cli.recipe import load_recipe
 from remix_cli.recipe.loader import all_keys, dump
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "output_dir": "o"}
 
 

@@ -162,7 +162,7 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
             held = [json.loads(line)["eval_loss"] for line in lines if "eval_loss" in line]
             assert one["value"] == held[-1]
         assert arm["chosen"] == arm["searched"][values.index(min(values))]["setting"]
-        assert {tmp_path / "out" / run for run in arm["runs"]} <= set(scored)
+        assert {(tmp_path / "out" / report).parent.parent for report in arm["reports"]} <= set(scored)
     # the search's other points never saw the test rows
     lost = {tmp_path / "out" / one["run"] for arm in document["arms"].values() for one in arm["searched"]} - set(scored)
     assert len(lost) == 1
@@ -171,11 +171,11 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     # the figures of the table, from the runs themselves
     report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
     for arm in report["arms"]:
-        folders = [tmp_path / "out" / run for run in document["arms"][arm["arm"]]["runs"]]
-        losses = [work.scored_tasks(RunFolder(f))["nll"]["scores"]["loss"] for f in folders]
+        files = [tmp_path / "out" / report for report in document["arms"][arm["arm"]]["reports"]]
+        losses = [work.scored_tasks(file)["nll"]["scores"]["loss"] for file in files]
         assert arm["scores"]["nll loss"]["value"] == pytest.approx(np.mean(losses))
         assert arm["runs"] == 2
-        summary = json.loads((folders[0] / "summary.json").read_text())
+        summary = json.loads((files[0].parent.parent / "summary.json").read_text())
         assert arm["trained_parameters"] == summary["parameters"]["trained"]
     # again: nothing is trained or scored anew
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}

@@ -31,7 +31,9 @@ def evaluate(
     active: Annotated[
         str | None, typer.Option(metavar="K,K...", help="Activate so many LoRAs instead of the trained k.")
     ] = None,
-    selection: Annotated[str, typer.Option(help="top, or sample as in training (the paper's ablation).")] = "top",
+    selection: Annotated[
+        str | None, typer.Option(help="top, or sample as in training (the paper's ablation); by default the recipe's.")
+    ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
     ] = False,
@@ -53,14 +55,16 @@ def evaluate(
     from remix_cli.runs import RunFolder, load_model_folder, load_run
 
     console = Console(stderr=as_json)
-    if selection not in ("top", "sample"):
+    if selection not in (None, "top", "sample"):
         raise RecipeError(f"--selection: {selection!r} is not known; use top or sample")
     folder = RunFolder(run)
     recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
     if folder.is_model and not (task and (data or task == ["humaneval"])):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
     base = base or folder.is_model
-    settings = Settings(base=base, limit=limit, sampled=selection == "sample", allow_code=allow_code)
+    settings = Settings(
+        base=base, limit=limit, sampled=(selection or recipe.eval.selection) == "sample", allow_code=allow_code
+    )
     changes = {"shots": shots, "samples": samples, "temperature": temperature}
     tasks = requested_tasks(recipe, task, data, changes, shots_from)
     config = recipe.adapter_config()

@@ -135,8 +135,11 @@ def scores_in_common(results: list[dict[str, Any]]) -> list[str]:
 
 def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
     """(2, S) numerators and denominators of the score; the samples of one problem are one item."""
-    lines = run.lines(task)
     samples = next(r["protocol"].get("samples", 1) for r in run.report["results"] if r["task"] == task)
+    return parts_of_lines(run.lines(task), score, samples)
+
+
+def parts_of_lines(lines: list[dict[str, Any]], score: str, samples: int) -> np.ndarray:
     above, below = PARTS[score]
     numerators = [float(line[above]) for line in lines]
     denominators = [float(line[below]) if below else 1.0 for line in lines]

@@ -230,6 +230,7 @@ class Task(Strict):
 class Eval(Strict):
     tasks: list[Task] = [Task(task="nll")]
     batch_size: Positive | None = Field(None, description="Rows at once; by default as many as memory holds.")
+    selection: Literal["top", "sample"] = Field("top", description="The top k LoRAs, or drawn as in training.")
 
 
 def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:

@@ -39,8 +39,8 @@ def sweep_report(folder: Path) -> dict[str, Any]:
     """{metric, seeds, reference, arms: [...], skipped: [...]}. Raises ArtefactError."""
     try:
         document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        arms = {name: arm for name, arm in document["arms"].items() if arm["runs"]}
-        found = {name: [load_evaluated(folder / run) for run in arm["runs"]] for name, arm in arms.items()}
+        arms = {name: arm for name, arm in document["arms"].items() if arm["reports"]}
+        found = {name: [load_evaluated(folder / run) for run in arm["reports"]] for name, arm in arms.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{folder / FILE}: cannot be read ({error}); run `remix sweep` again") from None
     if not found:

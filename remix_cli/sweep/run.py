@@ -26,7 +26,7 @@ from remix_cli.recipe.schema import SCORES
 from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
-from remix_cli.sweep.work import score_run, set_up, train_run
+from remix_cli.sweep.work import report_file, score_run, set_up, train_run
 
 FILE = "sweep.json"
 Say = Callable[[str], None]
@@ -164,10 +164,10 @@ class _Sweep:
             ]
             runs = []
             if arm.chosen is not None:
-                under = [self.sweep.under(arm.chosen, seed).folder for seed in self._seeds(arm.chosen)]
-                runs = [self._relative(folder) for folder in under if folder not in self.errors]
+                under = [self.sweep.under(arm.chosen, seed) for seed in self._seeds(arm.chosen)]
+                runs = [self._relative(report_file(p.recipe)) for p in under if p.folder not in self.errors]
             chosen = arm.chosen.setting if arm.chosen is not None else None
-            arms[name] = {"searched": searched, "chosen": chosen, "runs": runs}
+            arms[name] = {"searched": searched, "chosen": chosen, "reports": runs}
         return {"metric": self.sweep.metric, "seeds": self.sweep.seeds, "arms": arms}
 
     def _relative(self, folder: Path) -> str:

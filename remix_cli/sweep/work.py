@@ -62,11 +62,16 @@ def score_run(recipe: Recipe, allow_code: bool) -> str | None:
     from remix_cli.runs import load_run
 
     folder = RunFolder(Path(recipe.output_dir))
-    if set(scored_tasks(folder)) >= {label for label, _ in labelled(recipe.eval.tasks)}:
+    if set(scored_tasks(report_file(recipe))) >= {label for label, _ in labelled(recipe.eval.tasks)}:
         return None
     with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
         try:
-            evaluate(load_run(folder.path), recipe.eval.tasks, Settings(allow_code=allow_code), lambda *_: _Silent())
+            evaluate(
+                load_run(folder.path),
+                recipe.eval.tasks,
+                Settings(sampled=recipe.eval.selection == "sample", allow_code=allow_code),
+                lambda *_: _Silent(),
+            )
         except Exception as error:
             return _told(error, Console(file=log, width=WIDTH))
         finally:
@@ -74,10 +79,16 @@ def score_run(recipe: Recipe, allow_code: bool) -> str | None:
     return None
 
 
-def scored_tasks(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Results by task of the run's last adapter; none if it was not scored."""
+def report_file(recipe: Recipe) -> Path:
+    """Where the scores of the run's last adapter are, in the selection mode that the recipe asks for."""
+    name = "adapter-sampled" if recipe.eval.selection == "sample" else "adapter"
+    return RunFolder(Path(recipe.output_dir)).evaluations / f"{name}.json"
+
+
+def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
+    """Results by task of a report; none if there is none."""
     try:
-        report = json.loads((folder.evaluations / "adapter.json").read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
         return {result["task"]: result for result in report["results"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
