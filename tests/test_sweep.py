@@ -177,6 +177,11 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
         assert arm["runs"] == 2
         summary = json.loads((files[0].parent.parent / "summary.json").read_text())
         assert arm["trained_parameters"] == summary["parameters"]["trained"]
+    # one arm alone leaves the other in the table
+    verb("sweep", path, "--only", "R.*")
+    assert json.loads(verb("compare", tmp_path / "out", "--json")[0]) == report
+    _, err = verb("sweep", path, "--only", "X", expect=2)
+    assert "'X' matches no arm; there are LoRA, ReMix" in err
     # again: nothing is trained or scored anew
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
     verb("sweep", path)

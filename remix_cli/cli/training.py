@@ -67,6 +67,9 @@ def sweep(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe with lists of values, see docs/sweeps.md.")],
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at once; they are dealt to the GPUs in turn.")] = 1,
+    only: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="These arms; others that were run before stay in the table.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     allow_code: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
@@ -80,7 +83,7 @@ def sweep(
     from remix_cli.recipe.sweep import describe, load_sweep
 
     console = Console(stderr=as_json)
-    plan = load_sweep(recipe, overrides or [])
+    plan = load_sweep(recipe, overrides or [], only)
     searched = sum(map(len, plan.points.values()))
     more = len(plan.seeds) - 1
     for arm, points in plan.points.items() if dry_run else ():

@@ -69,8 +69,11 @@ class Sweep:
         return Point(point.arm, point.setting, seed, recipe)
 
 
-def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
-    """Every recipe of the sweep, checked. Raises RecipeError with all problems, each once."""
+def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: str | None = None) -> Sweep:
+    """Every recipe of the sweep, or of the arms whose whole name matches the expression `only`, checked.
+
+    Raises RecipeError with all problems, each once.
+    """
     raw = read_raw(path, overrides)
     group = _group(raw, raw.values.pop("sweep", {}))
     root = raw.values.get("output_dir")
@@ -78,7 +81,8 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep
         build(raw)  # says what is wrong with it
     problems: dict[str, None] = {}
     points: dict[str, list[Point]] = {}
-    for arm, changes in group.arms.items():
+    for arm in _matching(list(group.arms), only):
+        changes = group.arms[arm]
         one = copy.deepcopy(raw)
         for dotted, value in changes.items():
             try:
@@ -99,6 +103,16 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep
     first = next(iter(points.values()))[0].recipe
     metric = group.metric or first.train.metric_for_best_model
     return Sweep(Path(str(root)), group.seeds, metric, points)
+
+
+def _matching(arms: list[str], only: str | None) -> list[str]:
+    try:
+        found = [arm for arm in arms if only is None or re.fullmatch(only, arm)]
+    except re.error as error:
+        raise RecipeError(f"--only: {only!r} is not a regular expression: {error}") from None
+    if not found:
+        raise RecipeError(f"--only: {only!r} matches no arm; there are {', '.join(arms)}")
+    return found
 
 
 def _group(raw: RawRecipe, values: Any) -> SweepGroup:

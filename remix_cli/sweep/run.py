@@ -55,10 +55,22 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
         check_code(points[0].recipe.eval.tasks, Settings(allow_code=allow_code))
     with lock_folder(sweep.folder):
         done = _Sweep(sweep, say, allow_code).run(processes)
-        write_json(sweep.folder / FILE, done.document())
+        document = done.document()
+        document["arms"] = _other_arms(sweep) | document["arms"]
+        write_json(sweep.folder / FILE, document)
     if done.failures:
         raise RemixError(*done.failures)
     return sweep.folder / FILE
+
+
+def _other_arms(sweep: Sweep) -> dict[str, Any]:
+    """What an earlier command with the same metric and seeds has left of arms that this one did not run."""
+    try:
+        earlier = json.loads((sweep.folder / FILE).read_text(encoding="utf-8"))
+        same = earlier["metric"] == sweep.metric and earlier["seeds"] == sweep.seeds
+        return earlier["arms"] if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _check_metric(sweep: Sweep) -> None:
