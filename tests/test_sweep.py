@@ -125,7 +125,7 @@ def in_this_process(monkeypatch):
 
     class Pool:
         def __init__(self, processes):
-            self.queue = []
+            self.processes, self.queue = processes, []
 
         def __enter__(self):
             return self
@@ -188,28 +188,58 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
 
 
-def test_a_setting_that_diverges_loses_and_one_that_fails_is_told_at_the_end(stage, tmp_path, verb, monkeypatch):
+def failing(monkeypatch, problems):
+    """The runs at rate 0.02 end with these problems, one after the other, and then well."""
+    real, left = work.train_run, list(problems)
+
+    def one_fails(recipe):
+        return left.pop(0) if recipe.train.learning_rate == 0.02 and left else real(recipe)
+
+    monkeypatch.setattr(sweep_run, "train_run", one_fails)
+
+
+TWO_RATES = {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}}
+
+
+def test_a_setting_that_diverges_loses(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
-    path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}})
-    real = work.train_run
-    for problem, code in (("diverged at step 1: loss nan", 0), ("OSError: no such thing", 1)):
+    failing(monkeypatch, ["diverged at step 1: loss nan"])
+    verb("sweep", sweep_file(stage, tmp_path, TWO_RATES))
+    arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
+    first, second = arm["searched"]
+    assert (first["value"], first["error"]) == (None, "diverged at step 1: loss nan")
+    assert arm["chosen"] == second["setting"] == {"train.learning_rate": 0.01}
 
-        def one_fails(recipe, problem=problem):
-            return problem if recipe.train.learning_rate == 0.02 else real(recipe)
 
-        monkeypatch.setattr(sweep_run, "train_run", one_fails)
-        _, err = verb("sweep", path, expect=code)
-        document = json.loads((tmp_path / "out" / "sweep.json").read_text())
-        first, second = document["arms"]["A"]["searched"]
-        assert (first["value"], first["error"]) == (None, problem)
-        assert document["arms"]["A"]["chosen"] == second["setting"] == {"train.learning_rate": 0.01}
-        assert ("no such thing" in err) == (code == 1)
+def test_an_arm_is_not_chosen_from_while_a_setting_of_it_failed(stage, tmp_path, verb, monkeypatch):
+    ran = in_this_process(monkeypatch)
+    failing(monkeypatch, ["OSError: no such thing"])
+    path = sweep_file(stage, tmp_path, TWO_RATES)
+    _, err = verb("sweep", path, expect=1)
+    assert "learning_rate=0.02-seed0: OSError: no such thing" in err
+    arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
+    assert (arm["chosen"], arm["reports"]) == (None, [])
+    assert not any(job == "score_run" for job, _ in ran)
+    verb("sweep", path)  # the cause mended, the same command goes on
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]["chosen"] is not None
+
+
+def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypatch):
+    in_this_process(monkeypatch)
+    failing(monkeypatch, ["out of memory: OutOfMemoryError: CUDA out of memory"])
+    path = sweep_file(stage, tmp_path, TWO_RATES)
+    out, _ = verb("sweep", path, "--processes", "3")
+    assert "1 runs lacked memory; now one at a time" in out
+    arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
+    assert all(one["error"] is None for one in arm["searched"])
+    assert arm["chosen"] is not None
 
 
 def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, tmp_path):
     """Two processes; SIGTERM once a checkpoint is there; the same command finishes without redoing it."""
     many = {"max_steps": 60, "save_steps": 5, "eval_steps": 60}
-    path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}}, train=many)
+    rates = [0.02, 0.01, 0.015, 0.005]
+    path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": rates}}}, train=many)
     command = [sys.executable, "-m", "remix_cli", "sweep", str(path), "--processes", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
@@ -218,17 +248,19 @@ def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, t
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+    begun = set((tmp_path / "out").rglob("*.log"))
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "the same command goes on" in told
     assert "Traceback" not in told
+    assert set((tmp_path / "out").rglob("*.log")) == begun  # what was dealt to a worker already is not begun
     kept = len(list((tmp_path / "out").rglob("step-*/manifest.json")))
     assert kept
     done = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [p.read_text() for p in (tmp_path / "out").rglob("*.log")]
-    assert len(logs) == 2
+    assert len(logs) == 4
     assert any("steps     0 -> 60" not in log.rpartition("train     ")[2] for log in logs)  # one at least went on
     assert (tmp_path / "out" / "sweep.json").is_file()
 

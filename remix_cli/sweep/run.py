@@ -3,6 +3,9 @@
 1. Every point of every arm is trained under the first seed.
 2. As soon as an arm's points are all there, the best by the metric on held-out rows is trained under all seeds.
 3. Those runs, and no others, are scored on the recipe's tasks.
+
+What runs out of memory beside other runs is tried again alone, at the end. An arm of which a setting failed for
+another reason than divergence is not chosen from: the settings would not have been compared.
 """
 
 import functools
@@ -26,10 +29,13 @@ from remix_cli.recipe.schema import SCORES
 from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
-from remix_cli.sweep.work import report_file, score_run, set_up, train_run
+from remix_cli.sweep.work import NO_MEMORY, report_file, score_run, set_up, train_run
 
 FILE = "sweep.json"
 Say = Callable[[str], None]
+Work = Callable[[Recipe], str | None]  # what went wrong, in one line
+Then = Callable[[str | None], None]
+Job = tuple[Work, Recipe, Then]
 
 
 @dataclass
@@ -40,7 +46,8 @@ class _Arm:
     points: list[Point]
     values: dict[Path, float] = field(default_factory=dict)  # of the metric, as a cost: less is better
     chosen: Point | None = None
-    waiting: int = 0
+    waiting: int = 0  # runs in hand
+    sound: bool = True  # no run failed but for divergence
 
 
 def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) -> Path:
@@ -96,29 +103,45 @@ class _Sweep:
         self.arms = {name: _Arm(name, points) for name, points in sweep.points.items()}
         self.errors: dict[Path, str] = {}
         self.failures: list[str] = []
-        self.begun: set[Path] = set()
-        self.total = sum(len(points) for points in sweep.points.values())
+        self.again: list[Job] = []  # for want of memory
         self.count = 0
 
     def run(self, processes: int) -> "_Sweep":
-        with _Pool(processes) as pool:
-            for arm in self.arms.values():
-                for point in arm.points:
-                    self._train(pool, arm, point)
-            try:
-                pool.until_idle()
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    signal.SIGINT, "interrupted; the same command goes on where every run was stopped"
-                ) from None
+        todo: list[Job] = []
+        for arm in self.arms.values():
+            for point in arm.points:
+                arm.waiting += 1
+                todo.append((train_run, point.recipe, functools.partial(self._trained, arm, point)))
+        try:
+            self._do(todo, processes)
+            if self.again:
+                self.say(f"     {len(self.again)} runs lacked memory; now one at a time")
+                todo, self.again = self.again, []
+                self._do(todo, 1)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                signal.SIGINT, "interrupted; the same command goes on where every run was stopped"
+            ) from None
         return self
 
-    def _train(self, pool: "_Pool", arm: _Arm, point: Point) -> None:
-        self.begun.add(point.folder)
-        arm.waiting += 1
-        pool.submit(train_run, point.recipe, lambda problem: self._trained(pool, arm, point, problem))
+    def _do(self, jobs: list["Job"], processes: int) -> None:
+        """These jobs and those that follow from them."""
+        with _Pool(processes) as pool:
+            self.pool = pool
+            for job, recipe, then in jobs:
+                self._submit(job, recipe, then)
+            pool.until_idle()
 
-    def _trained(self, pool: "_Pool", arm: _Arm, point: Point, problem: str | None) -> None:
+    def _submit(self, job: Work, recipe: Recipe, then: Then) -> None:
+        def done(problem: str | None) -> None:
+            if problem is not None and problem.startswith(NO_MEMORY) and self.pool.processes > 1:
+                self.again.append((job, recipe, then))
+            else:
+                then(problem)
+
+        self.pool.submit(job, recipe, done)
+
+    def _trained(self, arm: _Arm, point: Point, problem: str | None) -> None:
         arm.waiting -= 1
         self.count += 1
         value = math.inf
@@ -127,6 +150,7 @@ class _Sweep:
         else:
             self.errors[point.folder] = problem
             if not problem.startswith("diverged"):
+                arm.sound = False
                 self.failures.append(f"{point.folder}: {problem}")
         arm.values[point.folder] = value
         shown = f"{self.sweep.metric} {abs(value):.4f}" if problem is None else problem
@@ -134,27 +158,31 @@ class _Sweep:
         name = f"{arm.name}{f' ({setting})' if setting else ''}, seed {point.seed}"
         self.say(f"{self.count:>4} trained  {name}: {shown}")
         if arm.chosen is None and arm.waiting == 0:
-            self._choose(pool, arm)
+            self._choose(arm)
         elif arm.chosen is not None and problem is None:
-            self._score(pool, point)
+            self._score(point)
 
-    def _choose(self, pool: "_Pool", arm: _Arm) -> None:
+    def _choose(self, arm: _Arm) -> None:
+        if not arm.sound:
+            return
         best = min(arm.points, key=lambda point: arm.values[point.folder])
         if not math.isfinite(arm.values[best.folder]):
-            self.failures.append(f"sweep.arms.{arm.name}: no setting of it could be trained")
+            self.failures.append(f"sweep.arms.{arm.name}: every setting of it diverged; try lower rates")
             return
         arm.chosen = best
-        self._score(pool, best)
+        self._score(best)
         for seed in self._seeds(best)[1:]:
-            self._train(pool, arm, self.sweep.under(best, seed))
+            point = self.sweep.under(best, seed)
+            arm.waiting += 1
+            self._submit(train_run, point.recipe, functools.partial(self._trained, arm, point))
 
     def _seeds(self, point: Point) -> list[int]:
         """Without training nothing depends on a seed."""
         return self.sweep.seeds if point.recipe.adapter.method != "none" else self.sweep.seeds[:1]
 
-    def _score(self, pool: "_Pool", point: Point) -> None:
+    def _score(self, point: Point) -> None:
         job = functools.partial(score_run, allow_code=self.allow_code)
-        pool.submit(job, point.recipe, lambda problem: self._scored(point, problem))
+        self._submit(job, point.recipe, functools.partial(self._scored, point))
 
     def _scored(self, point: Point, problem: str | None) -> None:
         if problem is not None:
@@ -210,13 +238,15 @@ class _Pool:
     """Worker processes, each with a GPU in turn; what a job returns goes to its callback, in this process."""
 
     def __init__(self, processes: int):
+        self.processes = processes
         context = multiprocessing.get_context("spawn")
         devices = context.Queue()
         for device in _devices(processes):
             devices.put(device)
         threads = max(1, (os.cpu_count() or 1) // processes)
-        self.executor = ProcessPoolExecutor(processes, context, set_up, (devices, threads))
-        self.pending: dict[Future, Callable[[str | None], None]] = {}
+        self.ended = context.Event()
+        self.executor = ProcessPoolExecutor(processes, context, set_up, (devices, threads, self.ended))
+        self.pending: dict[Future, Then] = {}
 
     def __enter__(self) -> "_Pool":
         return self
@@ -226,7 +256,7 @@ class _Pool:
             self.stop()
         self.executor.shutdown(cancel_futures=True)
 
-    def submit(self, job: Callable[[Recipe], str | None], recipe: Recipe, then: Callable[[str | None], None]) -> None:
+    def submit(self, job: Work, recipe: Recipe, then: Then) -> None:
         self.pending[self.executor.submit(job, recipe)] = then
 
     def until_idle(self) -> None:
@@ -245,7 +275,8 @@ class _Pool:
             signal.signal(signal.SIGTERM, before)
 
     def stop(self) -> None:
-        """Ask the runs in hand to save and end."""
+        """Ask the runs in hand to save and end; those that wait in a worker's queue are not begun."""
+        self.ended.set()
         for future in self.pending:
             future.cancel()
         for process in multiprocessing.active_children():

@@ -9,18 +9,22 @@ from typing import Any
 
 from rich.console import Console
 
-from remix_cli.errors import RemixError
+from remix_cli.errors import Interrupted, RemixError, is_out_of_memory
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 
 WIDTH = 100  # of a log
+NO_MEMORY = "out of memory"
+_ended: Any = None  # in a worker: an event, set when the sweep is to end
 
 
-def set_up(devices: Any, threads: int) -> None:
+def set_up(devices: Any, threads: int, ended: Any) -> None:
     """Give this process a GPU of its own, if there are several, and its share of the cores.
 
     Ctrl-C reaches the parent, which then asks every run to save and end.
     """
+    global _ended
+    _ended = ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     device = devices.get()
     if device is not None:
@@ -34,11 +38,11 @@ def set_up(devices: Any, threads: int) -> None:
 def train_run(recipe: Recipe) -> str | None:
     """Train, or go on, or do nothing if the run is complete. What went wrong, in one line; None if nothing.
 
-    Output goes to a log beside the run's folder. Interruptions are raised.
+    Output goes to a log beside the run's folder. Raises Interrupted.
     """
-    from remix_cli.errors import Interrupted
     from remix_cli.train.loop import train
 
+    _check_ended()
     folder = RunFolder(Path(recipe.output_dir))
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
@@ -61,6 +65,7 @@ def score_run(recipe: Recipe, allow_code: bool) -> str | None:
     from remix_cli.recipe.schema import labelled
     from remix_cli.runs import load_run
 
+    _check_ended()
     folder = RunFolder(Path(recipe.output_dir))
     if set(scored_tasks(report_file(recipe))) >= {label for label, _ in labelled(recipe.eval.tasks)}:
         return None
@@ -94,10 +99,18 @@ def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def _check_ended() -> None:
+    """A job that was dealt to this worker before the sweep was interrupted is not begun. Raises Interrupted."""
+    if _ended is not None and _ended.is_set():
+        raise Interrupted(signal.SIGTERM, "not begun")
+
+
 def _told(error: Exception, console: Console) -> str:
     if not isinstance(error, RemixError):
         console.print_exception()
     line = "; ".join(error.problems) if isinstance(error, RemixError) else f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        line = f"{NO_MEMORY}: {line}"
     console.print(f"error: {line}", highlight=False, soft_wrap=True)
     return " ".join(line.split())[:300]
 
