@@ -1,24 +1,23 @@
-"""Which estimator trains the better model? A small multi-skill task, end to end through `remix train`, on a CPU.
+"""Which estimator, and which method, trains the better model? A small multi-skill task through `remix sweep`, on a CPU.
 
-    python scripts/study_synthetic.py --out DIR [--processes 2] [--seconds 1500]
+    python scripts/study_synthetic.py --out DIR [--processes 2] [--only REGEX]
 
 A two-layer Llama learns 8 skills (8 permutations of 32 symbols; the skill's name stands in front of each
-question), is frozen, and is then finetuned on 8 NEW permutations with routed LoRAs (n = 8, k = 2, r = 2).
-Every arm gets the same steps and three seeds; the router's learning rate is chosen for each arm by its own
-held-out loss, and the test loss is on rows that no choice has seen.
+question), is frozen, and is then finetuned on 8 NEW permutations with routed LoRAs (n = 8, k = 2, r = 2) or without.
+Every arm gets the same steps, four rates of its own to choose from by held-out loss, and three seeds; the test loss
+is on rows that no choice has seen. DIR/sweep.yaml is what is run: `remix sweep DIR/sweep.yaml` goes on with it.
 """
 
 import argparse
-import itertools
 import json
-import statistics
-import time
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from sweep import Sweep, run_all
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,23 +26,35 @@ CHAT = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<bot> {{ m.content }} <eos> {% else %}"
     "<user> {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
 )
-ARMS = {
-    "paper, M = 2": ["router.estimator=paper", "router.selections=2"],
-    "paper, M = 8": ["router.estimator=paper", "router.selections=8"],
-    "rtg, M = 2": ["router.estimator=rtg", "router.selections=2"],
-    "rtg, M = 8": ["router.estimator=rtg", "router.selections=8"],
-    "control_variate, M = 2": ["router.estimator=control_variate", "router.selections=2"],
-    "straight_through, M = 1": ["router.estimator=straight_through", "router.selections=1"],
+ROUTER_RATES = {"router.learning_rate": [0.03, 0.1, 0.3, 1.0]}
+RATES = {"train.learning_rate": [0.005, 0.01, 0.02, 0.04]}
+
+
+def remix(estimator: str, selections: int, active: int = 2) -> dict[str, Any]:
+    adapter = {"method": "remix", "pool_size": 8, "active": active, "rank": 2}
+    router = {"router.estimator": estimator, "router.selections": selections}
+    return {"adapter": adapter, "train.learning_rate": 0.01} | router | ROUTER_RATES
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    **{f"rsLoRA-r{rank}": {"adapter": {"method": "rslora", "rank": rank}} | RATES for rank in (4, 2, 8, 16)},
+    "rtg-M2": remix("rtg", 2),
+    "rtg-M2-k1": remix("rtg", 2, active=1),
+    "rtg-M2-k4": remix("rtg", 2, active=4),
+    "MixLoRA": {"adapter": {"method": "mixlora", "pool_size": 8, "active": 2, "rank": 2}} | RATES,
+    "HydraLoRA": {"adapter": {"method": "hydralora", "pool_size": 8, "rank": 2}} | RATES,
+    "rtg-M4": remix("rtg", 4),
+    "rtg-M8": remix("rtg", 8),
+    "paper-M2": remix("paper", 2),
+    "paper-M8": remix("paper", 8),
+    "control_variate-M2": remix("control_variate", 2),
+    "straight_through-M1": remix("straight_through", 1),
+    "frozen-M2": remix("rtg", 2) | {"router.learning_rate": 0} | RATES,
 }
-FROZEN = {"frozen router, M = 2": ["router.selections=2", "router.learning_rate=0.0"]}
-RATES = (0.03, 0.1, 0.3, 1.0)
-SEEDS = (0, 1, 2)
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "model": {"dtype": "float32"},
-    "adapter": {"pool_size": 8, "active": 2, "rank": 2},
     "data": {"max_length": 64, "validation_limit": 256},
     "train": {
-        "learning_rate": 0.01,
         "max_steps": 400,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 128,
@@ -113,46 +124,30 @@ def write_base_model(folder: Path, steps: int = 1500) -> None:
     fast.save_pretrained(folder)
 
 
-def run_name(arm: str, rate: float, seed: int) -> str:
-    return f"{arm}-rate{rate:g}-seed{seed}".replace(", M = ", "-m").replace(" ", "-")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1500)
+    parser.add_argument("--only", help="regular expression on the arms")
     args = parser.parse_args()
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "model").exists():
-        write_base_model(out / "model")
         write_rows(out / "train.jsonl", 4000, 1, permutations(1))
         write_rows(out / "test.jsonl", 500, 2, permutations(1))
-    recipe = RECIPE | {"output_dir": "unused"}
-    recipe["model"] |= {"name_or_path": str(out / "model")}
-    recipe["data"] |= {"train": [{"path": str(out / "train.jsonl"), "format": "messages"}]}
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    sweep = Sweep(out / "recipe.yaml", out / "runs", out / "results.jsonl", (), str(out / "test.jsonl"), args.processes)
-    tuned = {
-        run_name(arm, rate, seed): [*overrides, f"router.learning_rate={rate}", f"seed={seed}"]
-        for seed, rate, (arm, overrides) in itertools.product(SEEDS, RATES, ARMS.items())
+        write_base_model(out / "model")
+    rows = {name: {"path": str(out / f"{name}.jsonl"), "format": "messages"} for name in ("train", "test")}
+    recipe = RECIPE | {
+        "model": RECIPE["model"] | {"name_or_path": str(out / "model")},
+        "data": RECIPE["data"] | {"train": [rows["train"]]},
+        "eval": {"batch_size": 128, "tasks": [{"task": "nll", "source": rows["test"]}]},
+        "output_dir": str(out / "runs"),
+        "sweep": {"seeds": [0, 1, 2], "arms": ARMS},
     }
-    fixed = {
-        run_name(arm, 0, seed): [*overrides, f"seed={seed}"] for seed in SEEDS for arm, overrides in FROZEN.items()
-    }
-    rows = run_all(sweep, fixed | tuned, time.monotonic() + args.seconds)
-    print(f"{'arm':<26}{'rate':>6}{'held-out':>10}{'test (seeds)':>34}{'s/run':>8}")
-    for arm, rates in [*((arm, (0.0,)) for arm in FROZEN), *((arm, RATES) for arm in ARMS)]:
-        results = {rate: [rows.get(run_name(arm, rate, s), {}) for s in SEEDS] for rate in rates}
-        whole = {rate: found for rate, found in results.items() if all("test_loss" in r for r in found)}
-        for rate, found in sorted(whole.items(), key=lambda item: sum(r["eval_loss"] for r in item[1])):
-            mean = {key: statistics.mean(r[key] for r in found) for key in ("eval_loss", "test_loss", "seconds")}
-            seeds = " ".join(f"{r['test_loss']:.4f}" for r in found)
-            print(
-                f"{arm:<26}{rate:>6g}{mean['eval_loss']:>10.4f}{mean['test_loss']:>9.4f} ({seeds})"
-                f"{mean['seconds']:>7.0f}"
-            )
+    (out / "sweep.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = ["sweep", str(out / "sweep.yaml"), "--processes", str(args.processes)]
+    more = ["--only", args.only] if args.only else []
+    sys.exit(subprocess.run([sys.executable, "-m", "remix_cli", *command, *more], check=False).returncode)
 
 
 if __name__ == "__main__":
