@@ -11,7 +11,7 @@ from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.store import CONFIG_FILE, BaseIdentity, StoredAdapter, load_stored
 from remix_cli.data.encode import Encoder
-from remix_cli.errors import ArtefactError
+from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import DTYPES, identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe, load_recipe
@@ -112,10 +112,19 @@ class LoadedRun(Subject):
     identity: BaseIdentity  # of the base model and tokenizer that were loaded
 
 
-def load_model_folder(path: Path, device: torch.device | None = None) -> LoadedRun:
-    """A model without an adapter of ours, to be evaluated like one. Raises RecipeError if it cannot be loaded."""
+def load_model_folder(path: Path, *, trust_code: bool = False, device: torch.device | None = None) -> LoadedRun:
+    """A model without an adapter of ours, to be evaluated like one. Raises RecipeError if it cannot be loaded.
+
+    Code that the folder brings along runs only with `trust_code`; without it the folder is refused, for transformers
+    would ignore the code, and with it the router and LoRAs of a model that we exported.
+    """
     folder = RunFolder(path)
     recipe = folder.load_recipe()
+    if "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+        if not trust_code:
+            raise RecipeError(f"{path}: brings its own modelling code; add --trust-remote-code to run it")
+        model = recipe.model.model_copy(update={"trust_remote_code": True})
+        recipe = recipe.model_copy(update={"model": model})
     model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(recipe.model)
     config = AdapterConfig(method="none", pool_size=1, active=1)

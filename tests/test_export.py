@@ -1,11 +1,15 @@
 """Exported folders, read back by the libraries that are to read them."""
 
+import io
 import json
+import re
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import close
 from safetensors.torch import load_file
+from test_methods import FAST, small
 from tiny import recipe_text, tiny_model, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +17,8 @@ from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
+from remix_cli.data.formats import Example
+from remix_cli.evaluate.generate import Decoding, generate
 from remix_cli.export.hf import load_exported
 from remix_cli.export.merge import applied, calibrate, merge, merge_pool, price
 from remix_cli.runs import load_run
@@ -200,3 +206,150 @@ def test_experts_and_hf_hold_the_same_numbers(verb, trained, tmp_path):
     whole = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.up_proj.lora_A"]
     expert = load_file(tmp_path / "experts" / "lora-2" / "adapter_model.safetensors")
     assert torch.equal(whole[6:9], expert["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"])
+
+
+@pytest.mark.parametrize("method", ["rslora", "lora", "dora", "ia3", "vblora", "prompt", "prefix", "p_tuning"])
+def test_what_has_no_router_becomes_pefts_own_folder(method, stage, tmp_path, verb):
+    peft = pytest.importorskip("peft")
+    recipe = recipe_text(*stage[:2], tmp_path / "run", train={"max_steps": 2, "learning_rate": FAST.get(method, 0.1)})
+    recipe["adapter"] = small(method)
+    verb("train", write_recipe(tmp_path / "r.yaml", recipe))
+    out, _ = verb("export", tmp_path / "run", "--format", "peft", "-o", tmp_path / "peft")
+    assert "checked: logits" in out
+    run = load_run(tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(stage[0], dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    with torch.no_grad():
+        ours = run.model(input_ids=IDS, use_cache=False).logits
+        assert close(theirs(input_ids=IDS, use_cache=False).logits, ours, 1e-5)
+        with run.adapter.disabled():
+            plain = run.model(input_ids=IDS, use_cache=False).logits
+        assert not close(plain, ours[:, -IDS.shape[1] :], 1e-4)
+    assert f"method: {method}" in (tmp_path / "peft" / "README.md").read_text()
+    _, err = verb("export", tmp_path / "run", "-o", tmp_path / "hf", expect=2)
+    assert "use --format peft" in err
+
+
+def test_a_routed_run_is_no_peft_folder(verb, trained, tmp_path):
+    _, err = verb("export", trained(), "--format", "peft", "-o", tmp_path / "p", expect=2)
+    assert "PEFT cannot hold a remix run" in err
+
+
+def test_one_selection_of_a_sequence_level_run_merges_exactly(verb, trained, tmp_path):
+    peft = pytest.importorskip("peft")
+    run, _ = ours(trained(level="sequence"))
+    verb("export", run.folder.path, "--format", "merged", "--prompt", "w1 w2 w7 ?", "-o", tmp_path / "m")
+    ids = torch.tensor([prompt_ids(run, "w1 w2 w7 ?")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    longer = torch.cat([ids, IDS[:1]], 1)
+    prompt = torch.arange(longer.shape[1])[None] < ids.shape[1]
+    with torch.no_grad():
+        with run.adapter.tracing(Trace(prompt=prompt)):
+            expected = run.model(input_ids=longer).logits  # the choice stays for the answer
+        assert close(merged(input_ids=longer).logits, expected, 1e-5)
+    # the choice given as a file, as a LoRA of rank k r
+    choice = tmp_path / "m" / "selection.json"
+    arguments = ["--format", "peft-merged", "--selection", choice, "-o"]
+    verb("export", run.folder.path, *arguments, tmp_path / "p")
+    base = AutoModelForCausalLM.from_pretrained(run.recipe.model.name_or_path, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "p")
+    with torch.no_grad():
+        assert close(theirs(input_ids=longer).logits, expected, 1e-5)
+    assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["r"] == 2 * 3
+    # a choice that is none is refused, and so is a run whose choice changes with the token
+    choice.write_text(json.dumps({name: [0, 0] for name in run.adapter.routers}))
+    _, err = verb("export", run.folder.path, *arguments, tmp_path / "z", expect=2)
+    assert "with 2 different ids from 0 to 3" in err
+    _, err = verb("export", trained(), "--format", "merged", "--prompt", "w1", "-o", tmp_path / "t", expect=2)
+    assert "routes token by token" in err
+    assert not (tmp_path / "z").exists()
+
+
+class Hub:
+    """What `huggingface_hub.HfApi` would be asked."""
+
+    def __init__(self):
+        self.asked, self.private = [], True
+
+    def create_repo(self, repo, private, exist_ok):
+        self.asked.append(("create", repo, private))
+
+    def repo_info(self, repo):
+        return self
+
+    def upload_folder(self, folder_path, repo_id, commit_message):
+        self.asked.append(("upload", repo_id))
+
+
+def test_an_upload_needs_its_flag_and_a_token_and_is_private(verb, trained, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    push = ["--push-to-hub", "me/mine"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _, err = verb("export", trained(), "-o", tmp_path / "a", *push, expect=2)
+    assert "HF_HUB_OFFLINE is set" in err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    _, err = verb("export", trained(), "-o", tmp_path / "a", *push, expect=2)
+    assert "no token" in err
+    assert not (tmp_path / "a").exists()  # refused before any work
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret")
+    verb("export", trained(), "-o", tmp_path / "a")
+    assert hub.asked == []
+    out, _ = verb("export", trained(), "-o", tmp_path / "b", *push)
+    assert hub.asked == [("create", "me/mine", True), ("upload", "me/mine")]
+    assert "uploaded: https://" in out
+    assert "secret" not in out
+    hub.private, hub.asked = False, []
+    _, err = verb("export", trained(), "-o", tmp_path / "c", *push, expect=2)
+    assert "exists and is public; add --public" in err
+    assert ("upload", "me/mine") not in hub.asked
+
+
+def prompt_ids(run, text):
+    turns = ({"role": "user", "content": text}, {"role": "assistant", "content": "."})
+    return run.encoder.prompt_ids(Example(turns, "t"))
+
+
+def test_generate_answers_as_evaluation_does_and_shows_the_routing(verb, trained, monkeypatch):
+    run = load_run(trained())
+    ((_, expected),) = generate(run, [prompt_ids(run, "w1 w2 w7 ?")], [0], Decoding(6), 1)
+    ask = ["generate", trained(), "w1 w2 w7 ?", "--max-new-tokens", "6"]
+    assert verb(*ask)[0].strip() == expected.strip()
+    assert verb(*ask, "--base")[0].strip() != expected.strip()
+    out, _ = verb(*ask, "--show-routing", "--block", "1")
+    assert "LoRAs of model.layers.1.mlp" in out
+    shown = [list(map(int, found.split())) for found in re.findall(r"'\[([\d ]+)\]", out)]
+    assert shown
+    assert all(len(set(ids)) == 2 and set(ids) <= set(range(4)) for ids in shown)
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 w7 ?\n\nw3 w4 w7 ?\n"))
+    out, _ = verb("generate", trained(), "--max-new-tokens", "6")
+    assert out.splitlines()[0].strip() == expected.strip()
+    assert len(out.strip().splitlines()) == 2
+    _, err = verb("generate", trained(), "x", "--block", "9", expect=2)
+    assert "routers 0 to 1" in err
+    _, err = verb("generate", trained(), "x", "--base", "--show-routing", expect=2)
+    assert "no router" in err
+
+
+def test_a_run_and_its_exported_folder_score_the_same(verb, trained, stage, tmp_path, monkeypatch):
+    """Train, export, load again, evaluate: every answer and every loss is that of `remix eval RUN`."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder, rows = trained(), stage[1]
+    verb("export", folder, "-o", tmp_path / "hf")
+    ask = ["--task", "gsm8k", "--data", rows, "--max-new-tokens", "6"]
+    _, err = verb("eval", tmp_path / "hf", *ask, expect=2)
+    assert "add --trust-remote-code" in err  # transformers alone would have scored the base model
+    for task in (ask, ["--task", "nll", "--data", rows, "--data-format", "gsm8k"]):
+        verb("eval", folder, *task)
+        verb("eval", tmp_path / "hf", *task, "--trust-remote-code")
+    found = json.loads(verb("compare", folder, tmp_path / "hf", "--json")[0])
+    assert set(found["tasks"]) == {"gsm8k", "nll"}
+    for run in (folder / "eval" / "adapter-gsm8k.jsonl", folder / "eval" / "adapter-nll.jsonl"):
+        theirs = tmp_path / "hf" / "eval" / run.name.replace("adapter", "model")
+        for one, two in zip(run.read_text().splitlines(), theirs.read_text().splitlines(), strict=True):
+            one, two = json.loads(one), json.loads(two)
+            assert one.get("output") == two.get("output")
+            assert one.get("nats") == pytest.approx(two.get("nats"), rel=1e-5)
+    _, err = verb("eval", folder, "--data-format", "gsm8k", expect=2)
+    assert "with --data" in err

@@ -27,7 +27,7 @@ ALLOWED = {
     "stats": {"adapter", "recipe", "data", "models", "runs"},
     "sandbox": set(),
     "evaluate": {"adapter", "recipe", "data", "models", "runs", "sandbox"},
-    "export": {"adapter", "data", "models", "runs"},
+    "export": {"adapter", "recipe", "methods", "data", "models", "runs"},
     "train": {
         "cross_entropy",
         "adapter",
@@ -114,6 +114,8 @@ VERBS = [
     "compare",
     "route-stats",
     "export",
+    "generate",
+    "generate",
 ]
 
 

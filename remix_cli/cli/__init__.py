@@ -4,7 +4,7 @@ Workers are imported inside the commands, so that `remix --help` needs neither t
 
 training.py  train, sweep, budget, validate, schema, verify-estimator
 results.py   eval, compare, route-stats
-taking.py    export
+taking.py    export, generate
 """
 
 import os

@@ -20,6 +20,9 @@ def evaluate(
         typer.Option(help="nll, gsm8k, arc, humaneval or reasoning_gym; by default the recipe's eval.tasks."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Score this file instead of the recipe's rows.")] = None,
+    data_format: Annotated[
+        str | None, typer.Option(help="Of --data, as in recipes: gsm8k, arc ...; by default as the recipe's rows.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
     limit: Limit = None,
     shots: Annotated[
@@ -27,6 +30,7 @@ def evaluate(
     ] = None,
     shots_from: Annotated[str | None, typer.Option(help="File whose first rows are the solved examples.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="humaneval: answers per problem, for pass@k.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; else as the task says.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=5, help="Of the answers; 0 is greedy.")] = None,
     active: Annotated[
         str | None, typer.Option(metavar="K,K...", help="Activate so many LoRAs instead of the trained k.")
@@ -36,6 +40,9 @@ def evaluate(
     ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
+    ] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that a model folder brings along.")
     ] = False,
     best: Best = False,
     any_base: AnyBase = False,
@@ -65,14 +72,18 @@ def evaluate(
     settings = Settings(
         base=base, limit=limit, sampled=(selection or recipe.eval.selection) == "sample", allow_code=allow_code
     )
-    changes = {"shots": shots, "samples": samples, "temperature": temperature}
-    tasks = requested_tasks(recipe, task, data, changes, shots_from)
+    changes = {"shots": shots, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
+    tasks = requested_tasks(recipe, task, data, changes, shots_from, data_format)
     config = recipe.adapter_config()
     if (settings.sampled or active) and not config.routed:
         raise RecipeError(f"--selection and --active are for routed adapters; this one is {config.method}")
     many = requested_active(active, config.pool_size)
     check_code(tasks, settings)
-    loaded = load_model_folder(run) if folder.is_model else load_run(run, best=best, any_base=any_base)
+    loaded = (
+        load_model_folder(run, trust_code=trust_code)
+        if folder.is_model
+        else load_run(run, best=best, any_base=any_base)
+    )
     with Bars() as bars:
         reports = [score(loaded, tasks, replace(settings, active=k), bars.start) for k in many]
     if as_json:

@@ -1,7 +1,9 @@
-"""Commands that take the trained model elsewhere: export."""
+"""Commands that use the trained model: generate; export, which takes it elsewhere."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,14 +16,24 @@ from remix_cli.errors import RecipeError
 def export(
     run: RunPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    form: Annotated[str, typer.Option("--format", help="hf, merged, peft-merged or peft-experts, as above.")] = "hf",
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="One of those above.")] = "hf",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the LoRA that merged formats fit; by default k r.")
     ] = None,
     rows: Annotated[int, typer.Option(min=8, help="Rows that merged formats fit on, and are priced on.")] = 128,
+    prompt: Annotated[
+        str | None, typer.Option(help="Merged formats: exactly what is chosen for this prompt (routing by sequence).")
+    ] = None,
+    selection: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same for a selection.json of an earlier export.")
+    ] = None,
     reference_base: Annotated[
         bool, typer.Option("--reference-base", help="hf: name the base model instead of copying its weights.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME/MODEL", help="Also upload the folder to the hub, privately.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: for everyone to read.")] = False,
     best: Best = False,
     any_base: AnyBase = False,
 ) -> None:
@@ -29,34 +41,136 @@ def export(
 
     hf: the routed model as it is, for stock transformers (trust_remote_code). merged, peft-merged: ONE LoRA in place of
     the pool, in the weights or as a PEFT folder: an approximation, priced on held-out rows. peft-experts: every LoRA of
-    the pool as a PEFT folder, and the router beside them.
+    the pool as a PEFT folder, and the router beside them. peft: what has no router (lora, rslora, dora ...).
     """
     from remix_cli.errors import ArtefactError
     from remix_cli.runs import RunFolder
 
-    if form not in ("hf", "merged", "peft-merged", "peft-experts"):
-        raise RecipeError(f"--format: {form!r} is not known; use hf, merged, peft-merged or peft-experts")
+    if form not in FORMATS:
+        raise RecipeError(f"--format: {form!r} is not known; use {', '.join(FORMATS)}")
+    one = prompt is not None or selection is not None
+    if one and (form not in ("merged", "peft-merged") or (prompt is not None and selection is not None)):
+        raise RecipeError("--prompt, --selection: give one of them, with --format merged or peft-merged")
     if output.exists() or output.is_symlink():
         raise RecipeError(f"--output: {output} exists; choose a new folder")
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise ArtefactError(f"{run}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
-    console = Console()
+    client = None
+    if push_to_hub is not None:
+        from remix_cli.export.hub import check_push, push
+
+        client = check_push(push_to_hub)
+    for line in _export(folder, output, form, rank, rows, prompt, selection, reference_base, best, any_base):
+        print(line)
+    print(f"written: {output} (see its README.md for what it is and is not)")
+    if push_to_hub is not None:
+        print(f"uploaded: {push(client, output, push_to_hub, public)}")
+
+
+FORMATS = ("hf", "merged", "peft-merged", "peft-experts", "peft")
+
+
+def _export(
+    folder: Any,
+    output: Path,
+    form: str,
+    rank: int | None,
+    rows: int,
+    prompt: str | None,
+    selection: Path | None,
+    reference_base: bool,
+    best: bool,
+    any_base: bool,
+) -> Iterator[str]:
+    """Write the folder; lines to print."""
+    from remix_cli.runs import load_run
+
     if form == "peft-experts":
         from remix_cli.export.peft_experts import export_peft_experts
 
         export_peft_experts(folder.best if best else folder.adapter, output)
-    else:
+        return
+    loaded = load_run(folder.path, best=best, any_base=any_base)
+    if form in ("hf", "peft"):
         from remix_cli.export.hf import export_hf
-        from remix_cli.export.merged import export_merged
-        from remix_cli.runs import load_run
+        from remix_cli.export.peft_folder import export_peft
 
-        loaded = load_run(run, best=best, any_base=any_base)
         if form == "hf":
             difference = export_hf(loaded, output, reference_base=reference_base)
-            console.print(f"checked: logits of the folder, loaded again, differ from ours by {difference:.1e}")
         else:
-            cost = export_merged(loaded, output, into_weights=form == "merged", rank=rank, rows=rows)
-            for name, value in cost.items():
-                console.print(f"{name:<45}{value:8.4f}", highlight=False)
-    console.print(f"written: {output} (see its README.md for what it is and is not)", highlight=False, soft_wrap=True)
+            difference = export_peft(loaded, output)
+        yield f"checked: logits of the folder, loaded again, differ from ours by {difference:.1e}"
+        return
+    from remix_cli.export.merged import export_merged, export_selection
+    from remix_cli.export.selected import check_sequence_level, read_selection, selection_for
+
+    if prompt is None and selection is None:
+        cost = export_merged(loaded, output, into_weights=form == "merged", rank=rank, rows=rows)
+        yield from (f"{name:<45}{value:8.4f}" for name, value in cost.items())
+        return
+    check_sequence_level(loaded)
+    chosen = read_selection(loaded, selection) if selection is not None else selection_for(loaded, prompt or "")
+    export_selection(loaded, output, chosen, into_weights=form == "merged")
+    yield "exact for this selection, which is in selection.json"
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Without any: read line by line.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the answers, with a temperature.")] = 0,
+    base: Annotated[bool, typer.Option("--base", help="The base model's answers, for comparison.")] = False,
+    show_routing: Annotated[
+        bool, typer.Option("--show-routing", help="The LoRAs behind every token of the answer.")
+    ] = False,
+    block: Annotated[
+        int | None, typer.Option(min=0, help="Which router --show-routing shows; by default the middle.")
+    ] = None,
+    best: Best = False,
+    any_base: AnyBase = False,
+) -> None:
+    """Try prompts: each is a user's turn in the run's chat template; answers appear as they are written."""
+    from contextlib import nullcontext
+
+    from remix_cli.evaluate.converse import answer, routed_tokens
+    from remix_cli.evaluate.generate import Decoding
+    from remix_cli.runs import RunFolder, load_run
+
+    if show_routing and (base or not RunFolder(run).load_recipe().adapter_config().routed):
+        raise RecipeError("--show-routing: there is no router here")
+    loaded = load_run(run, best=best, any_base=any_base)
+    names = list(loaded.adapter.routers)
+    if block is not None and block >= max(1, len(names)):
+        raise RecipeError(f"--block: {block}: the run has routers 0 to {len(names) - 1}")
+    decoding = Decoding(max_new_tokens, temperature, seed=seed)
+    interactive = not prompts and sys.stdin.isatty()
+    with loaded.adapter.disabled() if base else nullcontext():
+        for prompt in prompts or _typed(interactive):
+            if prompts and len(prompts) > 1:
+                print(f"> {prompt}")
+            ids, new = answer(loaded, prompt, decoding, lambda text: print(text, end="", flush=True))
+            print()
+            if show_routing:
+                name = names[len(names) // 2 if block is None else block]
+                print(f"\nLoRAs of {name}, for each token of the answer:")
+                shown = (
+                    f"{text!r}[{' '.join(map(str, chosen[name]))}]" for text, chosen in routed_tokens(loaded, ids, new)
+                )
+                Console().print(" ".join(shown), highlight=False, markup=False)
+
+
+def _typed(interactive: bool) -> Iterator[str]:
+    """Lines of stdin, asked for by a `> ` on a terminal."""
+    while True:
+        if interactive:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

@@ -46,6 +46,14 @@ def generate(
 
 
 def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding) -> list[str]:
+    answers = continue_ids(prompts, keys, subject, decoding)
+    return [_after(subject.tokenizer, p, new) for p, new in zip(prompts, answers, strict=True)]
+
+
+def continue_ids(
+    prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding, streamer: Any = None
+) -> list[list[int]]:
+    """New tokens of each prompt, padded to one length; a `streamer` of transformers sees those of a single one."""
     model, tokenizer, adapter, device = subject.model, subject.tokenizer, subject.adapter, subject.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     length = max(map(len, prompts))
@@ -77,9 +85,10 @@ def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decod
             past_key_values=cache,
             disable_compile=True,
             eos_token_id=_stop_tokens(model, tokenizer),
+            streamer=streamer,
             **options,
         )
-    return [_after(tokenizer, p, new) for p, new in zip(prompts, out[:, length:].tolist(), strict=True)]
+    return out[:, length:].tolist()
 
 
 def _after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:

@@ -10,9 +10,17 @@ from remix_cli.recipe.schema import TaskName
 
 
 def requested_tasks(
-    recipe: Recipe, names: list[str] | None, data: str | None, changes: dict[str, Any], shots_from: str | None
+    recipe: Recipe,
+    names: list[str] | None,
+    data: str | None,
+    changes: dict[str, Any],
+    shots_from: str | None,
+    data_format: str | None = None,
 ) -> list[Task]:
     """The recipe's tasks, or those named, as the flags change them. Raises RecipeError."""
+    formats = get_args(Source.model_fields["format"].annotation)
+    if data_format is not None and (data is None or data_format not in formats):
+        raise RecipeError(f"--data-format: {data_format!r}: with --data, one of {', '.join(formats)}")
     unknown = [name for name in names or [] if name not in get_args(TaskName)]
     if unknown:
         raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(get_args(TaskName))}")
@@ -22,6 +30,8 @@ def requested_tasks(
     made = []
     for task in tasks:
         task = override_source(recipe, task, data)
+        if data_format is not None and task.source is not None:
+            task = task.model_copy(update={"source": task.source.model_copy(update={"format": data_format})})
         update = dict(changed)
         if shots_from is not None:
             example = task.source or Source(path=shots_from, format="gsm8k" if task.task == "gsm8k" else "arc")

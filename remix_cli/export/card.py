@@ -1,11 +1,26 @@
 """The README of an exported folder: what it is, what it was made from, what it scores, what it is not."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 import remix_cli
+from remix_cli.recipe.methods import METHODS
 from remix_cli.runs import LoadedRun
+
+PEFT = """
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)
+```
+"""
+SELECTED = """The model of ONE prompt: the LoRAs that every router chose for it, and no others. With routing by sequence
+that is exact for the answer to this prompt; another prompt would choose others. `selection.json` has the choice.
+"""
 
 KINDS = {
     "hf": """The model as trained, routing included. Needs transformers, torch and safetensors; no other package:
@@ -19,13 +34,11 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 """,
     "peft-merged": """An APPROXIMATION: one stock PEFT LoRA in place of the routed pool. The trained model chooses its
 LoRAs anew for every token; this one applies their best fixed combination. What that costs is measured below.
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)
-```
-""",
+"""
+    + PEFT,
+    "peft": f"The adapter as trained, in PEFT's format.\n{PEFT}",
+    "selected": SELECTED,
+    "peft-selected": SELECTED + PEFT,
     "merged": """An APPROXIMATION: an ordinary checkpoint with one LoRA merged into its weights in place of the routed
 pool. The trained model chooses its LoRAs anew for every token; this one applies their best fixed combination. What
 that costs is measured below. It can be converted and served like any other model of its architecture.
@@ -41,24 +54,24 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
     tags = ["remix", "lora", *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
     head = [
         "---",
-        f"library_name: {'peft' if kind == 'peft-merged' else 'transformers'}",
+        f"library_name: {'peft' if kind.startswith('peft') else 'transformers'}",
         "pipeline_tag: text-generation",
     ]
+    licence = _licence(run.recipe.model.name_or_path)
+    head += [f"license: {licence}"] if licence else []
     head += [f"base_model: {hub_id}"] if hub_id else []
     head += ["tags:", *(f"- {tag}" for tag in tags), "---"]
     data = ", ".join(_shown(s.path) if s.path else f"reasoning-gym {s.reasoning_gym}" for s in run.recipe.data.train)
     facts = [
-        f"- base model: {base} (fingerprint {run.identity.base_fingerprint[:16]}); its licence applies",
-        f"- method: ReMix ([arXiv 2603.10160](https://arxiv.org/abs/2603.10160)), remix {remix_cli.__version__}: "
-        f"{c.active} of {c.pool_size} LoRAs of rank {c.rank} for each {'token' if c.level == 'token' else 'sequence'}, "
-        f"each weighted by omega = {c.scale:.6g}, on {', '.join(c.target_modules)}; one router per {c.scope}",
-        f"- router: {run.recipe.router.estimator}, M = {run.recipe.router.selections}",
+        f"- base model: {base} (fingerprint {run.identity.base_fingerprint[:16]}); its licence applies"
+        + (f" ({licence})" if licence else ""),
+        *_method(run),
         f"- data: {data}",
         f"- adapter: {run.which}, sha256 {run.stored.weights_sha256[:16]}",
     ]
     parts = [
         "\n".join(head),
-        f"# {base.rstrip('/').rpartition('/')[2]}, finetuned with ReMix",
+        f"# {base.rstrip('/').rpartition('/')[2]}, finetuned with {'ReMix' if c.routed else c.method}",
         KINDS[kind],
         "\n".join(facts),
     ]
@@ -67,6 +80,30 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
         parts.append(f"## What the approximation costs\n\n| on held-out rows | |\n|---|---|\n{rows}")
     parts += _scores(run) + _routing(run)
     return "\n\n".join(parts) + "\n"
+
+
+def _method(run: LoadedRun) -> list[str]:
+    c = run.stored.config
+    if c.method != "remix":
+        return [f"- method: {c.method}, {METHODS[c.method].summary}; remix {remix_cli.__version__}"]
+    return [
+        f"- method: ReMix ([arXiv 2603.10160](https://arxiv.org/abs/2603.10160)), remix {remix_cli.__version__}: "
+        f"{c.active} of {c.pool_size} LoRAs of rank {c.rank} for each {'token' if c.level == 'token' else 'sequence'}, "
+        f"each weighted by omega = {c.scale:.6g}, on {', '.join(c.target_modules)}; one router per {c.scope}",
+        f"- router: {run.recipe.router.estimator}, M = {run.recipe.router.selections}",
+    ]
+
+
+def _licence(base: str) -> str | None:
+    """What the base model's own card says, in its folder or in the hub's cache; nothing is fetched."""
+    readme = Path(base) / "README.md"
+    if not readme.is_file():
+        cached = None if Path(base).exists() or base.count("/") != 1 else try_to_load_from_cache(base, "README.md")
+        if not isinstance(cached, str):
+            return None
+        readme = Path(cached)
+    found = re.search(r"^license:\s*([\w.-]+)\s*$", readme.read_text(encoding="utf-8")[:5000], flags=re.MULTILINE)
+    return found.group(1) if found else None
 
 
 def _shown(path: str) -> str:

@@ -42,11 +42,14 @@ def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> float:
 
 
 def _base_class(run: LoadedRun) -> str:
+    method = run.stored.config.method
+    if method in ("mixlora", "hydralora"):
+        raise RecipeError(f"--format hf: {method} has no constant weight; only remix pools")
+    if method != "remix":
+        raise RecipeError(f"--format hf: {method} has no pool; use --format peft")
     name = type(run.model).__name__
     if not hasattr(transformers, name):
         raise RecipeError(f"--format hf: {name} is not a class of transformers itself, so the folder could not load it")
-    if run.stored.config.method != "remix":
-        raise RecipeError(f"--format hf: {run.stored.config.method} has no constant weight; only remix pools")
     return name
 
 

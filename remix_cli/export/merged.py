@@ -1,6 +1,7 @@
 """`--format peft-merged` and `--format merged`: one LoRA in place of the pool, by itself or in the weights.
 
-Both are approximations of a routed model, and say what they cost: merge.py fits, and prices on held-out rows.
+Both are approximations of a routed model, and say what they cost: merge.py fits, and prices on held-out rows. For one
+selection of a run that routes by sequence they are exact: selected.py.
 """
 
 from pathlib import Path
@@ -18,9 +19,10 @@ from remix_cli.export.card import card
 from remix_cli.export.hf import SHARD, base_state
 from remix_cli.export.merge import Merged, applied, merge_pool, price
 from remix_cli.export.peft_experts import write_peft_lora
+from remix_cli.export.selected import Selection, check_sequence_level, merge_selection
 from remix_cli.models import quiet
 from remix_cli.runs import LoadedRun
-from remix_cli.storage import publish_folder
+from remix_cli.storage import publish_folder, write_json
 
 BATCH = 8
 
@@ -32,8 +34,7 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
     ArtefactError if the folder read back is not the model that was fitted, StorageError.
     """
     config = run.stored.config
-    if config.method != "remix":
-        raise RecipeError(f"--format: {config.method} weights its LoRAs by a softmax; only remix pools can be merged")
+    _check_method(run)
     largest = config.pool_size * config.rank
     rank = rank or min(largest, config.active * config.rank)
     if rank > largest:
@@ -42,13 +43,44 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
     with run.adapter.unchanging():
         merged = merge_pool(run.model, run.adapter, train, rank)
         cost = price(run.model, run.adapter, merged, held_out)
-    kind = "merged" if into_weights else "peft-merged"
+    _publish(run, target, merged, "merged" if into_weights else "peft-merged", rank, cost)
+    return cost
+
+
+def export_selection(run: LoadedRun, target: Path, selection: Selection, *, into_weights: bool) -> None:
+    """Write one selection of a run that routes by sequence, exactly; with `selection.json`. Raises as above."""
+    _check_method(run)
+    check_sequence_level(run)
+    rank = run.stored.config.active * run.stored.config.rank
+    kind = "selected" if into_weights else "peft-selected"
+    _publish(run, target, merge_selection(run, selection), kind, rank, {}, selection)
+
+
+def _check_method(run: LoadedRun) -> None:
+    method = run.stored.config.method
+    if method in ("mixlora", "hydralora"):
+        raise RecipeError(f"--format: {method} weights its LoRAs by a softmax; only remix pools can be merged")
+    if method != "remix":
+        raise RecipeError(f"--format: {method} has no pool; use --format peft")
+
+
+def _publish(
+    run: LoadedRun,
+    target: Path,
+    merged: dict[str, Merged],
+    kind: str,
+    rank: int,
+    cost: dict[str, float],
+    selection: Selection | None = None,
+) -> None:
+    into_weights = not kind.startswith("peft")
     with publish_folder(target) as scratch:
         (_write_merged if into_weights else _write_lora)(run, scratch, merged, rank)
         (scratch / "README.md").write_text(card(run, kind, cost), encoding="utf-8")
+        if selection is not None:
+            write_json(scratch / "selection.json", selection)
         if into_weights:
             _check(run, scratch, merged)
-    return cost
 
 
 def _batches(run: LoadedRun, rows: int) -> tuple[list[Batch], list[Batch]]:

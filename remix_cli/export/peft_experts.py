@@ -35,7 +35,7 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
         raise RecipeError(f"--output: {target} exists; choose a new folder")
     stored = load_stored(adapter_folder)
     if stored.config.method != "remix":
-        raise RecipeError(f"--format peft-experts: {stored.config.method} has no constant weight; only remix pools")
+        raise RecipeError(f"--format peft-experts: only for remix pools, this is {stored.config.method}")
     with publish_folder(target) as scratch:
         for i in range(stored.config.pool_size):
             _write_lora(scratch / f"lora-{i}", stored, i)
