@@ -350,6 +350,6 @@ def test_a_run_and_its_exported_folder_score_the_same(verb, trained, stage, tmp_
         for one, two in zip(run.read_text().splitlines(), theirs.read_text().splitlines(), strict=True):
             one, two = json.loads(one), json.loads(two)
             assert one.get("output") == two.get("output")
-            assert one.get("nats") == pytest.approx(two.get("nats"), rel=1e-5)
+            assert one.get("nats", 0.0) == pytest.approx(two.get("nats", 0.0), rel=1e-5)
     _, err = verb("eval", folder, "--data-format", "gsm8k", expect=2)
     assert "with --data" in err

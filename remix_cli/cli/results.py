@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -57,7 +57,6 @@ def evaluate(
     from remix_cli.evaluate.request import requested_active, requested_tasks
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
-    from remix_cli.evaluate.tables import eval_stamp, eval_table
     from remix_cli.evaluate.tasks import Settings
     from remix_cli.runs import RunFolder, load_model_folder, load_run
 
@@ -74,10 +73,7 @@ def evaluate(
     )
     changes = {"shots": shots, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     tasks = requested_tasks(recipe, task, data, changes, shots_from, data_format)
-    config = recipe.adapter_config()
-    if (settings.sampled or active) and not config.routed:
-        raise RecipeError(f"--selection and --active are for routed adapters; this one is {config.method}")
-    many = requested_active(active, config.pool_size)
+    many = requested_active(active, recipe.adapter_config(), settings.sampled)
     check_code(tasks, settings)
     loaded = (
         load_model_folder(run, trust_code=trust_code)
@@ -90,9 +86,15 @@ def evaluate(
         print(json.dumps(reports[0] if len(reports) == 1 else {"reports": reports}))
         return
     for report in reports:
-        console.print(eval_table(report))
-        console.print(eval_stamp(report), highlight=False)
-        console.print(f"written: {report['file']} and every answer beside it", highlight=False, soft_wrap=True)
+        _show(report, console)
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    from remix_cli.evaluate.tables import eval_stamp, eval_table
+
+    console.print(eval_table(report))
+    console.print(eval_stamp(report), highlight=False)
+    console.print(f"written: {report['file']} and every answer beside it", highlight=False, soft_wrap=True)
 
 
 @app.command()

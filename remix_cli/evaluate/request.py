@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from remix_cli.adapter.config import AdapterConfig
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe, Source, Task
 from remix_cli.recipe.schema import TaskName
@@ -43,8 +44,11 @@ def requested_tasks(
     return made
 
 
-def requested_active(text: str | None, pool_size: int) -> list[int | None]:
-    """`1,2,4` as numbers; [None] for the trained k. Raises RecipeError."""
+def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:
+    """`1,2,4` as numbers; [None] for the trained k. Raises RecipeError, also for what needs a router without one."""
+    if (sampled or text is not None) and not config.routed:
+        raise RecipeError(f"--selection and --active are for routed adapters; this one is {config.method}")
+    pool_size = config.pool_size
     if text is None:
         return [None]
     try:
