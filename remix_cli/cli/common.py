@@ -27,6 +27,9 @@ Best = Annotated[bool, typer.Option("--best", help="Use the best adapter, not th
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Use the adapter even if base model or tokenizer have changed.")
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use so many rows, spread evenly over all.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from remix_cli.cli.common import AnyBase, Bars, Best, Json, Limit, RunPath, app
+from remix_cli.cli.common import AllowCode, AnyBase, Bars, Best, Json, Limit, RunPath, app
 from remix_cli.errors import RecipeError
 
 
@@ -38,9 +38,7 @@ def evaluate(
     selection: Annotated[
         str | None, typer.Option(help="top, or sample as in training (the paper's ablation); by default the recipe's.")
     ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
-    ] = False,
+    allow_code: AllowCode = False,
     trust_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run modelling code that a model folder brings along.")
     ] = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from remix_cli.cli.common import Json, Overrides, RecipePath, app
+from remix_cli.cli.common import AllowCode, Json, Overrides, RecipePath, app
 from remix_cli.errors import RecipeError
 
 
@@ -71,9 +71,7 @@ def sweep(
         str | None, typer.Option(metavar="REGEX", help="These arms; others that were run before stay in the table.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
-    ] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Train a grid of settings or methods, choose on held-out rows, test the best under all seeds, tabulate.
