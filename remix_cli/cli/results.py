@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +51,6 @@ def evaluate(
 
     Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
     """
-    from dataclasses import replace
-
     from remix_cli.evaluate.request import requested_active, requested_tasks
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
@@ -66,18 +65,14 @@ def evaluate(
     if folder.is_model and not (task and (data or task == ["humaneval"])):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
     base = base or folder.is_model
-    settings = Settings(
-        base=base, limit=limit, sampled=(selection or recipe.eval.selection) == "sample", allow_code=allow_code
-    )
+    sampled = (selection or recipe.eval.selection) == "sample"
+    settings = Settings(base=base, limit=limit, sampled=sampled, allow_code=allow_code)
     changes = {"shots": shots, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     tasks = requested_tasks(recipe, task, data, changes, shots_from, data_format)
     many = requested_active(active, recipe.adapter_config(), settings.sampled)
     check_code(tasks, settings)
-    loaded = (
-        load_model_folder(run, trust_code=trust_code)
-        if folder.is_model
-        else load_run(run, best=best, any_base=any_base)
-    )
+    is_model = folder.is_model
+    loaded = load_model_folder(run, trust_code=trust_code) if is_model else load_run(run, best=best, any_base=any_base)
     with Bars() as bars:
         reports = [score(loaded, tasks, replace(settings, active=k), bars.start) for k in many]
     if as_json:
