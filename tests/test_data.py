@@ -235,6 +235,11 @@ def test_ranks_share_the_micro_batches_of_one_rank_with_accumulation():
     for a, b in zip(sorted(alone, key=key), sorted(shared, key=key), strict=True):
         assert a[0] == b[0]
         assert np.array_equal(a[1], b[1])
+    # four parts over three ranks: the two that would be idle repeat the first one, which does not count there
+    each = [micro_batches(rows, lengths, 3, rank, 3, equally_many=True) for rank in range(3)]
+    assert [len(parts) for parts in each] == [2, 2, 2]
+    assert [[part[0] for part in parts] for parts in each] == [[0, 9], [3, 0], [6, 0]]
+    assert [counts for parts in each for _, _, counts in parts] == [True, True, True, False, True, False]
 
 
 def test_row_ids_are_unique_within_a_step():

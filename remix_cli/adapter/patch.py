@@ -210,7 +210,7 @@ def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:
     """
     parts = [
         part
-        for layer in _decoder_layers(model)
+        for layer in decoder_layers(model)
         for part in layer.children()
         if next(part.parameters(), None) is not None
     ]
@@ -247,7 +247,7 @@ def _hidden_size(model: nn.Module) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The only list as long as the model is deep; an empty one if that does not tell."""
     config: Any = getattr(model, "config", None)
     depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
@@ -257,7 +257,7 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def _last_layer_prefix(model: nn.Module) -> str | None:
     """Dotted prefix of the last decoder layer."""
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     return next((f"{name}." for name, m in model.named_modules() if len(layers) and m is layers[-1]), None)
 
 

@@ -16,6 +16,8 @@ from remix_cli.cli import results, taking  # isort: skip
 from remix_cli.cli.common import app
 from remix_cli.errors import RemixError, is_out_of_memory
 
+SAME_EVERYWHERE = (2, 130, 143)  # exit codes whose reason every rank of a launch would print alike
+
 __all__ = ["app", "main", "results", "taking", "training"]
 
 
@@ -28,9 +30,10 @@ def main() -> None:
     except RemixError as error:
         if debug:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or error.exit_code not in SAME_EVERYWHERE:
             for line in error.problems:
-                print(f"error: {_one_line(line)}", file=sys.stderr)
+                print(f"error: {f'rank {rank}: ' if rank else ''}{_one_line(line)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -145,9 +145,15 @@ def _repeats(count: int, weight: float) -> int:
 
 
 def micro_batches(
-    rows: np.ndarray, lengths: np.ndarray, size: int, rank: int, world: int
-) -> list[tuple[int, np.ndarray]]:
-    """This rank's micro-batches of a step: (id of the first row, row numbers), longest rows first."""
+    rows: np.ndarray, lengths: np.ndarray, size: int, rank: int, world: int, equally_many: bool = False
+) -> list[tuple[int, np.ndarray, bool]]:
+    """This rank's micro-batches of a step: (id of the first row, row numbers, does it count), longest rows first.
+
+    With `equally_many` a rank that has fewer than others ends with the step's first one, which does not count there.
+    """
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    cuts = [(i, rows[i : i + size]) for i in range(0, len(rows), size)]
-    return cuts[rank::world]
+    cuts = [(i, rows[i : i + size], True) for i in range(0, len(rows), size)]
+    mine = cuts[rank::world]
+    if equally_many and len(mine) < len(cuts[::world]):
+        mine.append((*cuts[0][:2], False))
+    return mine

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from remix_cli.adapter.config import AdapterConfig, Level, Method, Omega, Scope
+from remix_cli.adapter.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
 from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults
 
 Positive = Annotated[int, Field(ge=1)]
@@ -190,6 +190,9 @@ class Train(Strict):
         False,
         description="Record the step of each batch shape and replay it: faster where steps wait for the host.",
     )
+    shard_base: bool = Field(
+        False, description="Share the frozen base model out over the processes, gathered layer by layer (FSDP2)."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations; selections are replayed.")
     logging_steps: Positive = 10
     eval_steps: Positive | None = Field(None, description="Held-out loss every so many steps, and at the end.")
@@ -313,11 +316,22 @@ class Recipe(Strict):
             "adapter.dropout": self.adapter.dropout > 0,
             "model.dtype: float16": self.model.dtype == "float16",
             "train.gradient_checkpointing": train.gradient_checkpointing,
+            "train.shard_base": train.shard_base,
             "model.attn_implementation: eager": self.model.attn_implementation == "eager",
         }
         for name, used in other.items():
             if train.cuda_graphs and used:
                 _refuse("cuda_graphs", name)
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> Self:
+        """Answers end at different steps on different processes, which could then not gather layers together."""
+        if self.train.shard_base:
+            if self.train.eval_tasks_limit is not None:
+                _refuse("shard_base", "train.eval_tasks_limit")
+            if self.adapter.method not in POOLED:
+                _refuse("shard_base", f"adapter.method: {self.adapter.method}")
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from remix_cli.data.splits import TrainingData
+from remix_cli.objective import ESTIMATORS
+from remix_cli.recipe import Recipe
+from remix_cli.recipe.methods import METHODS
+from remix_cli.stats.parameters import ParameterCounts
+
 SHOWN = ("flexible", "letter", "text_norm", "score")  # of the tasks scored during training
 
 
@@ -44,6 +50,22 @@ class TrainingConsole:
     def line(self, text: str) -> None:
         if self.main:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+    def announce(self, recipe: Recipe, data: TrainingData, counts: ParameterCounts, step: int, total: int) -> None:
+        """What is about to be trained, on what and how."""
+        method = recipe.adapter.method
+        also = f", {data.overlap} of them also in train" if data.overlap else ""
+        lines = [
+            f"train     {data.train.describe()}",
+            f"held out  {data.validation.describe()}{also}",
+            f"method    {method}: {METHODS[method].summary}",
+            f"adapter   {counts.describe()}",
+        ]
+        if recipe.adapter_config().samples:
+            estimator = ESTIMATORS[recipe.router.estimator]
+            lines.append(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
+        for line in [*lines, f"steps     {step} -> {total}, {data.plan.rows_per_step} rows each"]:
+            self.line(line)
 
     def log(self, m: dict[str, Any]) -> None:
         """One line for a metrics record; fits 80 columns."""

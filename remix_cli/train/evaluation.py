@@ -29,7 +29,9 @@ class Evaluation:
         """`eval_loss`, `eval_tokens`, and `<task>/<score>` for each task. `advance` hears of rows done."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.subject.recipe.train.per_device_eval_batch_size
-        mine = row_losses(self.subject.model, self.subject.adapter, self.rows[rank::world], size, advance)
+        rows = self.rows[rank::world]
+        idle = len(self.rows[::world]) - len(rows) if self.subject.recipe.train.shard_base else 0  # see shard.py
+        mine = row_losses(self.subject.model, self.subject.adapter, rows + self.rows[:idle], size, advance)[: len(rows)]
         sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
         nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
         found: dict[str, Any] = {"eval_loss": nats / tokens, "eval_tokens": int(tokens)}

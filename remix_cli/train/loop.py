@@ -26,10 +26,9 @@ from remix_cli.data.splits import load_data
 from remix_cli.errors import DivergedError, Interrupted
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
-from remix_cli.objective import ESTIMATORS, Coefficient
+from remix_cli.objective import Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.loader import dump
-from remix_cli.recipe.methods import METHODS
 from remix_cli.runs import RunFolder, Subject
 from remix_cli.stats.health import Watch
 from remix_cli.stats.live import StepRouting
@@ -42,6 +41,7 @@ from remix_cli.train.evaluation import Evaluation, cost
 from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.record import Recorder, peak_memory, summarise
 from remix_cli.train.resume import check_same_recipe, origin_of
+from remix_cli.train.shard import check_launch, shard_base
 from remix_cli.train.signals import Signals
 from remix_cli.train.step import MicroResult, accumulate_gradients, seed_of_dropout
 
@@ -59,6 +59,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
     )
     prepare.check_hardware(recipe, accelerator.device)
+    check_launch(recipe, accelerator.num_processes)
     folder = RunFolder(Path(recipe.output_dir))
     main = accelerator.is_main_process
     with lock_folder(folder.path) if main else nullcontext():
@@ -91,13 +92,18 @@ class _Run:
         self.data = load_data(recipe, self.tokenizer, accelerator.num_processes)
         trains = recipe.adapter.method != "none"
         self.total = self.data.total_steps(recipe) if trains else 0
-        self.model = load_model(recipe.model, accelerator.device)
+        sharded = recipe.train.shard_base
+        self.model = load_model(recipe.model, torch.device("cpu") if sharded else accelerator.device)
         self.identity = identify(recipe.model, self.model, self.tokenizer)
         self.origin = origin_of(recipe, self.data, self.identity)
-        check_base(self.model, len(self.tokenizer))
         prepare.check_graphs(recipe, self.model)
+        if not sharded:
+            check_base(self.model, len(self.tokenizer))
         self.adapter: Adapter = apply_method(self.model, recipe.adapter_config(), seed=recipe.seed)
         self.model = self.adapter.model
+        if sharded:
+            shard_base(self.model, self.adapter, accelerator.device, accelerator.num_processes)
+            check_base(self.model, len(self.tokenizer))
         self.loras = list(self.adapter.lora_parameters().values())
         self.routers = list(self.adapter.router_parameters().values())
         if recipe.train.gradient_checkpointing:
@@ -135,7 +141,7 @@ class _Run:
             Signals() as self.signals,
             TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,
         ):
-            self._announce()
+            self.view.announce(self.recipe, self.data, count_parameters(self.adapter), self.state.step, self.total)
             if self.state.step == 0 or self.state.evaluation_due:
                 self._evaluate_or_stop()
             self.model.train()
@@ -151,18 +157,6 @@ class _Run:
         """Start measuring speed anew: after a log line, and after an evaluation, which is not training."""
         self.window_steps, self.window_tokens, self.window_begun = 0, 0, time.monotonic()
 
-    def _announce(self) -> None:
-        recipe, counts = self.recipe, count_parameters(self.adapter)
-        estimator = ESTIMATORS[recipe.router.estimator]
-        self.view.line(f"train     {self.data.train.describe()}")
-        also = f", {self.data.overlap} of them also in train" if self.data.overlap else ""
-        self.view.line(f"held out  {self.data.validation.describe()}{also}")
-        self.view.line(f"method    {recipe.adapter.method}: {METHODS[recipe.adapter.method].summary}")
-        self.view.line(f"adapter   {counts.describe()}")
-        if self.adapter.config.samples:
-            self.view.line(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
-        self.view.line(f"steps     {self.state.step} -> {self.total}, {self.data.plan.rows_per_step} rows each")
-
     def _rows(self, step: int) -> Any:
         epoch, index = divmod(step, self.data.plan.steps_per_epoch)
         if self.epoch_plan[0] != epoch:
@@ -177,28 +171,32 @@ class _Run:
         size = recipe.train.per_device_train_batch_size
         results: list[MicroResult] = []
         tokens = 0
-        for first, part in micro_batches(
-            rows, self.data.train.lengths, size, accelerator.process_index, accelerator.num_processes
+        for first, part, counts in micro_batches(
+            rows,
+            self.data.train.lengths,
+            size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            equally_many=recipe.train.shard_base,
         ):
             batch = collate([self.data.train.rows[i] for i in part], first)
             if self.graphs:
                 results.append(self.graphs.accumulate(batch, targets, (recipe.seed, step), self.coefficient.beta))
             else:
-                results.append(
-                    accumulate_gradients(
-                        self.model,
-                        self.adapter,
-                        batch.to(accelerator.device),
-                        recipe.router,
-                        targets_in_step=targets,
-                        seed=(recipe.seed, step),
-                        beta=self.coefficient.beta,
-                        backward=accelerator.backward,
-                        loss_scale=scaler.get_scale() if scaler else 1.0,
-                        dropout_seed=seed_of_dropout((recipe.seed, step), first),
-                    )
+                result = accumulate_gradients(
+                    self.model,
+                    self.adapter,
+                    batch.to(accelerator.device),
+                    recipe.router,
+                    targets_in_step=targets if counts else math.inf,
+                    seed=(recipe.seed, step),
+                    beta=self.coefficient.beta,
+                    backward=accelerator.backward,
+                    loss_scale=scaler.get_scale() if scaler else 1.0,
+                    dropout_seed=seed_of_dropout((recipe.seed, step), first),
                 )
-            tokens += int(self.data.train.lengths[part].sum())
+                results += [result] if counts else []
+            tokens += int(self.data.train.lengths[part].sum()) if counts else 0
         optim.sum_over_ranks(accelerator, self.loras + self.routers)
         sums, routing = self._reduce(results, tokens)
         accelerator.unscale_gradients(self.prepared)

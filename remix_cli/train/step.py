@@ -42,7 +42,7 @@ def accumulate_gradients(
     batch: Batch,
     router: RouterRecipe,
     *,
-    targets_in_step: int | Tensor,
+    targets_in_step: float | Tensor,
     seed: Seed,
     beta: float | Tensor,
     backward: Callable[[Tensor], None],
