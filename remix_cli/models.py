@@ -1,6 +1,7 @@
 """The frozen base model: from a hub id, a folder or a GGUF file. And its losses, at supervised positions only."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -50,10 +51,31 @@ def load_model(model: Model, device: torch.device) -> Any:
                 f"model.name_or_path: {pickled[0]}: pickled weights are not read, because loading them can run "
                 "code; save the model again with safe_serialization=True"
             )
+    if model.quantization != "none":
+        options |= {"quantization_config": _quantization(model), "device_map": {"": device}}
     with quiet():
         loaded = _loading(model, lambda: AutoModelForCausalLM.from_pretrained(**_where(model), **options))
-    loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32
+    if model.quantization == "none":
+        loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32
     return loaded.requires_grad_(False).eval()
+
+
+def _quantization(model: Model) -> Any:
+    """As QLoRA has it (arXiv 2305.14314): NF4, doubly quantised, computing in the model's type. Raises RecipeError."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError("model.quantization: bitsandbytes is not installed; pip install 'remix-cli[quantization]'")
+    if model.name_or_path.endswith(".gguf"):
+        raise RecipeError(
+            "model.quantization: a .gguf file is quantised in its own way; give the model's folder or hub id"
+        )
+    if model.quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
+    )
 
 
 def skeleton(model: Model) -> Any:

@@ -35,10 +35,20 @@ def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> float:
     cannot hold, ArtefactError if the folder read back does not agree with the run, StorageError.
     """
     base_class = _base_class(run)
+    check_not_quantised(run, "--format hf")
     with publish_folder(target) as scratch:
         _write(run, scratch, base_class, reference_base)
         (scratch / "README.md").write_text(card(run, "hf", {}), encoding="utf-8")
         return _check(run, scratch)
+
+
+def check_not_quantised(run: LoadedRun, what: str) -> None:
+    """Raises RecipeError: the adapter was trained on rounded weights, and what is written would have others."""
+    if run.recipe.model.quantization != "none":
+        raise RecipeError(
+            f"{what}: the run's base model is in {run.recipe.model.quantization}, and weights written from it would "
+            "not be those it was trained on; use --format peft-experts, or evaluate it here"
+        )
 
 
 def _base_class(run: LoadedRun) -> str:

@@ -16,7 +16,7 @@ from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import evenly, split_examples
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.export.card import card
-from remix_cli.export.hf import SHARD, base_state
+from remix_cli.export.hf import SHARD, base_state, check_not_quantised
 from remix_cli.export.merge import Merged, applied, merge_pool, price
 from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.export.selected import Selection, check_sequence_level, merge_selection
@@ -62,6 +62,7 @@ def _check_method(run: LoadedRun) -> None:
         raise RecipeError(f"--format: {method} weights its LoRAs by a softmax; only remix pools can be merged")
     if method != "remix":
         raise RecipeError(f"--format: {method} has no pool; use --format peft")
+    check_not_quantised(run, "--format")
 
 
 def _publish(

@@ -41,6 +41,10 @@ class Model(Strict):
         "bfloat16",
         description="Type of the frozen weights and of the computation; adapters are always float32.",
     )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Keep the frozen weights in 8 or 4 bits (bitsandbytes: LLM.int8, NF4 with double quantisation).",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = Field(False, description="Run modelling code that the model folder brings along.")
 
@@ -317,6 +321,7 @@ class Recipe(Strict):
             "model.dtype: float16": self.model.dtype == "float16",
             "train.gradient_checkpointing": train.gradient_checkpointing,
             "train.shard_base": train.shard_base,
+            "model.quantization": self.model.quantization != "none",
             "model.attn_implementation: eager": self.model.attn_implementation == "eager",
         }
         for name, used in other.items():
@@ -330,6 +335,8 @@ class Recipe(Strict):
         if self.train.shard_base:
             if self.train.eval_tasks_limit is not None:
                 _refuse("shard_base", "train.eval_tasks_limit")
+            if self.model.quantization != "none":
+                _refuse("shard_base", "model.quantization")
             if self.adapter.method not in POOLED:
                 _refuse("shard_base", f"adapter.method: {self.adapter.method}")
         return self

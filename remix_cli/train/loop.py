@@ -166,6 +166,51 @@ class _Run:
     def _step(self, step: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         rows = self._rows(step)
+        results, tokens = self._accumulate(step, rows)
+        optim.sum_over_ranks(accelerator, self.loras + self.routers)
+        sums, routing = self._reduce(results, tokens)
+        accelerator.unscale_gradients(self.prepared)
+        norms = torch.stack(
+            [
+                optim.clip(self.loras, recipe.train.max_grad_norm, accelerator.device),
+                optim.clip(self.routers, recipe.router.max_grad_norm, accelerator.device),
+            ]
+        )
+        lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
+        loss, variance, products, squares, all_tokens, stop = sums.tolist()
+        judged = (
+            (loss,) if accelerator.scaler else (loss, lora_norm, router_norm)
+        )  # a scaler skips overflowing gradients itself
+        if not all(map(math.isfinite, judged)):
+            raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
+        rates = [base * self.schedule(step) for base in (recipe.train.learning_rate, recipe.router.learning_rate)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.prepared.step()
+        self.prepared.zero_grad(set_to_none=self.graphs is None)
+        if recipe.router.estimator == "control_variate" and math.isfinite(products + squares):
+            self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))
+        self._after_step(
+            step + 1,
+            {
+                "step": step + 1,
+                "epoch": round((step + 1) / self.data.plan.steps_per_epoch, 4),
+                "loss": loss,
+                "learning_rate": rates[0],
+                "router_learning_rate": rates[1],
+                "lora_grad_norm": lora_norm,
+                "router_grad_norm": router_norm,
+                **routing.summary(),
+                **self._estimator_record(variance, routing),
+            },
+            int(all_tokens),
+            bool(stop),
+            routing,
+        )
+
+    def _accumulate(self, step: int, rows: Any) -> tuple[list[MicroResult], int]:
+        """Add up this rank's gradients of a step; the sums that go with them, and how many tokens that was."""
+        recipe, accelerator = self.recipe, self.accelerator
         scaler = accelerator.scaler
         targets = int(self.data.train.target_counts[rows].sum())
         size = recipe.train.per_device_train_batch_size
@@ -197,44 +242,7 @@ class _Run:
                 )
                 results += [result] if counts else []
             tokens += int(self.data.train.lengths[part].sum()) if counts else 0
-        optim.sum_over_ranks(accelerator, self.loras + self.routers)
-        sums, routing = self._reduce(results, tokens)
-        accelerator.unscale_gradients(self.prepared)
-        norms = torch.stack(
-            [
-                optim.clip(self.loras, recipe.train.max_grad_norm, accelerator.device),
-                optim.clip(self.routers, recipe.router.max_grad_norm, accelerator.device),
-            ]
-        )
-        lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
-        loss, variance, products, squares, all_tokens, stop = sums.tolist()
-        judged = (loss,) if scaler else (loss, lora_norm, router_norm)  # a scaler skips overflowing gradients itself
-        if not all(map(math.isfinite, judged)):
-            raise DivergedError(self._divergence(step, rows, loss, lora_norm, router_norm))
-        rates = [base * self.schedule(step) for base in (recipe.train.learning_rate, recipe.router.learning_rate)]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.prepared.step()
-        self.prepared.zero_grad(set_to_none=self.graphs is None)
-        if recipe.router.estimator == "control_variate" and math.isfinite(products + squares):
-            self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))
-        self._after_step(
-            step + 1,
-            {
-                "step": step + 1,
-                "epoch": round((step + 1) / self.data.plan.steps_per_epoch, 4),
-                "loss": loss,
-                "learning_rate": rates[0],
-                "router_learning_rate": rates[1],
-                "lora_grad_norm": lora_norm,
-                "router_grad_norm": router_norm,
-                **routing.summary(),
-                **self._estimator_record(variance, routing),
-            },
-            int(all_tokens),
-            bool(stop),
-            routing,
-        )
+        return results, tokens
 
     def _estimator_record(self, variance: float, routing: StepRouting) -> dict[str, float]:
         if not self.adapter.config.samples:

@@ -92,7 +92,7 @@ def estimate_memory(recipe: Recipe, config: Any, counts: ParameterCounts, longes
     before = (m if recipe.router.lora_gradient == "mean" else 1) - 1
     traces = max(before * inputs, m * inputs - activations - logits)
     parts = {
-        "base weights": counts.base * size,
+        "base weights": counts.base * {"none": size, "8bit": 1.1, "4bit": 0.6}[recipe.model.quantization],
         "adapter, gradient, optimizer": counts.trained * 16,
         "activations of one pass": activations,
         "logits and loss": logits,

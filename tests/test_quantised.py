@@ -1,0 +1,69 @@
+"""A base model in 4 or 8 bits under the adapter: trains, resumes, evaluates, and is not exported as what it is not."""
+
+import json
+
+import pytest
+import torch
+from conftest import close
+from tiny import fill_adapter, recipe_text, tiny_model, write_recipe
+from transformers import AutoModelForCausalLM
+
+from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.patch import apply_adapter
+from remix_cli.models import load_model
+from remix_cli.recipe.schema import Model
+from remix_cli.runs import load_run
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("wide")
+    tiny_model(**WIDE).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_the_pool_is_added_to_the_quantised_layers_output(folder, bits):
+    """The adapted layer is the quantised one plus the pool, and only adapters get gradients."""
+    model = load_model(Model(name_or_path=str(folder), dtype="float32", quantization=bits), torch.device("cpu"))
+    ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        rounded = model(input_ids=ids).logits
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+    error = float((rounded - exact).norm() / exact.norm())
+    assert 1e-4 < error < 0.3, "quantised, and not by much"
+    adapter = apply_adapter(model, AdapterConfig(pool_size=4, active=4, rank=2), seed=0)
+    assert torch.equal(model(input_ids=ids).logits.detach(), rounded)
+    fill_adapter(adapter)
+    linear = next(iter(adapter.linears.values()))
+    x = torch.randn(1, 5, 64)
+    linear.router.block.weighting = linear.router(x)
+    with torch.no_grad():
+        update = (x @ linear.lora_A.T) @ linear.lora_B.T * adapter.config.scale
+        assert close(linear(x) - linear.base_layer(x), update, 1e-4)
+    linear.router.block.weighting = None
+    model(input_ids=ids).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None for p in adapter.lora_parameters().values())
+    with adapter.disabled(), torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, rounded)
+
+
+def test_a_quantised_run_from_start_to_end(stage, tmp_path, verb):
+    model, rows, _ = stage
+    recipe = recipe_text(model, rows, tmp_path / "run")
+    recipe["model"]["quantization"] = "4bit"
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    verb("train", path)
+    verb("eval", tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held = [m["eval_loss"] for m in metrics if "eval_loss" in m]
+    report = json.loads((tmp_path / "run" / "eval" / "adapter.json").read_text())
+    assert report["results"][0]["scores"]["loss"] == pytest.approx(held[-1], rel=1e-5)
+    assert load_run(tmp_path / "run").stored.identity.base_model == str(model)
+    for form in ("hf", "merged"):
+        _, err = verb("export", tmp_path / "run", "--format", form, "-o", tmp_path / form, expect=2)
+        assert "base model is in 4bit" in err
+    _, err = verb("train", path, "train.shard_base=true", "output_dir=x", expect=2)
+    assert "cannot be combined with model.quantization" in err
