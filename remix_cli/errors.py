@@ -62,7 +62,12 @@ class Interrupted(RemixError):
 
     def __init__(self, signal_number: int, *problems: str):
         super().__init__(*problems)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple:
+        """As a worker process hands it to its parent."""
+        return type(self), (self.signal_number, *self.problems)
 
 
 def is_out_of_memory(error: Exception) -> bool:

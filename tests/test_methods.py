@@ -330,4 +330,4 @@ def test_what_needs_a_router_says_so_of_a_method_without(stage, tmp_path, verb):
     _, err = verb("route-stats", tmp_path / "run", "--history", expect=5)
     assert "does the run's method have a router?" in err
     _, err = verb("eval", tmp_path / "run", "--selection", "sample", expect=2)
-    assert "this one is rslora" in err
+    assert "this is rslora" in err

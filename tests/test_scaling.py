@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, close
@@ -13,7 +14,9 @@ from test_resume import launch, recipe_for, run
 from tiny import recipe_text, write_recipe
 
 from remix_cli.errors import RecipeError
-from remix_cli.recipe import load_recipe
+from remix_cli.recipe import Recipe, load_recipe
+from remix_cli.stats.parameters import ParameterCounts
+from remix_cli.train.preview import estimate_memory
 from remix_cli.train.shard import check_launch
 
 GRADIENTS = """
@@ -129,3 +132,26 @@ def test_what_cannot_be_sharded_is_refused(stage, tmp_path, verb, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match=r"set train\.shard_base: true to shard the base alone"):
         check_launch(load_recipe(path), 2)
+
+
+def test_validate_counts_the_processes(stage, tmp_path, verb):
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run", train={"max_steps": None}))
+    alone, four, sharded = (
+        json.loads(verb("validate", path, "--json", *more)[0])
+        for more in ([], ["--processes", "4"], ["--processes", "4", "train.shard_base=true"])
+    )
+    assert alone["steps"] > 3 * four["steps"] > 0
+    assert sharded["memory_gib"].keys() == alone["memory_gib"].keys()
+
+
+def test_the_estimate_of_a_sharded_base():
+    """Llama 3 8B over 8: an eighth of the layers, the embeddings whole, two layers gathered."""
+    config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    counts = ParameterCounts(0, 0, 0, 0, 0, 8_030_261_248)
+    recipe = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
+    whole = estimate_memory(Recipe.model_validate(recipe), config, counts, 512, 8)["base weights"]
+    shared = Recipe.model_validate(recipe | {"train": {"shard_base": True}})
+    sharded = estimate_memory(shared, config, counts, 512, 8)["base weights"]
+    assert whole == pytest.approx(14.96, abs=0.01)
+    layers = 14.96 - 2 * 128256 * 4096 * 2 / 2**30
+    assert sharded == pytest.approx(layers / 8 + 1.957 + 2 * layers / 32, abs=0.01)

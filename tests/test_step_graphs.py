@@ -61,14 +61,22 @@ def steps():
 @pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate", "straight_through"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_recorded_steps_have_the_gradients_of_plain_ones(estimator, level):
-    router = Router(estimator=estimator, selections=2)
+    check_recorded_steps(Router(estimator=estimator, selections=2), level=level)
+
+
+def test_recorded_steps_balance_the_load_like_plain_ones():
+    """What fills a batch up does not count as its share of the step."""
+    check_recorded_steps(Router(balance=0.5), method="mixlora")
+
+
+def check_recorded_steps(router, **config):
 
     def backward(loss):
         loss.backward()
 
     found = []
     for recorded in (False, True):
-        model, adapter = build(level=level, dtype=DTYPE)
+        model, adapter = build(dtype=DTYPE, **config)
         model.to(DEVICE).set_attn_implementation("sdpa")
         adapter.__dict__.pop("local", None)
         recorder = None if DEVICE.type == "cuda" else ByHand(adapter)

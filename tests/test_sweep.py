@@ -15,7 +15,7 @@ from conftest import ROOT
 from tiny import recipe_text, write_recipe, write_rows
 
 from remix_cli.errors import RecipeError
-from remix_cli.evaluate.statistics import difference_over_seeds, over_seeds
+from remix_cli.evaluate.statistics import difference_over_seeds, over_seeds, student
 from remix_cli.recipe.sweep import describe, load_sweep
 from remix_cli.runs import RunFolder
 from remix_cli.sweep import run as sweep_run
@@ -91,6 +91,8 @@ WRONG = [
     ({}, ["train.learning_rate=[]"], "train.learning_rate: an empty list has no value to try"),
     ({}, ["train.learning_rate={log_uniform: [1, 2]}"], "say in sweep.draws how many points to try"),
     ({"draws": 2}, ["train.learning_rate={log_uniform: [2, 1]}"], "log_uniform takes two numbers, 0 < low < high"),
+    ({}, ["seed=[1, 2]"], "a sweep's seeds are sweep.seeds"),
+    ({"arms": {"A": {"seed": 3}}}, [], "seed is the sweep's to set"),
     ({}, ["train.learning_rate=[0.1, 99]"], "train.learning_rate: should be less than or equal to 10, got 99"),
 ]
 
@@ -102,6 +104,13 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(group, overrides, message
         load_sweep(path, overrides)
     assert any(message in line for line in refused.value.problems), refused.value.problems
     assert len(refused.value.problems) == (2 if "another arm" in message else 1)
+
+
+def test_all_runs_have_the_same_held_out_rows_and_the_recipes_seed_is_the_default(stage, tmp_path):
+    sweep = load_sweep(sweep_file(stage, tmp_path, {"seeds": [3, 4]}))
+    (point,) = sweep.points["run"]
+    assert point.recipe.data.split_seed == sweep.under(point, 4).recipe.data.split_seed == 3
+    assert load_sweep(sweep_file(stage, tmp_path, {}), ["seed=7"]).seeds == [7]
 
 
 def test_a_metric_that_is_not_measured_is_refused(stage, tmp_path, verb):
@@ -182,6 +191,14 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     assert json.loads(verb("compare", tmp_path / "out", "--json")[0]) == report
     _, err = verb("sweep", path, "--only", "X", expect=2)
     assert "'X' matches no arm; there are LoRA, ReMix" in err
+    # another question is asked anew, without training
+    verb("sweep", path, "eval.tasks.0.limit=5")
+    first = json.loads((tmp_path / "out" / document["arms"]["LoRA"]["reports"][0]).read_text())
+    assert first["results"][0]["count"] == 5
+    verb("sweep", path)
+    assert (
+        json.loads(verb("compare", tmp_path / "out", "--json")[0])["arms"][0]["scores"] == report["arms"][0]["scores"]
+    )
     # again: nothing is trained or scored anew
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
     verb("sweep", path)
@@ -237,8 +254,8 @@ def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypat
 
 def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, tmp_path):
     """Two processes; SIGTERM once a checkpoint is there; the same command finishes without redoing it."""
-    many = {"max_steps": 60, "save_steps": 5, "eval_steps": 60}
-    rates = [0.02, 0.01, 0.015, 0.005]
+    many = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
+    rates = [0.02, 0.01, 0.015]
     path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": rates}}}, train=many)
     command = [sys.executable, "-m", "remix_cli", "sweep", str(path), "--processes", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -260,8 +277,8 @@ def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, t
     done = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [p.read_text() for p in (tmp_path / "out").rglob("*.log")]
-    assert len(logs) == 4
-    assert any("steps     0 -> 60" not in log.rpartition("train     ")[2] for log in logs)  # one at least went on
+    assert len(logs) == 3
+    assert any("steps     0 -> 40" not in log.rpartition("train     ")[2] for log in logs)  # one at least went on
     assert (tmp_path / "out" / "sweep.json").is_file()
 
 
@@ -270,21 +287,32 @@ def test_intervals_over_seeds():
     assert (score.value, score.count) == (2.0, 3)
     assert score.high - score.value == pytest.approx(4.303 / 3**0.5, rel=1e-3)
     assert over_seeds([1.0], share=True).high == float("inf")
+    assert student(16) == pytest.approx(2.120, abs=0.015)
+    assert student(60) == pytest.approx(2.000, abs=0.005)
 
 
-def test_the_difference_over_seeds_knows_items_and_seeds():
+def runs_of(random, seeds, items, spread):
+    """Scores of runs without a true difference: what an item is like, for everyone, and what a seed does to a run."""
+    made = items + spread * random.standard_normal((seeds, 1)) + 0.02 * random.standard_normal((seeds, len(items)))
+    return np.stack([made, np.ones_like(made)], 1)
+
+
+def test_the_difference_over_seeds_covers_as_often_as_it_says():
+    """200 pairs of equal arms: items in common, seeds apart, three of each."""
     random = np.random.default_rng(0)
-    items = random.random((1, 400))  # how hard each item is, for everyone
-    first = np.stack([np.stack([items[0] + 0.01 * random.standard_normal(400), np.ones(400)]) for _ in range(3)])
+    hits = 0
+    for _ in range(200):
+        items = random.random(50)
+        first, second = (runs_of(random, 3, items, 0.05) for _ in range(2))
+        found = difference_over_seeds(first, second, share=False)
+        hits += found.low <= 0 <= found.high
+    assert 0.91 <= hits / 200 <= 0.995
     better = first.copy()
     better[:, 0] -= 0.05
     found = difference_over_seeds(first, better, share=False)
     assert found.value == pytest.approx(-0.05)
-    assert -0.06 < found.low < found.value < found.high < -0.04  # items cancel, because they are the same
-    spread = better.copy()
-    spread[:, 0] += np.array([-0.2, 0.0, 0.2])[:, None]  # seeds that disagree
-    wide = difference_over_seeds(first, spread, share=False)
-    assert wide.low < -0.1 < 0 < wide.high
+    single = difference_over_seeds(first[:1], better[:1], share=False)  # items in common cancel, and are all there is
+    assert single.high - single.low < 1e-6
 
 
 def test_budget_meets_its_target_for_every_method(stage, tmp_path, verb):

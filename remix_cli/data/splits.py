@@ -41,7 +41,8 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
                 "flatter; remove them, or set data.allow_overlap: true"
             )
         return examples, counts, evenly(held, recipe.data.validation_limit)
-    random = np.random.default_rng([recipe.seed, 1])
+    seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
+    random = np.random.default_rng([seed, 1])
     total = sum(counts)
     share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
     train, held, kept, start = [], [], [], 0

@@ -46,8 +46,11 @@ def requested_tasks(
 
 def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:
     """`1,2,4` as numbers; [None] for the trained k. Raises RecipeError, also for what needs a router without one."""
-    if (sampled or text is not None) and not config.routed:
-        raise RecipeError(f"--selection and --active are for routed adapters; this one is {config.method}")
+    if (text is not None and not config.routed) or (sampled and not config.samples):
+        raise RecipeError(
+            f"--selection sample and --active are for adapters that choose k of n LoRAs; this is {config.method}, "
+            f"{config.active} of {config.pool_size}"
+        )
     pool_size = config.pool_size
     if text is None:
         return [None]

@@ -1,5 +1,6 @@
 """`remix eval` from start to end: score the tasks, keep every answer, stamp the report with how it was made."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         for label, scorer in scorers.items():
             stamp = scorer.stamp() | _model(run, settings)
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
-            results.append(_score(label, scorer, lines, stamp, progress))
+            results.append(_score(label, scorer, lines, stamp, progress) | {"asked": task_digest(scorer.task)})
             finished.append(lines)
         target = run.folder.evaluations / f"{name}.json"
         report = {"model": name, "results": results + _other_results(target, results)}
@@ -85,9 +86,14 @@ def _score(label: str, scorer: Scorer, lines: Lines, stamp: dict[str, Any], prog
         "counts": {key: score.count for key, score in scores.items()},
         "shares": sorted(key for key, score in scores.items() if score.share),
         "seconds": round(time.monotonic() - begun, 3),
-        "asked": len(todo),
+        "answered": len(todo),
         "protocol": stamp,
     }
+
+
+def task_digest(task: Task) -> str:
+    """A hash of the task as the recipe has it, so that a sweep knows whether a result answers it."""
+    return hashlib.sha256(task.model_dump_json().encode()).hexdigest()[:16]
 
 
 def check_code(tasks: list[Task], settings: Settings) -> None:

@@ -81,29 +81,38 @@ def pass_at(k: int, samples: int, correct: int) -> float:
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
+def student(freedom: float) -> float:
+    """The 97.5 % point of Student's t: by table, whole degrees of freedom; beyond it by a first-order expansion."""
+    if freedom < len(_STUDENT) + 1:
+        return _STUDENT[max(1, int(freedom)) - 1]
+    return _NORMAL + (_NORMAL**3 + _NORMAL) / (4 * freedom)
+
+
 def over_seeds(values: list[float], share: bool) -> Score:
     """The mean of one score over runs that differ in their seed; Student's interval, unbounded for a single run."""
     centre = float(np.mean(values))
     if len(values) < 2:
         return Score(centre, -math.inf, math.inf, 1, share)
-    t = _STUDENT[len(values) - 2] if len(values) - 2 < len(_STUDENT) else _NORMAL
-    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Score(centre, centre - half, centre + half, len(values), share)
 
 
 def difference_over_seeds(first: np.ndarray, second: np.ndarray, share: bool) -> Score:
     """Second minus first, each (seeds, 2, S): numerators and denominators of the same S items under each seed.
 
-    A nested bootstrap: the items are drawn with replacement, the same for both, and the seeds of each apart, so that
-    the interval knows both that the test set is a sample and that a training run is one.
+    The interval knows both that the test set is a sample and that a training run is one: the variance of the means'
+    difference over resampled items (the same for both), plus each side's variance over its seeds, with Student's t at
+    Welch and Satterthwaite's degrees of freedom. A side of a single run adds nothing: then it is about items only.
     """
-    random = np.random.default_rng(1)
-    drawn, values = [], []
+    parts = [runs.sum(-1) for runs in (first, second)]  # (seeds, 2)
+    scores = [part[:, 0] / part[:, 1] for part in parts]  # (seeds,)
+    drawn = []
     for runs in (first, second):
         sums = _resampled(runs.reshape(-1, runs.shape[-1])).reshape(len(runs), 2, -1)  # (seeds, 2, RESAMPLES)
-        ratios = sums[:, 0] / sums[:, 1]
-        picks = random.integers(len(runs), size=(len(runs), RESAMPLES))
-        drawn.append(np.take_along_axis(ratios, picks, 0).mean(0))
-        values.append(float((runs[:, 0].sum(-1) / runs[:, 1].sum(-1)).mean()))
-    low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
-    return Score(values[1] - values[0], float(low), float(high), first.shape[-1], share)
+        drawn.append((sums[:, 0] / sums[:, 1]).mean(0))
+    seeds = [float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else 0.0 for x in scores]
+    variance = float(np.var(drawn[1] - drawn[0])) + sum(seeds)
+    spread = sum(v**2 / (len(x) - 1) for v, x in zip(seeds, scores, strict=True) if len(x) > 1)
+    half = student(variance**2 / spread if spread else math.inf) * math.sqrt(variance)
+    value = float(scores[1].mean() - scores[0].mean())
+    return Score(value, value - half, value + half, first.shape[-1], share)

@@ -5,7 +5,6 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from remix_cli.errors import RecipeError
 
@@ -29,7 +28,9 @@ def push(client: Any, folder: Path, repo: str, public: bool) -> str:
         if not public and not client.repo_info(repo).private:
             raise RecipeError(f"--push-to-hub: {repo} exists and is public; add --public if that is meant")
         client.upload_folder(folder_path=str(folder), repo_id=repo, commit_message="Exported by remix")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:  # the hub's own, and whatever its client raises when the network fails
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"--push-to-hub: {repo}: {reason}; the folder {folder} is written, only not uploaded"

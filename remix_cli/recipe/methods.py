@@ -85,7 +85,8 @@ def fill_defaults(values: Any) -> Any:
     groups = {name: values.get(name, {}) for name in ("adapter", "router", "train")}
     if not all(isinstance(group, dict) for group in groups.values()):
         return values
-    facts = METHODS.get(groups["adapter"].get("method", "remix"))
+    method = groups["adapter"].get("method", "remix")
+    facts = METHODS.get(method) if isinstance(method, str) else None  # type: ignore[call-overload]
     if facts is None:
         return values
     train = {"learning_rate": facts.learning_rate} | groups["train"]

@@ -167,6 +167,7 @@ class Data(Strict):
     train: Annotated[list[Source], Field(min_length=1)]
     validation: list[Source] = Field([], description="Held-out rows; empty: cut from train.")
     validation_fraction: Share = Field(0.05, description="Share of train held out when `validation` is empty.")
+    split_seed: Seed | None = Field(None, description="Of the rows cut from train; by default the recipe's seed.")
     allow_overlap: bool = Field(False, description="Accept `validation` rows that are also in `train`.")
     validation_limit: Positive = Field(512, description="At most so many held-out rows.")
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens; longer rows lose their end.")
@@ -343,13 +344,21 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _virtual_tokens_fit(self) -> Self:
-        """A recomputed layer would find its prefix already in the cache; PEFT moves prompts between devices anew."""
+        """A recomputed layer would find its prefix in the cache already. In a recorded step PEFT's prompts would be
+        copied from the host, and VB-LoRA would wait for the device."""
         method = self.adapter.method
-        if method in PROMPTS:
-            if method == "prefix" and self.train.gradient_checkpointing:
-                _refuse("gradient_checkpointing", "adapter.method: prefix")
-            if self.train.cuda_graphs:
-                _refuse("cuda_graphs", f"adapter.method: {method}")
+        if method == "prefix" and self.train.gradient_checkpointing:
+            _refuse("gradient_checkpointing", "adapter.method: prefix")
+        if method in (*PROMPTS, "vblora") and self.train.cuda_graphs:
+            _refuse("cuda_graphs", f"adapter.method: {method}")
+        return self
+
+    @model_validator(mode="after")
+    def _selection_fits(self) -> Self:
+        if self.eval.selection == "sample" and not self.adapter_config().samples:
+            raise PydanticCustomError(
+                "conflict", "nothing is sampled by this adapter; use top", {"at": ("eval", "selection")}
+            )
         return self
 
     @model_validator(mode="after")

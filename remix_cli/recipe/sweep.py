@@ -31,7 +31,9 @@ class SweepGroup(Strict):
         {"run": {}}, description="Name -> dotted keys and their values; the first arm is what others are compared with."
     )
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(
-        [0], description="The search runs under the first, the best setting of each arm under all."
+        [0],
+        description="The search runs under the first, the best setting of each arm under all; by default the "
+        "recipe's seed. Rows cut from train are those of the first for all.",
     )
     draws: Positive | None = Field(None, description="So many random points of each arm's grid instead of all.")
     metric: str | None = Field(
@@ -60,6 +62,7 @@ class Sweep:
     folder: Path
     seeds: list[int]
     metric: str
+    arms: list[str]  # all of the file, in its order; the first is the reference
     points: dict[str, list[Point]]
 
     def under(self, point: Point, seed: int) -> Point:
@@ -75,16 +78,23 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     Raises RecipeError with all problems, each once.
     """
     raw = read_raw(path, overrides)
-    group = _group(raw, raw.values.pop("sweep", {}))
+    values = raw.values.pop("sweep", {})
+    if isinstance(values, dict) and isinstance(raw.values.get("seed"), int):
+        values = {"seeds": [raw.values["seed"]]} | values
+    group = _group(raw, values)
     root = raw.values.get("output_dir")
     if not isinstance(root, str):
         build(raw)  # says what is wrong with it
     problems: dict[str, None] = {}
+    if isinstance(raw.values.get("seed"), list):
+        problems["seed: a sweep's seeds are sweep.seeds; a list of seeds is no axis"] = None
     points: dict[str, list[Point]] = {}
     for arm in _matching(list(group.arms), only):
         changes = group.arms[arm]
         one = copy.deepcopy(raw)
         for dotted, value in changes.items():
+            if dotted in ("seed", "output_dir"):
+                problems[f"sweep.arms.{arm}: {dotted} is the sweep's to set; leave it out"] = None
             try:
                 set_value(one.values, dotted, copy.deepcopy(value))
             except ValueError as error:
@@ -102,7 +112,7 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
         raise RecipeError(*problems)
     first = next(iter(points.values()))[0].recipe
     metric = group.metric or first.train.metric_for_best_model
-    return Sweep(Path(str(root)), group.seeds, metric, points)
+    return Sweep(Path(str(root)), group.seeds, metric, list(group.arms), points)
 
 
 def _matching(arms: list[str], only: str | None) -> list[str]:
@@ -141,6 +151,8 @@ def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Pa
         if any(point.folder == folder for point in made):
             raise RecipeError(f"sweep.arms.{arm}: two of its settings would share the folder {folder}")
         one.values |= {"seed": seed, "output_dir": str(folder)}
+        if isinstance(one.values.get("data"), dict):  # the same held-out rows for all runs
+            one.values["data"] = {"split_seed": seed} | one.values["data"]
         one.overridden |= own | set(setting)
         try:
             made.append(Point(arm, setting, seed, build(one)))

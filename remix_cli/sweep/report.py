@@ -1,6 +1,7 @@
 """From a sweep's folder to the paper's Table 1 in shape: one row for each arm, over seeds."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def sweep_report(folder: Path) -> dict[str, Any]:
     reference = next(iter(found))
     skipped: list[str] = []
     rows = [
-        asdict(_arm(name, arms[name], runs, found[reference] if name != reference else None, skipped))
+        _without_infinities(
+            asdict(_arm(name, arms[name], runs, found[reference] if name != reference else None, skipped))
+        )
         for name, runs in found.items()
     ]
     absent = [f"{name}: no finished run" for name in document["arms"] if name not in found]
@@ -74,12 +77,13 @@ def _arm(
             values = [found[task]["scores"][score] for found in results if task in found]
             scores[f"{task} {score}"] = over_seeds(values, score in first["shares"])
     for task, result in results[0].items() if reference else ():
-        others = {r["task"]: r for r in reference[0].report["results"]} if reference else {}
-        why = difference_of_protocols(others[task], result) if task in others else "not scored there"
+        others = [next((r for r in run.report["results"] if r["task"] == task), None) for run in reference or []]
+        mine = [found.get(task) for found in results]
+        why = next((_why(other, one) for other in others for one in mine if _why(other, one)), "")
         if why:
             skipped.append(f"{task}: {name} was not asked what the first arm was ({why}); no difference")
             continue
-        for score in scores_in_common([others[task], result]):
+        for score in scores_in_common([result, *(r for r in [*others, *mine] if r)]):
             one, two = (np.stack([parts_of(run, task, score) for run in group]) for group in (reference or [], runs))
             differences[f"{task} {score}"] = difference_over_seeds(one, two, score in result["shares"])
     return ArmReport(
@@ -95,3 +99,18 @@ def _arm(
         scores,
         differences,
     )
+
+
+def _why(one: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """Why two runs' results of a task do not compare; empty if they do."""
+    if one is None or other is None:
+        return "not scored in every run"
+    return difference_of_protocols(one, other)
+
+
+def _without_infinities(arm: dict[str, Any]) -> dict[str, Any]:
+    """JSON has none: a score of a single run has no interval over seeds."""
+    for score in arm["scores"].values():
+        if not math.isfinite(score["low"]):
+            score["low"] = score["high"] = None
+    return arm

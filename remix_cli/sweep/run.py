@@ -25,11 +25,11 @@ from remix_cli.errors import Interrupted, RecipeError, RemixError
 from remix_cli.evaluate.run import check_code
 from remix_cli.evaluate.tasks import Settings
 from remix_cli.recipe import Recipe
-from remix_cli.recipe.schema import SCORES
+from remix_cli.recipe.schema import SCORES, tasks_while_training
 from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
-from remix_cli.sweep.work import NO_MEMORY, report_file, score_run, set_up, train_run
+from remix_cli.sweep.work import DIVERGED, NO_MEMORY, is_scored, report_file, score_run, set_up, train_run
 
 FILE = "sweep.json"
 Say = Callable[[str], None]
@@ -63,7 +63,8 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     with lock_folder(sweep.folder):
         done = _Sweep(sweep, say, allow_code).run(processes)
         document = done.document()
-        document["arms"] = _other_arms(sweep) | document["arms"]
+        known = _other_arms(sweep) | document["arms"]
+        document["arms"] = {name: known[name] for name in sweep.arms if name in known}
         write_json(sweep.folder / FILE, document)
     if done.failures:
         raise RemixError(*done.failures)
@@ -81,14 +82,18 @@ def _other_arms(sweep: Sweep) -> dict[str, Any]:
 
 
 def _check_metric(sweep: Sweep) -> None:
-    first = next(iter(sweep.points.values()))[0].recipe
-    task, _, score = sweep.metric.partition("/")
-    measured = sweep.metric == "eval_loss" or (first.train.eval_tasks_limit and score in SCORES.get(task, ()))
-    if not measured:
-        raise RecipeError(
-            f"sweep.metric: {sweep.metric} is not measured on held-out rows while training; use eval_loss, or a "
-            "score of eval.tasks with train.eval_tasks_limit set"
-        )
+    """Raises RecipeError if an arm's training does not measure the metric."""
+    for points in sweep.points.values():
+        recipe = points[0].recipe
+        tasks = tasks_while_training(recipe.eval.tasks) if recipe.train.eval_tasks_limit else []
+        known = ["eval_loss", *(f"{label}/{score}" for label, task in tasks for score in SCORES[task.task])]
+        if sweep.metric not in known:
+            raise RecipeError(
+                f"sweep.metric: {sweep.metric} is not measured on held-out rows while training; use "
+                f"{', '.join(known)}, or set train.eval_tasks_limit for scores of eval.tasks"
+            )
+        if not recipe.data.validation and not recipe.data.validation_fraction:
+            raise RecipeError("data.validation_fraction: 0 leaves no held-out rows to choose by; raise it")
 
 
 def _check_folder(sweep: Sweep) -> None:
@@ -146,10 +151,13 @@ class _Sweep:
         self.count += 1
         value = math.inf
         if problem is None:
-            value = _cost(self.sweep.metric, RunFolder(point.folder))
-        else:
+            try:
+                value = _cost(self.sweep.metric, RunFolder(point.folder))
+            except (OSError, ValueError) as error:
+                problem = f"metrics.jsonl: {error}"
+        if problem is not None:
             self.errors[point.folder] = problem
-            if not problem.startswith("diverged"):
+            if not problem.startswith(DIVERGED):
                 arm.sound = False
                 self.failures.append(f"{point.folder}: {problem}")
         arm.values[point.folder] = value
@@ -205,7 +213,7 @@ class _Sweep:
             runs = []
             if arm.chosen is not None:
                 under = [self.sweep.under(arm.chosen, seed) for seed in self._seeds(arm.chosen)]
-                runs = [self._relative(report_file(p.recipe)) for p in under if p.folder not in self.errors]
+                runs = [self._relative(report_file(p.recipe)) for p in under if is_scored(p.recipe)]
             chosen = arm.chosen.setting if arm.chosen is not None else None
             arms[name] = {"searched": searched, "chosen": chosen, "reports": runs}
         return {"metric": self.sweep.metric, "seeds": self.sweep.seeds, "arms": arms}
@@ -230,7 +238,7 @@ def _cost(metric: str, folder: RunFolder) -> float:
     for line in folder.metrics.read_text(encoding="utf-8").splitlines():
         value = json.loads(line).get(metric, value)
     if math.isnan(value):
-        raise RecipeError(f"{folder.path}: no {metric} was measured; are there held-out rows?")
+        raise ValueError(f"no {metric} was measured; are there held-out rows?")
     return value if _less_is_better(metric) else -value
 
 

@@ -1,6 +1,5 @@
 """A sweep's report as Rich tables of 80 columns."""
 
-import math
 from typing import Any
 
 from rich.table import Table
@@ -47,7 +46,7 @@ def _scores(arm: dict[str, Any], name: str) -> list[str]:
 
 
 def _interval(score: dict[str, Any], sign: bool = False) -> str:
-    if not math.isfinite(score["low"]):
+    if score["low"] is None:
         return "-"
     return " to ".join(_number(score[end], score["share"], sign) for end in ("low", "high"))
 

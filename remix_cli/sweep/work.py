@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from remix_cli.errors import Interrupted, RemixError, is_out_of_memory
+from remix_cli.errors import DivergedError, Interrupted, RemixError, is_out_of_memory
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 
 WIDTH = 100  # of a log
-NO_MEMORY = "out of memory"
+NO_MEMORY, DIVERGED = "out of memory", "diverged"  # what a problem's line begins with
 _ended: Any = None  # in a worker: an event, set when the sweep is to end
 
 
@@ -62,12 +62,11 @@ def score_run(recipe: Recipe, allow_code: bool) -> str | None:
     """Score the finished run on the recipe's tasks, unless that is done. As `train_run`."""
     from remix_cli.evaluate.run import evaluate
     from remix_cli.evaluate.tasks import Settings
-    from remix_cli.recipe.schema import labelled
     from remix_cli.runs import load_run
 
     _check_ended()
     folder = RunFolder(Path(recipe.output_dir))
-    if set(scored_tasks(report_file(recipe))) >= {label for label, _ in labelled(recipe.eval.tasks)}:
+    if is_scored(recipe):
         return None
     with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
         try:
@@ -88,6 +87,15 @@ def report_file(recipe: Recipe) -> Path:
     """Where the scores of the run's last adapter are, in the selection mode that the recipe asks for."""
     name = "adapter-sampled" if recipe.eval.selection == "sample" else "adapter"
     return RunFolder(Path(recipe.output_dir)).evaluations / f"{name}.json"
+
+
+def is_scored(recipe: Recipe) -> bool:
+    """Does the report answer every task of the recipe, as it now stands?"""
+    from remix_cli.evaluate.run import task_digest
+    from remix_cli.recipe.schema import labelled
+
+    found = scored_tasks(report_file(recipe))
+    return all(found.get(label, {}).get("asked") == task_digest(t) for label, t in labelled(recipe.eval.tasks))
 
 
 def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
@@ -111,6 +119,8 @@ def _told(error: Exception, console: Console) -> str:
     line = "; ".join(error.problems) if isinstance(error, RemixError) else f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         line = f"{NO_MEMORY}: {line}"
+    if isinstance(error, DivergedError) and not line.startswith(DIVERGED):
+        line = f"{DIVERGED}: {line}"
     console.print(f"error: {line}", highlight=False, soft_wrap=True)
     return " ".join(line.split())[:300]
 

@@ -79,16 +79,14 @@ def _solve(recipe: Recipe, method: Method, knob: str, target: int, what: Count) 
 def _config(recipe: Recipe, method: Method) -> AdapterConfig:
     """The method with those of the recipe's adapter settings that it reads, its own defaults otherwise."""
     facts = METHODS[method]
+    if recipe.adapter.method == method:
+        return recipe.adapter_config()
     given = {key: getattr(recipe.adapter, key) for key in facts.settings}
-    if recipe.adapter.method != method:
-        given |= facts.adapter
-    other = recipe.model_copy(
-        update={
-            "adapter": AdapterRecipe.model_validate({"method": method} | given),
-            "router": recipe.router.model_copy(update={"scope": facts.router.get("scope", recipe.router.scope)}),
-        }
-    )
-    return other.adapter_config()
+    if "active" in given:
+        given["active"] = min(given["active"], given["pool_size"])
+    adapter = AdapterRecipe.model_validate({"method": method} | given | facts.adapter)
+    router = recipe.router.model_copy(update={"scope": facts.router.get("scope", "block")})
+    return recipe.model_copy(update={"adapter": adapter, "router": router}).adapter_config()
 
 
 def _with(config: AdapterConfig, knob: str, value: int) -> AdapterConfig:

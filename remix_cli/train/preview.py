@@ -40,15 +40,15 @@ class Preview:
         }
 
 
-def preview(recipe: Recipe) -> Preview:
-    """Raises RecipeError and DataError, as training would."""
+def preview(recipe: Recipe, processes: int = 1) -> Preview:
+    """As `processes` processes would train. Raises RecipeError and DataError, as training would."""
     adapter = check_recipe(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe, tokenizer)
+    data = load_data(recipe, tokenizer, processes)
     row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
     counts = count_parameters(adapter)
     config: Any = adapter.model.config
-    memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()))
+    memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()), processes)
     tokens = _pieces(tokenizer, row)
     return Preview(
         recipe,
@@ -72,7 +72,9 @@ def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
     return pieces
 
 
-def estimate_memory(recipe: Recipe, config: Any, counts: ParameterCounts, longest: int) -> dict[str, float]:
+def estimate_memory(
+    recipe: Recipe, config: Any, counts: ParameterCounts, longest: int, processes: int = 1
+) -> dict[str, float]:
     """GiB on one device at the longest batch, by formula; an estimate, the frameworks' own overhead is left out."""
     size = 4 if recipe.model.dtype == "float32" else 2
     tokens = recipe.train.per_device_train_batch_size * longest
@@ -91,8 +93,12 @@ def estimate_memory(recipe: Recipe, config: Any, counts: ParameterCounts, longes
     # A pass with gradient keeps them anyway; those of other passes outlive its activations.
     before = (m if recipe.router.lora_gradient == "mean" else 1) - 1
     traces = max(before * inputs, m * inputs - activations - logits)
+    base = counts.base
+    if recipe.train.shard_base and processes > 1:  # embeddings and output layer stay gathered, two layers come and go
+        outer = (1 if getattr(config, "tie_word_embeddings", False) else 2) * config.vocab_size * hidden
+        base = (base - outer) // processes + outer + 2 * (base - outer) // layers
     parts = {
-        "base weights": counts.base * {"none": size, "8bit": 1.1, "4bit": 0.6}[recipe.model.quantization],
+        "base weights": base * {"none": size, "8bit": 1.1, "4bit": 0.6}[recipe.model.quantization],
         "adapter, gradient, optimizer": counts.trained * 16,
         "activations of one pass": activations,
         "logits and loss": logits,

@@ -72,7 +72,8 @@ def accumulate_gradients(
                 loss = batch_losses(model, batch) / targets_in_step  # (B, T)
                 whole = loss.sum() / with_gradient
                 if router.balance and not sampled:
-                    share = len(batch.targets) / targets_in_step  # of this micro-batch in the step
+                    mine = len(batch.targets) if batch.real is None else batch.real.sum()
+                    share = mine / targets_in_step  # of this micro-batch in the step
                     whole = whole + router.balance * share * balance_loss(trace, batch.mask)
             if keep:
                 backward(whole)
