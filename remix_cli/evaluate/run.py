@@ -43,7 +43,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         for label, scorer in scorers.items():
             stamp = scorer.stamp() | _model(run, settings)
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
-            results.append(_score(label, scorer, lines, stamp, progress) | {"asked": task_digest(scorer.task)})
+            results.append(_score(label, scorer, lines, stamp, progress) | {"task_digest": task_digest(scorer.task)})
             finished.append(lines)
         target = run.folder.evaluations / f"{name}.json"
         report = {"model": name, "results": results + _other_results(target, results)}
@@ -86,7 +86,7 @@ def _score(label: str, scorer: Scorer, lines: Lines, stamp: dict[str, Any], prog
         "counts": {key: score.count for key, score in scores.items()},
         "shares": sorted(key for key, score in scores.items() if score.share),
         "seconds": round(time.monotonic() - begun, 3),
-        "answered": len(todo),
+        "asked": len(todo),
         "protocol": stamp,
     }
 

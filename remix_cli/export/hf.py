@@ -34,29 +34,29 @@ def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> float:
     `reference_base` names the base model instead of copying its weights. Raises RecipeError for what the format
     cannot hold, ArtefactError if the folder read back does not agree with the run, StorageError.
     """
+    check_pool(run, "hf")
     base_class = _base_class(run)
-    check_not_quantised(run, "--format hf")
     with publish_folder(target) as scratch:
         _write(run, scratch, base_class, reference_base)
         (scratch / "README.md").write_text(card(run, "hf", {}), encoding="utf-8")
         return _check(run, scratch)
 
 
-def check_not_quantised(run: LoadedRun, what: str) -> None:
-    """Raises RecipeError: the adapter was trained on rounded weights, and what is written would have others."""
+def check_pool(run: LoadedRun, form: str) -> None:
+    """Raises RecipeError unless the run is a ReMix pool on weights that can be written out."""
+    method = run.stored.config.method
+    if method in ("mixlora", "hydralora"):
+        raise RecipeError(f"--format {form}: {method} weights its LoRAs by a softmax; only remix pools")
+    if method != "remix":
+        raise RecipeError(f"--format {form}: {method} has no pool; use --format peft")
     if run.recipe.model.quantization != "none":
         raise RecipeError(
-            f"{what}: the run's base model is in {run.recipe.model.quantization}, and weights written from it would "
-            "not be those it was trained on; use --format peft-experts, or evaluate it here"
+            f"--format {form}: the run's base model is in {run.recipe.model.quantization}, and weights written from it "
+            "would not be those it was trained on; use --format peft-experts, or evaluate it here"
         )
 
 
 def _base_class(run: LoadedRun) -> str:
-    method = run.stored.config.method
-    if method in ("mixlora", "hydralora"):
-        raise RecipeError(f"--format hf: {method} has no constant weight; only remix pools")
-    if method != "remix":
-        raise RecipeError(f"--format hf: {method} has no pool; use --format peft")
     name = type(run.model).__name__
     if not hasattr(transformers, name):
         raise RecipeError(f"--format hf: {name} is not a class of transformers itself, so the folder could not load it")

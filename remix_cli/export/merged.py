@@ -16,7 +16,7 @@ from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import evenly, split_examples
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.export.card import card
-from remix_cli.export.hf import SHARD, base_state, check_not_quantised
+from remix_cli.export.hf import SHARD, base_state, check_pool
 from remix_cli.export.merge import Merged, applied, merge_pool, price
 from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.export.selected import Selection, check_sequence_level, merge_selection
@@ -34,7 +34,7 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
     ArtefactError if the folder read back is not the model that was fitted, StorageError.
     """
     config = run.stored.config
-    _check_method(run)
+    check_pool(run, "merged")
     largest = config.pool_size * config.rank
     rank = rank or min(largest, config.active * config.rank)
     if rank > largest:
@@ -49,20 +49,11 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
 
 def export_selection(run: LoadedRun, target: Path, selection: Selection, *, into_weights: bool) -> None:
     """Write one selection of a run that routes by sequence, exactly; with `selection.json`. Raises as above."""
-    _check_method(run)
+    check_pool(run, "merged")
     check_sequence_level(run)
     rank = run.stored.config.active * run.stored.config.rank
     kind = "selected" if into_weights else "peft-selected"
     _publish(run, target, merge_selection(run, selection), kind, rank, {}, selection)
-
-
-def _check_method(run: LoadedRun) -> None:
-    method = run.stored.config.method
-    if method in ("mixlora", "hydralora"):
-        raise RecipeError(f"--format: {method} weights its LoRAs by a softmax; only remix pools can be merged")
-    if method != "remix":
-        raise RecipeError(f"--format: {method} has no pool; use --format peft")
-    check_not_quantised(run, "--format")
 
 
 def _publish(

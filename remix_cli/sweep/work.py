@@ -95,7 +95,7 @@ def is_scored(recipe: Recipe) -> bool:
     from remix_cli.recipe.schema import labelled
 
     found = scored_tasks(report_file(recipe))
-    return all(found.get(label, {}).get("asked") == task_digest(t) for label, t in labelled(recipe.eval.tasks))
+    return all(found.get(label, {}).get("task_digest") == task_digest(t) for label, t in labelled(recipe.eval.tasks))
 
 
 def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
