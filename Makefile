@@ -1,6 +1,7 @@
 # make demo   set everything up, fetch the demo model, train, evaluate, show the routing
 # make test   the tests, after the same set-up
 # make kills      the tests of durability at length
+# make slow      several processes at length
 # make sandbox    hostile programs, and all canonical solutions of HumanEval with busy cores
 # make agreement  scores against lm-evaluation-harness; DATA=FOLDER holds gsm8k/ and arc_challenge/
 PYTHON ?= python3
@@ -13,7 +14,7 @@ MODEL := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup model demo test kills sandbox agreement lint types check bench clean
+.PHONY: setup model demo test kills slow sandbox agreement lint types check bench clean
 
 setup: $(VENV)/.done
 
@@ -44,6 +45,10 @@ kills: setup
 	$(BIN)/python tests/faultlab.py points
 	$(BIN)/python tests/faultlab.py errors
 	$(BIN)/python tests/faultlab.py signals 200
+
+# launches of several processes, for every estimator: about three minutes
+slow: setup
+	$(BIN)/python -m pytest -m slow
 
 sandbox: setup
 	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/test_sandbox.py

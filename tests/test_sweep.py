@@ -252,7 +252,7 @@ def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypat
     assert arm["chosen"] is not None
 
 
-def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, tmp_path):
+def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, tmp_path, verb, monkeypatch):
     """Two processes; SIGTERM once a checkpoint is there; the same command finishes without redoing it."""
     many = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
     rates = [0.02, 0.01, 0.015]
@@ -274,8 +274,8 @@ def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, t
     assert set((tmp_path / "out").rglob("*.log")) == begun  # what was dealt to a worker already is not begun
     kept = len(list((tmp_path / "out").rglob("step-*/manifest.json")))
     assert kept
-    done = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_this_process(monkeypatch)  # the rest here, which is quicker
+    verb("sweep", path)
     logs = [p.read_text() for p in (tmp_path / "out").rglob("*.log")]
     assert len(logs) == 3
     assert any("steps     0 -> 40" not in log.rpartition("train     ")[2] for log in logs)  # one at least went on

@@ -1,5 +1,6 @@
 """Batched generation with the KV cache and routed inference: the same text whatever the batch."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,10 +67,14 @@ def continue_ids(
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
     eager = torch.compiler.set_stance("force_eager")  # the cache grows with every token
-    cache = None
+    cache: Any = None
     if decoding.selection_seed is None:  # selections that are drawn anew for every token cannot be replayed
         cache = fixed_cache(model, len(prompts), length + decoding.max_new_tokens)
-    replayed = graphed(model, cache) if cache is not None else nullcontext()
+    replayed: Any = nullcontext()
+    if cache is not None:
+        replayed = graphed(model, cache)
+        named = inspect.signature(type(model).forward).parameters
+        options["cache" if "cache" in named else "past_key_values"] = cache  # its name since transformers 5.24
     routing = _routing(subject, mask, rows, decoding.selection_seed)
     with eager, torch.no_grad(), adapter.unchanging(), routing, replayed, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT makes its own, correctly
@@ -82,7 +87,6 @@ def continue_ids(
             top_p=None,
             top_k=None,
             pad_token_id=pad,
-            past_key_values=cache,
             disable_compile=True,
             eos_token_id=_stop_tokens(model, tokenizer),
             streamer=streamer,

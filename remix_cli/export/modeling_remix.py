@@ -121,7 +121,7 @@ class RemixForCausalLM(Base):
     def forward(self, *args, **kwargs):
         if self._selection is None:
             return super().forward(*args, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name since transformers 5.24, and before
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._selection.prompt = None
         if cache is None or int(cache.get_seq_length()) == 0:
