@@ -269,6 +269,10 @@ def test_pefts_adapters_stay_float32_on_a_bfloat16_model(method):
 REFUSED = [
     ({"adapter": {"method": "lora", "pool_size": 8}}, "adapter.pool_size: not a setting of lora"),
     ({"adapter": {"method": "prompt", "rank": 8}}, "which takes virtual_tokens; leave it out"),
+    (
+        {"adapter": {"method": "lora", "pool_size": 8, "active": 2}},
+        "adapter.active: not a setting of lora (nor is pool_size)",
+    ),
     ({"adapter": {"method": "hydralora", "active": 2}}, "adapter.active: not a setting of hydralora"),
     ({"adapter": {"method": "lorax"}}, "adapter.method: should be 'remix', 'mixlora'"),
     (

@@ -119,6 +119,13 @@ def test_a_metric_that_is_not_measured_is_refused(stage, tmp_path, verb):
     assert "sweep.metric: arc/letter is not measured" in err
 
 
+def test_what_every_run_would_refuse_is_refused_at_once(stage, tmp_path, verb):
+    path = sweep_file(stage, tmp_path, {"arms": ARMS})
+    _, err = verb("sweep", path, "data.train.0.path=nowhere.jsonl", expect=2)
+    assert "sweep.arms.LoRA: data.train.0" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_points_to_sweep_and_the_reverse_is_one_run(stage, tmp_path, verb):
     path = sweep_file(stage, tmp_path, {})
     _, err = verb("train", path, expect=2)

@@ -66,11 +66,14 @@ class Adapter(Strict):
     @model_validator(mode="after")
     def _only_own_settings(self) -> Self:
         own = METHODS[self.method].settings
-        for key in sorted(self.model_fields_set - {"method", *own}):
+        other = sorted(self.model_fields_set - {"method", *own})
+        if other:
+            also = f" (nor is {', '.join(other[1:])})" if other[1:] else ""
             raise PydanticCustomError(
                 "conflict",
-                "not a setting of {method}, which takes {own}; leave it out",
-                {"method": self.method, "own": ", ".join(own) or "none", "at": ("adapter", key)},
+                "not a setting of {method}{also}, which takes {own}; leave it out, or set the whole group: "
+                "'adapter={method: {method}}'",
+                {"method": self.method, "also": also, "own": ", ".join(own) or "none", "at": ("adapter", other[0])},
             )
         return self
 

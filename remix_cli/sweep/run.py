@@ -30,6 +30,7 @@ from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
 from remix_cli.sweep.work import DIVERGED, NO_MEMORY, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.train.prepare import check_recipe
 
 FILE = "sweep.json"
 Say = Callable[[str], None]
@@ -58,7 +59,11 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     """
     _check_metric(sweep)
     _check_folder(sweep)
-    for points in sweep.points.values():
+    for arm, points in sweep.points.items():
+        try:
+            check_recipe(points[0].recipe)  # files, targets: what each run would refuse
+        except RecipeError as error:
+            raise RecipeError(*(f"sweep.arms.{arm}: {problem}" for problem in error.problems)) from None
         check_code(points[0].recipe.eval.tasks, Settings(allow_code=allow_code))
     with lock_folder(sweep.folder):
         done = _Sweep(sweep, say, allow_code).run(processes)
