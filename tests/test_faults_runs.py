@@ -32,13 +32,13 @@ def finding(process: subprocess.Popen) -> dict:
     return json.loads(out)
 
 
-def test_K1_200_kills_at_random_instants_change_no_bit():
+def test_K1_100_kills_at_random_instants_change_no_bit():
     """Half of them while a file is being written. 2,000 by `make kills`."""
-    found = [finding(p) for p in [laboratory("kills", 100, seed) for seed in (1, 2)]]
-    assert sum(f["kills"] for f in found) == 200
-    assert sum(f["while_writing"] for f in found) > 40
+    found = [finding(p) for p in [laboratory("kills", 50, seed) for seed in (1, 2)]]
+    assert sum(f["kills"] for f in found) == 100
+    assert sum(f["while_writing"] for f in found) > 20
     for f in found:
-        assert f["finished"] > 3  # how many depends on the machine's pace
+        assert f["finished"] > 1  # how many depends on the machine's pace
         assert (f["mismatches"], f["lost"], f["errors"]) == (0, 0, 0), f
 
 
