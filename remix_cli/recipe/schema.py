@@ -359,9 +359,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _selection_fits(self) -> Self:
         if self.eval.selection == "sample" and not self.adapter_config().samples:
-            raise PydanticCustomError(
-                "conflict", "nothing is sampled by this adapter; use top", {"at": ("eval", "selection")}
-            )
+            where = {"at": ("eval", "selection")}
+            raise PydanticCustomError("conflict", "nothing is sampled by this adapter; use top", where)
         return self
 
     @model_validator(mode="after")
