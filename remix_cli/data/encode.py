@@ -123,6 +123,11 @@ class Encoder:
         """Everything before the last assistant's turn, as it is given to the model to continue."""
         return [i for ids, _ in self._pieces(example)[:-2] for i in ids]
 
+    def question_ids(self, text: str) -> list[int]:
+        """A user's turn, ready to be answered."""
+        turns = ({"role": "user", "content": text}, {"role": "assistant", "content": "."})
+        return self.prompt_ids(Example(turns, "question"))
+
     def encode(self, example: Example) -> tuple[list[int], list[bool]]:
         """Token ids and supervision of the whole conversation, to the last turn's end token, not truncated."""
         pieces = self._pieces(example)[:-1]

@@ -7,7 +7,6 @@ import torch
 from transformers import TextStreamer
 
 from remix_cli.adapter.trace import Trace
-from remix_cli.data.formats import Example
 from remix_cli.evaluate.generate import Decoding, continue_ids
 from remix_cli.runs import LoadedRun
 
@@ -30,8 +29,7 @@ def answer(
 
     The prompt is a user's turn in the run's chat template, or plain text where training used none.
     """
-    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": "."})
-    ids = run.encoder.prompt_ids(Example(turns, "prompt"))
+    ids = run.encoder.question_ids(prompt)
     with run.adapter.unchanging():
         (new,) = continue_ids([ids], [0], run, decoding, _Stream(run.tokenizer, write))
     return ids, new

@@ -10,7 +10,7 @@ NAMES = {"base": "The base model", "best": "The best adapter", "adapter": "The l
 def eval_table(report: dict[str, Any]) -> Table:
     name, *how = report["model"].split("-", 1)
     title = NAMES.get(name, name) + (f" ({how[0]})" if how else "")
-    table = _table(title)
+    table = plain_table(title)
     for column in ("task", "score"):
         table.add_column(column)
     for column in ("value", "95 % interval", "rows"):
@@ -19,9 +19,9 @@ def eval_table(report: dict[str, Any]) -> Table:
         for score, value in result["scores"].items():
             share = score in result["shares"]
             low, high = result["intervals"][score]
-            interval = f"{_number(low, share)} to {_number(high, share)}"
+            interval = f"{number(low, share)} to {number(high, share)}"
             unit = " %" if share else ""
-            table.add_row(result["task"], score, _number(value, share) + unit, interval, str(result["counts"][score]))
+            table.add_row(result["task"], score, number(value, share) + unit, interval, str(result["counts"][score]))
     return table
 
 
@@ -43,7 +43,7 @@ def eval_stamp(report: dict[str, Any]) -> str:
 
 def comparison_tables(found: dict[str, Any]) -> list[Table]:
     """One table of the runs, one of the scores; differences are paired, from the first run."""
-    runs = _table("Runs")
+    runs = plain_table("Runs")
     for column in ("run", "trained", "active", "training", "tokens"):
         runs.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     for run in found["runs"]:
@@ -55,7 +55,7 @@ def comparison_tables(found: dict[str, Any]) -> list[Table]:
             "-" if seconds is None else f"{seconds:,.0f} s",
             _count(run["train_tokens"]),
         )
-    scores = _table("Scores, and paired differences from the first (95 % intervals over the items)")
+    scores = plain_table("Scores, and paired differences from the first (95 % intervals over the items)")
     for column in ("task", "score", "run", "value", "difference", "interval"):
         scores.add_column(column, justify="left" if column in ("task", "score", "run") else "right", overflow="fold")
     for task, result in found["tasks"].items():
@@ -65,26 +65,26 @@ def comparison_tables(found: dict[str, Any]) -> list[Table]:
                 difference, interval = "", ""
                 if "difference" in entry:
                     low, high = entry["difference_interval"]
-                    difference = _number(entry["difference"], share, sign=True)
-                    interval = f"{_number(low, share, sign=True)} to {_number(high, share, sign=True)}"
+                    difference = number(entry["difference"], share, sign=True)
+                    interval = f"{number(low, share, sign=True)} to {number(high, share, sign=True)}"
                 first = entry is entries[0]
                 unit = " %" if share else ""
                 scores.add_row(
                     f"{task} ({result['items']})" if first else "",
                     score if first else "",
                     run["run"],
-                    _number(entry["value"], share) + unit,
+                    number(entry["value"], share) + unit,
                     difference,
                     interval,
                 )
     return [runs, scores]
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, pad_edge=False)
 
 
-def _number(value: float, share: bool, sign: bool = False) -> str:
+def number(value: float, share: bool, sign: bool = False) -> str:
     return f"{100 * value:{'+' if sign else ''}.2f}" if share else f"{value:{'+' if sign else ''}.4f}"
 
 

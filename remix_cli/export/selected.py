@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from remix_cli.adapter.trace import Trace
-from remix_cli.data.formats import Example
 from remix_cli.errors import RecipeError
 from remix_cli.export.merge import Merged
 from remix_cli.runs import LoadedRun
@@ -30,8 +29,7 @@ def check_sequence_level(run: LoadedRun) -> None:
 @torch.no_grad()
 def selection_for(run: LoadedRun, prompt: str) -> Selection:
     """What the routers choose for `prompt` as a user's turn."""
-    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": "."})
-    ids = torch.tensor([run.encoder.prompt_ids(Example(turns, "prompt"))], device=run.device)
+    ids = torch.tensor([run.encoder.question_ids(prompt)], device=run.device)
     with run.adapter.tracing(Trace(prompt=torch.ones_like(ids, dtype=torch.bool))) as trace:
         run.model(input_ids=ids, use_cache=False)
     return {name: sorted(decision.chosen[0, 0].tolist()) for name, decision in trace.decisions.items()}

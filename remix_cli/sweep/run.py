@@ -30,6 +30,7 @@ from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
 from remix_cli.sweep.work import DIVERGED, NO_MEMORY, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.train.evaluation import cost
 from remix_cli.train.prepare import check_recipe
 
 FILE = "sweep.json"
@@ -228,13 +229,8 @@ class _Sweep:
 
 
 def _finite(value: float | None, metric: str) -> float | None:
-    if value is None or not math.isfinite(value):
-        return None
-    return value if _less_is_better(metric) else -value
-
-
-def _less_is_better(metric: str) -> bool:
-    return metric.endswith(("loss", "perplexity"))
+    """The metric itself from its cost, which is its own inverse; None if there is none."""
+    return cost(metric, {metric: value}) if value is not None and math.isfinite(value) else None
 
 
 def _cost(metric: str, folder: RunFolder) -> float:
@@ -244,7 +240,7 @@ def _cost(metric: str, folder: RunFolder) -> float:
         value = json.loads(line).get(metric, value)
     if math.isnan(value):
         raise ValueError(f"no {metric} was measured; are there held-out rows?")
-    return value if _less_is_better(metric) else -value
+    return cost(metric, {metric: value})
 
 
 class _Pool:

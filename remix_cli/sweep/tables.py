@@ -4,10 +4,12 @@ from typing import Any
 
 from rich.table import Table
 
+from remix_cli.evaluate.tables import number, plain_table
+
 
 def sweep_tables(report: dict[str, Any]) -> list[Table]:
     """What each arm is and costs; then its scores, and how far they are from the first arm's."""
-    costs = _table("Arms at their best setting (chosen on held-out rows)")
+    costs = plain_table("Arms at their best setting (chosen on held-out rows)")
     columns = ("arm", "setting", "held out", "trained", "active", "seconds", "GiB")
     for column in columns:
         costs.add_column(column, justify="left" if column in ("arm", "setting") else "right", overflow="fold")
@@ -25,7 +27,7 @@ def sweep_tables(report: dict[str, Any]) -> list[Table]:
     tables = [costs]
     names = list(dict.fromkeys(name for arm in report["arms"] for name in arm["scores"]))
     for name in names:
-        table = _table(f"{name}: mean over seeds, and difference from {report['reference']} (95 % intervals)")
+        table = plain_table(f"{name}: mean over seeds, and difference from {report['reference']} (95 % intervals)")
         for column in ("arm", "runs", "score", "interval", "difference", "interval"):
             table.add_column(column, justify="left" if column == "arm" else "right")
         for arm in report["arms"]:
@@ -39,22 +41,13 @@ def _scores(arm: dict[str, Any], name: str) -> list[str]:
     score, difference = arm["scores"][name], arm["differences"].get(name)
     share = score["share"]
     unit = " %" if share else ""
-    cells = [arm["arm"], str(arm["runs"]), _number(score["value"], share) + unit, _interval(score)]
+    cells = [arm["arm"], str(arm["runs"]), number(score["value"], share) + unit, _interval(score)]
     if difference is None:
         return [*cells, "", ""]
-    return [*cells, _number(difference["value"], share, sign=True), _interval(difference, sign=True)]
+    return [*cells, number(difference["value"], share, sign=True), _interval(difference, sign=True)]
 
 
 def _interval(score: dict[str, Any], sign: bool = False) -> str:
     if score["low"] is None:
         return "-"
-    return " to ".join(_number(score[end], score["share"], sign) for end in ("low", "high"))
-
-
-def _number(value: float, share: bool, sign: bool = False) -> str:
-    plus = "+" if sign else ""
-    return f"{100 * value:{plus}.2f}" if share else f"{value:{plus}.4f}"
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, pad_edge=False)
+    return " to ".join(number(score[end], score["share"], sign) for end in ("low", "high"))
