@@ -29,7 +29,7 @@ def sweep_tables(report: dict[str, Any]) -> list[Table]:
     for name in names:
         table = plain_table(f"{name}: mean over seeds, and difference from {report['reference']} (95 % intervals)")
         for column in ("arm", "runs", "score", "interval", "difference", "interval"):
-            table.add_column(column, justify="left" if column == "arm" else "right")
+            table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
         for arm in report["arms"]:
             if name in arm["scores"]:
                 table.add_row(*_scores(arm, name))
