@@ -5,8 +5,9 @@ The matrix M of least mean square |D(x) - M x|^2 is
 
     M = omega B C S^-1        C = E[(z . A x) x^T]  (n r, D_in)        S = E[x x^T]  (D_in, D_in)
 
-and the best of rank r' is the truncated singular value decomposition of M S^(1/2), taken back by S^(-1/2) (Eckart-Young
-in the norm that the inputs define). Where every LoRA is always on (k = n), C = A S and M = omega B A, exactly.
+and with S = L L^T the best of rank r' is the truncated singular value decomposition of M L, taken back by L^-1
+(Eckart-Young in the norm that the inputs define: E|N x|^2 = |N L|^2). Where every LoRA is always on (k = n), C = A S
+and M = omega B A, exactly.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import Batch
+from remix_cli.errors import RemixError
 from remix_cli.models import supervised_logits
 
 RIDGE = 1e-4  # of the mean diagonal of S: directions that calibration never saw stay where the pool alone would be
@@ -100,17 +102,23 @@ def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: lis
 def merge(moments: Moments, lora_a: Tensor, lora_b: Tensor, scale: float, rank: int) -> Merged:
     """The LoRA of rank `rank` nearest to the pool A (n r, D_in), B (D_out, n r) with omega = `scale`."""
     a, b, s = lora_a.detach().double(), lora_b.detach().double(), moments.second
-    identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
-    ridge = RIDGE * s.diagonal().mean().clamp_min(1e-12)
-    metric = s + ridge * identity
-    down = torch.linalg.solve(metric, (moments.mixed + ridge * _usage(moments, a) * a).T).T  # C S^-1, (n r, D_in)
-    values, vectors = torch.linalg.eigh(metric)
-    values = values.clamp_min(ridge)
-    root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    factor, ridge = _factor(s)
+    down = torch.cholesky_solve((moments.mixed + ridge * _usage(moments, a) * a).T, factor).T  # C S^-1, (n r, D_in)
     basis, triangle = torch.linalg.qr(scale * b)  # so that the decomposition is of (n r, D_in), not (D_out, D_in)
-    u, sigma, vt = torch.linalg.svd(triangle @ down @ root, full_matrices=False)
+    u, sigma, vt = torch.linalg.svd(triangle @ down @ factor, full_matrices=False)
     half = sigma[:rank].sqrt()
-    return Merged((half[:, None] * vt[:rank] @ inverse).float(), (basis @ u[:, :rank] * half).float())
+    back = torch.linalg.solve_triangular(factor, half[:, None] * vt[:rank], upper=False, left=False)
+    return Merged(back.float(), (basis @ u[:, :rank] * half).float())
+
+
+def _factor(s: Tensor) -> tuple[Tensor, Tensor]:
+    """L, lower triangular, with L L^T = S + ridge; and the ridge, larger where rounding left S indefinite."""
+    identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    for ridge in RIDGE * s.diagonal().mean().clamp_min(1e-12) * torch.logspace(0, 3, 4).to(s):
+        factor, failed = torch.linalg.cholesky_ex(s + ridge * identity)
+        if not failed:
+            return factor, ridge
+    raise RemixError("the calibration inputs of a layer are not finite")
 
 
 def _usage(moments: Moments, a: Tensor) -> Tensor:
