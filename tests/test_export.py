@@ -200,6 +200,28 @@ def test_a_folder_that_disagrees_is_not_published(verb, trained, tmp_path, monke
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("noise", [1e-7, 10.0])
+def test_choices_that_rounding_flips_are_told_from_wrong_routers(verb, trained, tmp_path, monkeypatch, noise):
+    """Logits are compared under the same selections; routers that choose otherwise are still refused."""
+    from remix_cli.export import hf
+
+    plain = hf._adapter_tensors
+
+    def shaken(run):
+        tensors = plain(run)
+        for name in tensors:
+            if "remix_router" in name:
+                tensors[name] = tensors[name] + noise * torch.randn(tensors[name].shape, generator=torch.manual_seed(0))
+        return tensors
+
+    monkeypatch.setattr(hf, "_adapter_tensors", shaken)
+    refused = noise > 1
+    out, err = verb("export", trained(), "-o", tmp_path / "hf", expect=5 if refused else 0)
+    share = float(re.search(r"([\d.]+)% of the choices", err if refused else out)[1])
+    assert "logits differ by 0.0e+00" in (err if refused else out)  # the same selections were imposed
+    assert share < 90 if refused else share > 99
+
+
 def test_experts_and_hf_hold_the_same_numbers(verb, trained, tmp_path):
     verb("export", trained(), "-o", tmp_path / "hf")
     verb("export", trained(), "--format", "peft-experts", "-o", tmp_path / "experts")
@@ -215,7 +237,7 @@ def test_what_has_no_router_becomes_pefts_own_folder(method, stage, tmp_path, ve
     recipe["adapter"] = small(method)
     verb("train", write_recipe(tmp_path / "r.yaml", recipe))
     out, _ = verb("export", tmp_path / "run", "--format", "peft", "-o", tmp_path / "peft")
-    assert "checked: logits" in out
+    assert "loaded again; logits differ" in out
     run = load_run(tmp_path / "run")
     base = AutoModelForCausalLM.from_pretrained(stage[0], dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()

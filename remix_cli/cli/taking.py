@@ -97,10 +97,10 @@ def _export(
         from remix_cli.export.peft_folder import export_peft
 
         if form == "hf":
-            difference = export_hf(loaded, output, reference_base=reference_base)
+            found = str(export_hf(loaded, output, reference_base=reference_base))
         else:
-            difference = export_peft(loaded, output)
-        yield f"checked: logits of the folder, loaded again, differ from ours by {difference:.1e}"
+            found = f"logits differ by {export_peft(loaded, output):.1e}"
+        yield f"checked: the folder was loaded again; {found}"
         return
     from remix_cli.export.merged import export_merged, export_selection
     from remix_cli.export.selected import check_sequence_level, read_selection, selection_for
