@@ -69,6 +69,8 @@ def _quantization(model: Model) -> Any:
             "model.quantization: a .gguf file is quantised in its own way; give the model's folder or hub id"
         )
     if model.quantization == "8bit":
+        # it says in every layer of every pass that it rounds from 16-bit numbers
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,

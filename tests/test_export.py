@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import huggingface_hub
 import pytest
@@ -108,6 +109,22 @@ def test_merged_folders_are_the_fitted_model_and_say_what_they_cost(verb, traine
         assert close(wrapped(input_ids=IDS).logits, merged(input_ids=IDS).logits, 1e-4)
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 12
     assert "| loss of this approximation |" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_folder_names_its_tensors_as_the_base_model_does(tied, stage, tmp_path, verb):
+    """Of a tied pair the embedding is written, as llama.cpp's converter and others expect."""
+    tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    for file in stage[0].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    recipe = recipe_text(tmp_path / "base", stage[1], tmp_path / "run", train={"max_steps": 1})
+    verb("train", write_recipe(tmp_path / "r.yaml", recipe))
+    verb("export", tmp_path / "run", "--format", "merged", "--rows", "8", "-o", tmp_path / "merged")
+    verb("export", tmp_path / "run", "-o", tmp_path / "hf")
+    names, written, routed = (set(load_file(tmp_path / f / "model.safetensors")) for f in ("base", "merged", "hf"))
+    assert "model.embed_tokens.weight" in written
+    assert written == names
+    assert {name for name in routed if "lora" not in name and "router" not in name} == names
 
 
 def pool(active, seed=0):

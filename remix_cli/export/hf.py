@@ -94,10 +94,14 @@ def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) 
 
 
 def base_state(run: LoadedRun) -> dict[str, Tensor]:
-    """The base model's tensors under its own names."""
+    """The base model's tensors under its own names; a tied one under the first, as other programs look for it."""
     with run.adapter.disabled():
         state = run.model.state_dict()
-    return {name: tensor for name, tensor in state.items() if not name.endswith(".remix_router.weight")}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        if not name.endswith(".remix_router.weight"):
+            first.setdefault((tensor.data_ptr(), tensor.shape), name)
+    return {name: state[name] for name in first.values()}
 
 
 def _description(run: LoadedRun, reference_base: bool) -> dict[str, Any]:
