@@ -91,6 +91,12 @@ def test_stock_transformers_loads_the_hf_folder(verb, trained, tmp_path, monkeyp
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
         assert close(model(input_ids=IDS).logits, logits, 1e-5)
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"], "cpu")
+    options = {"device_map": places | {"model.layers.1": "disk"}, "offload_folder": tmp_path / "offload"}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, **options)
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    with torch.no_grad():
+        assert close(spread(input_ids=IDS).logits, logits, 1e-5)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "2 of 4 LoRAs" in card
     assert "## Routing" in card

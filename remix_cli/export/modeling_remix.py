@@ -62,7 +62,7 @@ def _route(router, x):
         return router(x)
     if state.prompt is not None:  # the first pass: one selection for the sequence, from the mean over its prompt
         share = state.prompt / state.prompt.sum(-1, keepdim=True)
-        state.kept[router] = router(share.unsqueeze(1) @ x.float())
+        state.kept[router] = router(share.to(x.device).unsqueeze(1) @ x.float())
     return state.kept[router]
 
 
