@@ -30,10 +30,10 @@ def run(demo_model, tmp_path_factory):
         "configs/quickstart.yaml",
         f"output_dir={folder}",
         "train.max_steps=6",
-        "train.per_device_train_batch_size=4",
+        "train.per_device_train_batch_size=2",
         "train.eval_steps=6",
         "train.save_steps=3",
-        "data.validation_limit=12",
+        "data.validation_limit=8",
     )
     return folder
 
@@ -51,7 +51,7 @@ def test_eval_of_loss_and_of_generated_answers(run, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = json.loads(remix("eval", run, "--task", "nll", "--limit", 8, "--json"))
     assert 0 < report["results"][0]["scores"]["loss"] < 10
-    report = json.loads(remix("eval", run, "--task", "gsm8k", "--data", data, "--limit", 4, "--json"))
+    report = json.loads(remix("eval", run, "--task", "gsm8k", "--data", data, "--max-new-tokens", 16, "--json"))
     assert report["results"][0]["count"] == 4
     lines = (run / "eval" / "adapter-gsm8k.jsonl").read_text().splitlines()
     assert all(json.loads(line)["output"].strip() for line in lines)

@@ -32,30 +32,30 @@ def finding(process: subprocess.Popen) -> dict:
     return json.loads(out)
 
 
-def test_K1_100_kills_at_random_instants_change_no_bit():
+def test_K1_50_kills_at_random_instants_change_no_bit():
     """Half of them while a file is being written. 2,000 by `make kills`."""
-    found = [finding(p) for p in [laboratory("kills", 50, seed) for seed in (1, 2)]]
-    assert sum(f["kills"] for f in found) == 100
-    assert sum(f["while_writing"] for f in found) > 20
+    found = [finding(p) for p in [laboratory("kills", 25, seed) for seed in (1, 2)]]
+    assert sum(f["kills"] for f in found) == 50
+    assert sum(f["while_writing"] for f in found) > 10
     for f in found:
         assert f["finished"] > 1  # how many depends on the machine's pace
         assert (f["mismatches"], f["lost"], f["errors"]) == (0, 0, 0), f
 
 
-def test_K2_S1_S4_at_every_twelfth_file_changing_call():
-    """A kill, or a disk that refuses, at calls 1, 13, 25 ... of evaluations with a new best, saves and prunings
+def test_K2_S1_S4_at_every_24th_file_changing_call():
+    """A kill, or a disk that refuses, at calls 1, 25, 49 ... of evaluations with a new best, saves and prunings
     (one checkpoint is kept: K12). All of them by `make kills`."""
-    killed, starved = [finding(p) for p in [laboratory("points", 12), laboratory("errors", 12)]]
+    killed, starved = [finding(p) for p in [laboratory("points", 24), laboratory("errors", 24)]]
     for f in (killed, starved):
-        assert f["points"] >= 10
+        assert f["points"] >= 5
         assert (f["mismatches"], f["lost"], f["wrong_exit"], f["scratch_left"]) == (0, 0, 0, 0), f
 
 
 def test_K7_K8_signals_at_random_instants():
     """SIGTERM and Ctrl-C: exit 143 or 130, or the signal itself before the run begins; the resumed run is the same."""
-    f = finding(laboratory("signals", 14))
-    assert f["signals"] == 14
-    assert f["saved"] > 3
+    f = finding(laboratory("signals", 8))
+    assert f["signals"] == 8
+    assert f["saved"] > 1
     assert (f["mismatches"], f["lost"], f["wrong_exit"]) == (0, 0, 0), f
 
 

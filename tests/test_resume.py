@@ -236,10 +236,11 @@ def launch(arguments, recipe, processes):
     return done.stdout
 
 
-OTHERS = [pytest.param(name, False, marks=pytest.mark.slow) for name in ("paper", "rtg", "straight_through")]
+SLOW = [("control_variate", True), ("paper", False), ("rtg", False), ("straight_through", False)]
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]  # gradients of shards: test_scaling.py
 
 
-@pytest.mark.parametrize(("estimator", "sharded"), [("control_variate", False), ("control_variate", True), *OTHERS])
+@pytest.mark.parametrize(("estimator", "sharded"), [("control_variate", False), *OTHERS])
 def test_two_processes_train_what_one_trains(stage, tmp_path, estimator, sharded):
     """The same global batch, once accumulated by one process and once shared by two; an odd tail included."""
     tasks = [
