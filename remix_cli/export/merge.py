@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import Batch
-from remix_cli.errors import RemixError
+from remix_cli.errors import ArtefactError
 from remix_cli.models import supervised_logits
 
 RIDGE = 1e-4  # of the mean diagonal of S: directions that calibration never saw stay where the pool alone would be
@@ -116,9 +116,9 @@ def _factor(s: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
     for ridge in RIDGE * s.diagonal().mean().clamp_min(1e-12) * torch.logspace(0, 3, 4).to(s):
         factor, failed = torch.linalg.cholesky_ex(s + ridge * identity)
-        if not failed:
+        if not failed and torch.isfinite(factor).all():  # on a GPU NaN passes without a failure
             return factor, ridge
-    raise RemixError("the calibration inputs of a layer are not finite")
+    raise ArtefactError("a layer's calibration inputs are not finite, or too alike for the rows given; raise --rows")
 
 
 def _usage(moments: Moments, a: Tensor) -> Tensor:

@@ -141,6 +141,8 @@ class RemixForCausalLM(Base):
             kwargs.pop(name, None)
         tensors = load_file(Path(path) / "remix.safetensors")
         model = Base.from_pretrained(config.remix["base_model"], *args, **kwargs)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(f"{path}: to keep layers on the host or on disk, export with the base model's weights")
         model.__class__, model.config.remix = cls, config.remix
         dtype, values = model.dtype, dict(model.state_dict())
         model._selection = _install(model, config.remix)
