@@ -49,16 +49,17 @@ def test_eval_of_loss_and_of_generated_answers(run, tmp_path):
     rows = [{"question": f"What is {a} + 2?", "answer": f"It is {a + 2}.\n#### {a + 2}"} for a in range(4)]
     data = tmp_path / "sums.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = json.loads(remix("eval", run, "--task", "nll", "--limit", 8, "--json"))
-    assert 0 < report["results"][0]["scores"]["loss"] < 10
-    report = json.loads(remix("eval", run, "--task", "gsm8k", "--data", data, "--max-new-tokens", 16, "--json"))
-    assert report["results"][0]["count"] == 4
+    tasks = ("--task", "nll", "--task", "gsm8k", "--data-format", "gsm8k")
+    report = json.loads(remix("eval", run, *tasks, "--data", data, "--max-new-tokens", 16, "--json"))
+    loss, answers = report["results"]
+    assert 0 < loss["scores"]["loss"] < 10
+    assert answers["count"] == 4
     lines = (run / "eval" / "adapter-gsm8k.jsonl").read_text().splitlines()
     assert all(json.loads(line)["output"].strip() for line in lines)
 
 
 def test_route_stats_cover_all_blocks(run):
-    report = json.loads(remix("route-stats", run, "--limit", 8, "--json"))
+    report = json.loads(remix("route-stats", run, "--limit", 4, "--json"))
     assert len(report["blocks"]) == 30
     for block in report["blocks"]:
         assert sum(block["share"]) == pytest.approx(4)
