@@ -20,6 +20,7 @@ from torch import Tensor
 from remix_cli.adapter.trace import Trace
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.export.card import card
+from remix_cli.export.readback import check_logits, logits_differ, probe
 from remix_cli.models import quiet
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import publish_folder
@@ -139,10 +140,10 @@ def _check(run: LoadedRun, folder: Path) -> Agreement:
     nearly alike change places by rounding, and then whole LoRAs differ. How often they agree is counted apart.
     """
     loaded = load_exported(folder, next(run.model.parameters()).dtype).to(run.device)
-    ids = torch.tensor([run.tokenizer("The quick brown fox counts: 1, 2, 3")["input_ids"]], device=run.device)
+    ids = probe(run)
     mask = torch.ones_like(ids)
     with run.adapter.tracing(Trace(prompt=mask.bool())) as trace:
-        ours = run.model(input_ids=ids, use_cache=False).logits.float()
+        ours = run.model(input_ids=ids, use_cache=False).logits
     shared: list[Tensor] = []  # how many columns of the pool both chose, by decision
 
     def impose(gates: Tensor) -> Any:
@@ -155,14 +156,14 @@ def _check(run: LoadedRun, folder: Path) -> Agreement:
 
     for name, decision in trace.decisions.items():
         loaded.get_submodule(f"{name}.remix_router").register_forward_hook(impose(decision.gates))
-    theirs = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    theirs = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
     c = run.stored.config
     chosen = torch.cat(shared).double() / c.rank  # of k
-    found = Agreement(float((ours - theirs).norm() / ours.norm()), float(chosen.mean() / c.active))
-    exact = loaded.dtype == torch.float32
+    found = Agreement(logits_differ(ours, theirs), float(chosen.mean() / c.active))
+    what = f"the exported model does not agree with the run ({found.same_choice:.1%} of the choices are the same)"
+    check_logits(found.difference, loaded.dtype, what)
     others = len(chosen) * c.active * (1 - found.same_choice)  # one is never too many: there may be few decisions
-    too_many = others > max(1.5, len(chosen) * c.active * (0.01 if exact else 0.1))
-    if not found.difference <= (1e-5 if exact else 2e-2) or too_many:
+    if others > max(1.5, len(chosen) * c.active * (0.01 if loaded.dtype == torch.float32 else 0.1)):
         raise ArtefactError(f"the exported model does not agree with the run ({found})")
     return found
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from remix_cli.errors import ArtefactError, RecipeError
+from remix_cli.errors import RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.peft_experts import write_peft_lora
+from remix_cli.export.readback import check_logits, logits_differ, probe
 from remix_cli.methods.peft_adapter import PeftAdapter
 from remix_cli.models import load_model
 from remix_cli.runs import LoadedRun
@@ -43,9 +44,6 @@ def _check(run: LoadedRun, folder: Path) -> float:
 
     base = load_model(run.recipe.model, run.device)
     loaded: Any = peft.PeftModel.from_pretrained(base, str(folder)).eval()
-    ids = torch.tensor([run.tokenizer("The quick brown fox counts: 1, 2, 3")["input_ids"]], device=run.device)
-    ours, theirs = (m(input_ids=ids, use_cache=False).logits.float() for m in (run.model, loaded))
-    difference = float((ours - theirs).norm() / ours.norm())
-    if not difference <= (1e-5 if base.dtype == torch.float32 else 2e-2):
-        raise ArtefactError(f"the PEFT folder does not agree with the run (logits differ by {difference:.2g})")
-    return difference
+    ids = probe(run)
+    ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (run.model, loaded))
+    return check_logits(logits_differ(ours, theirs), base.dtype, "the PEFT folder does not agree with the run")
