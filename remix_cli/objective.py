@@ -37,6 +37,7 @@ class Estimator:
     min_selections: int
     linear: bool
     summary: str
+    samples_beside_top: bool = True  # False: with a pass under the top k it needs no sample
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -45,9 +46,24 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator("paper", True, 2, False, "batch loss as reward, ordered log-probability, as published"),
         Estimator("rtg", True, 2, False, "per-position reward-to-go, set log-probability"),
         Estimator("control_variate", True, 2, True, "rtg with a linear control variate from the LoRA gradient"),
-        Estimator("straight_through", False, 1, True, "BIASED: first-order gradient through inclusion probabilities"),
+        Estimator(
+            "straight_through", False, 1, True, "BIASED: first-order gradient through inclusion probabilities", False
+        ),
     )
 }
+
+
+@dataclass
+class TopPass:
+    """What a pass under the top k left behind, beside the samples and independent of them.
+
+    Being a constant, given the routers, its loss may enter every sample's baseline and its gradient every sample's
+    control variate without bias.
+    """
+
+    logits: Tensor  # (L, B, T, n)
+    chosen: Tensor  # (L, B, T, k)
+    losses: Tensor  # (B, T)
 
 
 @dataclass
@@ -56,7 +72,8 @@ class Rollouts:
 
     `logits` (M, L, B, T, n) carries the graph to the routers' parameters; everything else is data.
     `local` (L,) marks routers after the last attention. `mask` (B, T) is True where a real token stands.
-    `selection_gradients` (M or 1, L, B, T, n) is h = dL_m/dz_m, for the control variate and straight-through.
+    `selection_gradients` (M or 1, L, B, T, n) is h = dL_m/dz_m, for the control variate and straight-through; with
+    `top` (1, L, B, T, n), that pass's.
     With routing by sequence T is 1 and `losses` are those of whole sequences.
     """
 
@@ -66,6 +83,7 @@ class Rollouts:
     local: Tensor
     mask: Tensor
     selection_gradients: Tensor | None = None
+    top: TopPass | None = None
 
 
 def reward_to_go(losses: Tensor) -> Tensor:
@@ -82,6 +100,18 @@ def leave_one_out(returns: Tensor) -> Tensor:
     if m < 2:
         raise ValueError(f"the leave-one-out baseline needs at least 2 selections, got {m}")
     return (returns - returns.mean(0)) * (m / (m - 1))
+
+
+def advantages(returns: Tensor, top: Tensor | None) -> Tensor:
+    """(M, ...): each sample's return minus the mean of the other samples' and, if there is one, the top-k pass's.
+
+    `returns` (M, ...), `top` (...). Without `top` this is `leave_one_out`.
+    """
+    if top is None:
+        return leave_one_out(returns)
+    m = returns.shape[0]
+    others = returns.sum(0) - returns + top
+    return returns - others / m
 
 
 def credit(estimator: str, losses: Tensor, local: Tensor) -> Tensor:
@@ -102,23 +132,25 @@ def router_surrogate(estimator: str, rollouts: Rollouts, beta: float | Tensor = 
     """A scalar whose gradient with respect to the routers is the estimate, and what is worth logging.
 
     `beta` is the control variate's coefficient; it must not come from these rollouts. Raises ValueError
-    for M < 2, straight-through excepted.
+    for M < 2 without a top-k pass, straight-through excepted.
     """
     r = rollouts
     if estimator == "straight_through":
         return _straight_through(r), Diagnostics(r.losses.new_zeros(()), None)
-    advantages = leave_one_out(credit(estimator, r.losses, r.local))  # (M, L, B, T)
-    m = advantages.shape[0]
+    top = credit(estimator, r.top.losses[None], r.local)[0] if r.top else None
+    gained = advantages(credit(estimator, r.losses, r.local), top)  # (M, L, B, T)
+    m = gained.shape[0]
     share = torch.full((m, 1, 1, 1), 1 / m, dtype=r.losses.dtype, device=r.losses.device)
     linear = torch.zeros((), dtype=r.losses.dtype, device=r.losses.device)
     fit = None
     if estimator == "control_variate":
         predicted, linear, share = _control_variate(r, beta)
-        fit = torch.stack([(advantages * predicted * r.mask).sum(), (predicted**2 * r.mask).sum()])
-        advantages = advantages - beta * predicted
+        fit = torch.stack([(gained * predicted * r.mask).sum(), (predicted**2 * r.mask).sum()])
+        gained = gained - beta * predicted
     log_prob = score(estimator, r.logits, r.chosen)
-    surrogate = (share * advantages.detach() * log_prob * r.mask).sum() + linear
-    return surrogate, Diagnostics(advantages.detach().var(), fit)
+    surrogate = (share * gained.detach() * log_prob * r.mask).sum() + linear
+    variance = gained.detach().var() if gained.numel() > 1 else gained.new_zeros(())
+    return surrogate, Diagnostics(variance, fit)
 
 
 def _straight_through(r: Rollouts) -> Tensor:
@@ -146,8 +178,11 @@ def _control_variate(r: Rollouts, beta: float | Tensor) -> tuple[Tensor, Tensor,
     """The centred prediction C - C^LOO (M, L, B, T), the term that restores its mean, and each sample's share.
 
     hbar_m is the mean of h = dL/dz over the OTHER samples; a sample's own h would bias the estimate. With
-    the gradient of sample 0 alone, the others use it and sample 0 enters without a control variate.
+    the gradient of sample 0 alone, the others use it and sample 0 enters without a control variate. That of a top-k
+    pass serves every sample.
     """
+    if r.top:
+        return _control_variate_from_top(r, r.top, beta)
     m, n = r.chosen.shape[0], r.logits.shape[-1]
     z = routing.selection_mask(r.chosen, n)
     pi = routing.inclusion_probabilities(r.logits, r.chosen.shape[-1])  # with graph
@@ -162,12 +197,34 @@ def _control_variate(r: Rollouts, beta: float | Tensor) -> tuple[Tensor, Tensor,
         share[0], share[1:] = first, (1 - first) / (m - 1)
     surprise = z.to(hbar.dtype) - pi.detach()  # (M, L, B, T, n), mean zero given what came before
     effect = torch.einsum("mlbtn,plbtn->mplbt", hbar, surprise)  # what hbar_m says sample p gained or lost
-    own_position = effect.sum(2, keepdim=True)  # all routers at one position, (M, M, 1, B, T)
-    predicted = torch.where(r.local[:, None, None], own_position, reward_to_go(own_position))  # (M, M, L, B, T)
+    predicted = _predicted_returns(effect, r.local)  # (M, M, L, B, T)
     mine = predicted.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # (M, L, B, T)
     others = (predicted.sum(1) - mine) / (m - 1)
     linear = beta * (share[..., None] * hbar * pi).sum()
     return mine - others, linear, share
+
+
+def _control_variate_from_top(
+    r: Rollouts, top: TopPass, beta: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with h of the top-k pass, which no sample's selection enters, for all samples and their baseline."""
+    m, n, k = r.chosen.shape[0], r.logits.shape[-1], r.chosen.shape[-1]
+    h = _selection_gradients(r)[0]  # (L, B, T, n)
+    pi = routing.inclusion_probabilities(r.logits, k)  # with graph
+    sampled = routing.selection_mask(r.chosen, n).to(h.dtype) - pi.detach()
+    of_top = routing.selection_mask(top.chosen, n).to(h.dtype) - routing.inclusion_probabilities(top.logits, k)
+    predicted = _predicted_returns((h * sampled).sum(-1), r.local)  # (M, L, B, T)
+    constant = _predicted_returns((h * of_top).sum(-1), r.local)  # (L, B, T)
+    linear = beta * (h * pi).sum() / m
+    share = torch.full((m, 1, 1, 1), 1 / m, dtype=r.losses.dtype, device=r.losses.device)
+    return advantages(predicted, constant), linear, share
+
+
+def _predicted_returns(effect: Tensor, local: Tensor) -> Tensor:
+    """From what each router's choice is said to change, (..., L, B, T), to what is said of each decision's return:
+    all routers at its position, and at later ones unless it is local."""
+    own_position = effect.sum(-3, keepdim=True)  # (..., 1, B, T)
+    return torch.where(local[:, None, None], own_position, reward_to_go(own_position))
 
 
 @dataclass

@@ -98,9 +98,14 @@ class Router(Strict):
         "control_variate",
         description="How the router's gradient is estimated. straight_through is biased; the others are not.",
     )
-    lora_gradient: Literal["mean", "one"] = Field(
+    fixed: bool = Field(
+        False,
+        description="Never train the router: the top k of its random start, in training too, in one pass.",
+    )
+    lora_gradient: Literal["mean", "one", "top"] = Field(
         "mean",
-        description="LoRA gradient from all M selections, or from one (the others run without gradients).",
+        description="LoRA gradient from all M selections, from one of them, or from one more pass under the top k; "
+        "the passes that it does not come from run without gradients.",
     )
     scope: Scope = Field("block", description="One router for each FFN block, or for each adapted module.")
     level: Level = Field(
@@ -307,7 +312,8 @@ class Recipe(Strict):
         config, router = self.adapter_config(), self.router
         if not config.samples:
             return self
-        if router.selections < 2 and router.estimator != "straight_through" and router.learning_rate > 0:
+        compares = router.estimator != "straight_through" and router.lora_gradient != "top"
+        if router.selections < 2 and compares and router.learning_rate > 0 and not router.fixed:
             raise PydanticCustomError(
                 "conflict",
                 "M = {m}, but the estimator {estimator} compares selections and needs 2 or more "

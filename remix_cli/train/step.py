@@ -2,8 +2,9 @@
 
 How this departs from ordinary supervised finetuning:
 1. The batch runs forward M times, each time under another sampled selection of k of n LoRAs.
-2. The LoRAs' gradient is the mean over those passes (or that of the first, `lora_gradient: one`); the other
-   passes then keep no activations.
+2. The LoRAs' gradient is the mean over those passes, or that of the first (`lora_gradient: one`), or that of one
+   more pass under the top k (`top`); the passes that it does not come from keep no activations. A fixed router
+   has that one pass alone.
 3. Once all M losses are known, the router's gradient is estimated from them (objective.py) and formed from
    the stored block inputs in closed form. No gradient flows between routers and LoRAs.
 4. All random draws are functions of (seed, step, selection, row): see adapter/trace.py.
@@ -21,7 +22,7 @@ from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Decision, Seed, Trace
 from remix_cli.data.batches import Batch
 from remix_cli.models import batch_losses
-from remix_cli.objective import ESTIMATORS, Rollouts, router_surrogate
+from remix_cli.objective import ESTIMATORS, Rollouts, TopPass, router_surrogate
 from remix_cli.recipe.schema import Router as RouterRecipe
 from remix_cli.stats.live import StepRouting
 
@@ -34,6 +35,33 @@ class MicroResult:
     routing: StepRouting
     advantage_variance: Tensor
     fit: Tensor  # (2,) the control variate's regression sums
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward passes over one batch, in order: one under the top k, if any, then the samples.
+
+    The first `with_gradient` of them are those that the LoRAs learn from.
+    """
+
+    top: int  # 0 or 1
+    samples: int  # M; 0 where nothing is sampled
+    with_gradient: int
+    learns_from_top: bool  # the router learns from the pass under the top k alone
+
+    @property
+    def total(self) -> int:
+        return self.top + self.samples
+
+    @classmethod
+    def of(cls, router: RouterRecipe, samples: bool) -> "Passes":
+        """`samples`: does the method sample at all?"""
+        if not samples or router.fixed:
+            return cls(1, 0, 1, False)
+        if router.lora_gradient == "top":
+            alone = not ESTIMATORS[router.estimator].samples_beside_top
+            return cls(1, 0 if alone else router.selections, 1, alone and router.learning_rate > 0)
+        return cls(0, router.selections, router.selections if router.lora_gradient == "mean" else 1, False)
 
 
 def accumulate_gradients(
@@ -54,24 +82,25 @@ def accumulate_gradients(
     `seed` is (run seed, step); `backward` multiplies its argument by `loss_scale` before differentiating;
     `dropout_seed` decides what else is random in a forward pass. Nothing here waits for the device.
     """
-    sampled = adapter.config.samples
-    learns = sampled and router.learning_rate > 0
+    plan = Passes.of(router, adapter.config.samples)
+    learns = plan.samples > 0 and router.learning_rate > 0
+    learns = learns or plan.learns_from_top
     linear = learns and ESTIMATORS[router.estimator].linear
-    selections = router.selections if sampled else 1
-    with_gradient = selections if router.lora_gradient == "mean" else 1
     traces: list[Trace] = []
     losses: list[Tensor] = []
     with adapter.unchanging():
-        for m in range(selections):
-            keep = m < with_gradient
-            noise = adapter.noise((*seed, m), batch.rows, batch.input_ids.shape[1]) if sampled else None
+        for index in range(plan.total):
+            keep = index < plan.with_gradient
+            draw = index - plan.top  # which of the M samples; -1 for the pass under the top k
+            sampled = draw >= 0 and plan.samples > 0
+            noise = adapter.noise((*seed, draw), batch.rows, batch.input_ids.shape[1]) if sampled else None
             trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
             if dropout_seed is not None:
-                torch.manual_seed(dropout_seed)  # one mask for all M: it cancels in the baseline
+                torch.manual_seed(dropout_seed)  # one mask for all passes: it cancels in the baseline
             with adapter.tracing(trace), torch.set_grad_enabled(keep):
                 loss = batch_losses(model, batch) / targets_in_step  # (B, T)
-                whole = loss.sum() / with_gradient
-                if router.balance and not sampled:
+                whole = loss.sum() / plan.with_gradient
+                if router.balance and not adapter.config.samples:
                     mine = len(batch.targets) if batch.real is None else batch.real.sum()
                     share = mine / targets_in_step  # of this micro-batch in the step
                     whole = whole + router.balance * share * balance_loss(trace, batch.mask)
@@ -79,25 +108,30 @@ def accumulate_gradients(
                 backward(whole)
             traces.append(trace)
             losses.append(loss.detach())
-    mean_loss = torch.stack(losses).sum() / selections
+    # what the LoRAs were trained on: the samples, or the pass under the top k
+    trained_on = losses[:1] if plan.top else losses
+    mean_loss = torch.stack(trained_on).sum() / len(trained_on)
     if not adapter.routers:
         nothing = StepRouting.none(0, adapter.config.pool_size, mean_loss.device)
         return MicroResult(mean_loss, nothing, loss.new_zeros(()), loss.new_zeros(2))
-    rollouts = _gather(adapter, batch, traces, losses)
+    first = plan.top if plan.samples else 0
+    rollouts = _gather(adapter, batch, traces[first:], losses[first:])
+    if first:
+        rollouts.top = _top_pass(adapter, traces[0], losses[0])
     if linear:
-        scale = adapter.config.scale * with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz
-        rollouts.selection_gradients = scale * _stack(adapter, traces[:with_gradient], _weight_gradient)
+        scale = adapter.config.scale * plan.with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz
+        rollouts.selection_gradients = scale * _stack(adapter, traces[: plan.with_gradient], _weight_gradient)
     variance, fit = loss.new_zeros(()), loss.new_zeros(2)
     if learns:
         surrogate, diagnostics = router_surrogate(router.estimator, rollouts, beta)
         (slopes,) = torch.autograd.grad(surrogate, rollouts.logits)  # (M, L, B, T, n)
-        scaled = slopes * loss_scale / _stack(adapter, traces, lambda d: d.length)
+        scaled = slopes * loss_scale / _stack(adapter, traces[first:], lambda d: d.length)
         for i, r in enumerate(adapter.routers.values()):
-            r.add_gradient([trace.decisions[r.name].inputs for trace in traces], scaled[:, i])
+            r.add_gradient([trace.decisions[r.name].inputs for trace in traces[first:]], scaled[:, i])
         variance = diagnostics.advantage_variance
         fit = diagnostics.fit if diagnostics.fit is not None else fit
     with torch.no_grad():
-        weights = _stack(adapter, traces, lambda d: d.weights.detach())
+        weights = _stack(adapter, traces[first:], lambda d: d.weights.detach())
         measured = StepRouting.measure(rollouts.logits.detach(), rollouts.chosen, weights, rollouts.mask)
     return MicroResult(mean_loss, measured, variance, fit)
 
@@ -134,6 +168,15 @@ def _gather(adapter: Adapter, batch: Batch, traces: list[Trace], losses: list[Te
         rollouts.losses = rollouts.losses.sum(-1, keepdim=True)
         rollouts.mask = batch.mask.any(-1, keepdim=True)
     return rollouts
+
+
+def _top_pass(adapter: Adapter, trace: Trace, losses: Tensor) -> TopPass:
+    by_sequence = adapter.config.level == "sequence"
+    return TopPass(
+        logits=_stack(adapter, [trace], lambda d: d.logits)[0],
+        chosen=_stack(adapter, [trace], lambda d: d.chosen)[0],
+        losses=losses.sum(-1, keepdim=True) if by_sequence else losses,
+    )
 
 
 def _stack(adapter: Adapter, traces: list[Trace], part: Callable[[Decision], Tensor]) -> Tensor:

@@ -60,6 +60,7 @@ class Enumeration:
         choices = itertools.permutations(range(n), k) if ordered else itertools.combinations(range(n), k)
         decisions = len(self.bed.routers) * len(self.slots)
         self.trajectories = list(itertools.product(list(choices), repeat=decisions))
+        self.top = self.bed.top_rollout()
         self.all: Rollout = stack([self.bed.rollout(self._prescribe(t)) for t in self.trajectories])
         score = routing.ordered_log_prob if ordered else routing.set_log_prob
         logits = self.all.logits.clone().requires_grad_()
@@ -92,18 +93,21 @@ class Enumeration:
         """Gradients at the logits of all trajectories, (J, L, B, T, n), to the routers' parameters, flat."""
         return torch.einsum("jlbtn,jlbtd->lnd", slopes, self.all.directions).flatten()
 
-    def mean_estimate(self, estimator: str, beta: float = 0.0, one_backward: bool = False) -> Tensor:
-        """E over all J x J pairs of the estimator with M = 2, flat.
+    def mean_estimate(
+        self, estimator: str, beta: float = 0.0, one_backward: bool = False, top: bool = False
+    ) -> Tensor:
+        """E over all J x J pairs of the estimator with M = 2, flat; `top`: with a pass under the top k beside them.
 
         Without `one_backward` the two samples play the same part, so each unordered pair is worked out once.
         """
+        beside = self.top if top else None
         j = len(self.trajectories)
         pairs = torch.cartesian_prod(torch.arange(j), torch.arange(j))
         pairs = pairs if one_backward else pairs[pairs[:, 0] <= pairs[:, 1]]
         slopes = torch.zeros_like(self.all.logits)
 
         def pair(logits: Tensor, losses: Tensor, chosen: Tensor, h: Tensor) -> Tensor:
-            return self.bed.surrogate(logits, Rollout(losses, logits, chosen, h, h), estimator, beta, one_backward)
+            return self.bed.surrogate(logits, Rollout(losses, logits, chosen, h, h), estimator, beta, one_backward, beside)
 
         each = vmap(grad(pair))
         for index in pairs.split(CHUNK):  # (C, 2)
@@ -114,6 +118,16 @@ class Enumeration:
             found = each(r.logits, r.losses, r.chosen, r.h) * weight.view(-1, 1, 1, 1, 1, 1)
             slopes.index_add_(0, index.flatten(), found.flatten(0, 1))
         return self._to_parameters(slopes)
+
+    def mean_of_one(self, estimator: str, beta: float = 0.0) -> Tensor:
+        """E over all J of the estimator with M = 1 and a pass under the top k, flat."""
+
+        def single(logits: Tensor, losses: Tensor, chosen: Tensor) -> Tensor:
+            one = Rollout(losses[None], logits[None], chosen[None], logits[None], logits[None])
+            return self.bed.surrogate(logits[None], one, estimator, beta, False, self.top)
+
+        slopes = vmap(grad(single))(self.all.logits, self.all.losses, self.all.chosen)
+        return self._to_parameters(slopes * self.probability.view(-1, 1, 1, 1, 1))
 
     def mean_straight_through(self) -> Tensor:
         """E over all J of the straight-through estimator with M = 1, flat."""
@@ -136,12 +150,18 @@ def exact_biases(k: int = 2) -> list[Bias]:
         ("control_variate, beta = 1", sets, "control_variate", {"beta": 1.0}),
         ("control_variate, one backward", orders, "control_variate", {"beta": 0.5, "one_backward": True}),
         ("rtg, by sequence", whole, "rtg", {}),
+        ("rtg, LoRAs from the top k", sets, "rtg", {"top": True}),
+        ("control_variate, LoRAs from the top k", sets, "control_variate", {"beta": 0.7, "top": True}),
     ]
     found = []
     for arm, enumeration, name, options in arms:
         bias = enumeration.relative_bias(enumeration.mean_estimate(name, **options))
         pairs = len(enumeration.trajectories) ** 2
         found.append(Bias(arm, name, ESTIMATORS[name].unbiased, bias, pairs))
+    for name in ("rtg", "control_variate"):
+        bias = sets.relative_bias(sets.mean_of_one(name, beta=0.7))
+        arm = f"{name}, M = 1, LoRAs from the top k"
+        found.append(Bias(arm, name, ESTIMATORS[name].unbiased, bias, len(sets.trajectories)))
     bias = sets.relative_bias(sets.mean_straight_through())
     name = "straight_through"
     return [*found, Bias(name, name, ESTIMATORS[name].unbiased, bias, len(sets.trajectories))]

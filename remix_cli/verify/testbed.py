@@ -14,7 +14,7 @@ from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import batch_losses
-from remix_cli.objective import Rollouts, router_surrogate
+from remix_cli.objective import Rollouts, TopPass, router_surrogate
 
 
 @dataclass
@@ -103,15 +103,23 @@ class Testbed:
             torch.stack([d.inputs / d.length for d in decisions]),
         )
 
-    def surrogate(self, logits: Tensor, r: Rollout, estimator: str, beta: float, one_backward: bool) -> Tensor:
-        """What training differentiates, for M stacked rollouts."""
+    def top_rollout(self) -> Rollout:
+        """The pass under the top k."""
+        return self.rollout(torch.zeros(len(self.routers), *self.mask.shape, self.adapter.config.pool_size))
+
+    def surrogate(
+        self, logits: Tensor, r: Rollout, estimator: str, beta: float, one_backward: bool, top: Rollout | None = None
+    ) -> Tensor:
+        """What training differentiates, for M stacked rollouts, and with `top` a pass under the top k beside them."""
+        selection_gradients = r.h[:1] if one_backward else r.h
         rollouts = Rollouts(
             logits=logits,
             chosen=r.chosen,
             losses=r.losses,
             local=self.local,
             mask=self.mask,
-            selection_gradients=r.h[:1] if one_backward else r.h,
+            selection_gradients=selection_gradients if top is None else top.h[None],
+            top=None if top is None else TopPass(top.logits, top.chosen, top.losses),
         )
         return router_surrogate(estimator, rollouts, beta)[0]
 
