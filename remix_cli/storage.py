@@ -1,18 +1,22 @@
 """Writing so that a crash leaves the old state or the new one, never something between. Standard library only."""
 
+import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from remix_cli.errors import BusyError, StorageError
+from remix_cli.errors import BusyError, RecipeError, RemixError, StorageError
 
 MIB = 2**20
+T = TypeVar("T")
 
 
 @contextmanager
@@ -48,38 +52,124 @@ def _sync(path: Path) -> None:
 
 
 def scratch_name(target: Path) -> Path:
-    """A hidden sibling of `target`, so that publishing is a rename within one file system."""
-    return target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    """A hidden sibling of `target` that nobody else uses, so that publishing is a rename within one file system."""
+    return target.with_name(f".tmp-{target.name}-{int.from_bytes(os.urandom(6))}")
 
 
 @contextmanager
-def publish_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
+def publish_folder(target: Path, needed: int | None = None, *, replace: bool = False) -> Iterator[Path]:
     """Fill the folder that is yielded; it becomes `target` when the block ends well, and vanishes otherwise.
 
-    Files, folder and parent are flushed to disk in that order. An existing `target` is replaced. `needed`
-    bytes are named when there is no room. Raises StorageError when the file system refuses.
+    Files, folder and parent are flushed to disk in that order. With `replace` an existing `target` gives way in one
+    step, so that readers find it whole at any time; without it nothing that exists is touched, whenever it came.
+    What killed processes left of `target` is removed first. `needed` bytes are named when there is no room. Raises
+    RecipeError if `target` exists and is not to be replaced, BusyError if another process is writing it, StorageError.
     """
-    scratch = scratch_name(target)
     with storage_errors(target, needed):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        if not replace and os.path.lexists(target):
+            raise RecipeError(f"{target}: exists already; choose a new folder")
+        _remove_abandoned(target)
+        scratch, held = _make_scratch(target)
     try:
         with storage_errors(target, needed):
             yield scratch
             for path in sorted(scratch.rglob("*")):
                 _sync(path)
             _sync(scratch)
-            if target.exists():  # two renames: after a crash between them `recover` puts the old one back
-                retired = scratch.with_name(scratch.name + ".old")
-                target.rename(retired)
-                scratch.rename(target)
-                shutil.rmtree(retired)
-            else:
-                scratch.rename(target)
+            _put(scratch, target, replace=replace)
             _sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _make_scratch(target: Path) -> tuple[Path, int | None]:
+    """A new scratch folder, and the descriptor that holds it."""
+    while True:
+        scratch = scratch_name(target)
+        scratch.mkdir()
+        with suppress(FileNotFoundError, BlockingIOError):  # taken for abandoned in the instant before it was held
+            held = _hold(scratch)
+            if scratch.exists():
+                return scratch, held
+
+
+def _put(scratch: Path, target: Path, *, replace: bool) -> None:
+    """Give `scratch` the name `target`; what was replaced has the name of `scratch` then. Raises RecipeError."""
+    if not replace or not target.exists():
+        try:
+            if not _rename(scratch, target, NO_REPLACE):
+                target.mkdir()  # whoever makes it owns the name: a rename replaces an empty folder and nothing else
+                scratch.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise RecipeError(f"{target}: came into being meanwhile and is left alone; choose another folder") from None
+    elif not _rename(scratch, target, EXCHANGE):
+        retired = scratch.with_name(scratch.name + ".old")
+        target.rename(retired)  # after a crash between these two `recover` puts the old one back
+        scratch.rename(target)
+        shutil.rmtree(retired)
+
+
+NO_REPLACE, EXCHANGE = 1, 2  # of Linux's renameat2
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Rename by the rule of `flag`; False where the system or this file system does not know it. Raises OSError."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    sys.audit("os.rename", str(source), str(target), -1, -1)
+    here = -100  # AT_FDCWD: paths count from the working directory
+    if call(here, os.fsencode(source), here, os.fsencode(target), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def _hold(path: Path) -> int | None:
+    """Keep others from tidying `path` for as long as the descriptor is open; None where folders cannot be locked."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # some network file systems
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the scratch that killed processes left of `target`. Raises BusyError if one of them is alive."""
+    for path in _scratch_of(target.parent):
+        if _owner(path) != target.name or path.name.endswith(".old"):
+            continue
+        try:
+            held = _hold(path)
+        except FileNotFoundError:  # published or removed meanwhile
+            continue
+        except BlockingIOError:
+            raise BusyError(f"{target}: another process is writing it; wait for it, or choose another name") from None
+        if held is not None:
+            shutil.rmtree(path)
+            os.close(held)
+
+
+def _scratch_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob(".tmp-*")) if _owner(path)]
+
+
+def _owner(scratch: Path) -> str | None:
+    """The name for which a scratch file or folder was made; None if it is not one of ours."""
+    name, _, number = scratch.name.removeprefix(".tmp-").removesuffix(".old").rpartition("-")
+    return name if name and number.isdigit() else None
 
 
 def recover(folder: Path) -> None:
@@ -88,16 +178,38 @@ def recover(folder: Path) -> None:
     A folder that was moved aside and not yet replaced comes back; unfinished scratch goes. Raises StorageError.
     """
     with storage_errors(folder):
-        for path in sorted(folder.glob(".tmp-*")):
-            name, _, process = path.name.removeprefix(".tmp-").removesuffix(".old").rpartition("-")
-            if not name or not process.isdigit():
-                continue
+        for path in _scratch_of(folder):
+            name = _owner(path)
+            assert name is not None
             if path.name.endswith(".old") and not (folder / name).exists():
                 path.rename(folder / name)
             elif path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def read_whole(folder: Path, read: Callable[[Path], T]) -> T:
+    """`read(folder)`, and again if it failed while the folder was being replaced: some of what it read was of another.
+
+    Raises what `read` raises about a folder that stayed as it was.
+    """
+    while True:
+        before = _version(folder)
+        try:
+            return read(folder)
+        except (OSError, RemixError):
+            if _version(folder) == before:
+                raise
+
+
+def _version(folder: Path) -> tuple[int, ...] | None:
+    """Which folder has this name now; None if none has. An inode's number alone may be given out again."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def write_text(path: Path, text: str) -> None:

@@ -107,9 +107,9 @@ def test_S3_outputs_that_cannot_be_written(stage, tmp_path, verb, monkeypatch, k
 
 def test_S5_files_folder_and_parent_are_flushed_in_that_order(tmp_path, monkeypatch):
     calls = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, storage._rename
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(Path(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
-    monkeypatch.setattr(Path, "rename", lambda a, b: calls.append("rename") or rename(a, b))
+    monkeypatch.setattr(storage, "_rename", lambda *a: calls.append("rename") or rename(*a))
     with publish_folder(tmp_path / "out") as scratch:
         (scratch / "a").write_text("x")
         (scratch / "b").write_text("y")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear
 from remix_cli.adapter.patch import Adapter
 from remix_cli.errors import ArtefactError
-from remix_cli.storage import sha256, write_json
+from remix_cli.storage import read_whole, sha256, write_json
 
 FORMAT = 2
 CONFIG_FILE = "remix_config.json"
@@ -76,7 +76,14 @@ def save_adapter(folder: Path, adapter: Adapter, identity: BaseIdentity) -> None
 
 
 def load_stored(folder: Path) -> StoredAdapter:
-    """Read and check an adapter folder. Raises ArtefactError, naming the file, for anything amiss."""
+    """Read and check an adapter folder, which training may be replacing.
+
+    Raises ArtefactError, naming the file, for anything amiss.
+    """
+    return read_whole(folder, _load_stored)
+
+
+def _load_stored(folder: Path) -> StoredAdapter:
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for path in (config_file, weights_file):
         if not path.is_file():
@@ -90,10 +97,11 @@ def load_stored(folder: Path) -> StoredAdapter:
         expected = described["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{config_file}: not a readable adapter description ({error})") from None
-    if sha256(weights_file) != expected:
+    data = weights_file.read_bytes()  # once, so that what is checked is what is used
+    if hashlib.sha256(data).hexdigest() != expected:
         raise ArtefactError(f"{weights_file}: damaged or replaced (sha256 differs from {CONFIG_FILE})")
     try:
-        tensors = load_file(weights_file)
+        tensors = load(data)
     except SafetensorError as error:
         raise ArtefactError(f"{weights_file}: not a safetensors file ({error})") from None
     for name, tensor in tensors.items():

@@ -31,8 +31,6 @@ PEFT does not read the router, so loading one folder, or all of them, is NOT the
 
 def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
     """Write the folder `target`, whole or not at all. Raises ArtefactError, RecipeError, StorageError."""
-    if target.exists():
-        raise RecipeError(f"--output: {target} exists; choose a new folder")
     stored = load_stored(adapter_folder)
     if stored.config.method != "remix":
         raise RecipeError(f"--format peft-experts: only for remix pools, this is {stored.config.method}")

@@ -74,7 +74,7 @@ def save_checkpoint(
     target = folder / f"step-{state.step:06d}"
     device = next(iter(adapter.parameters().values())).device
     moments = save(_flatten(optimizer, adapter), metadata={"format": "pt"})
-    with publish_folder(target, needed=len(moments) + adapter_bytes(adapter)) as scratch:
+    with publish_folder(target, len(moments) + adapter_bytes(adapter), replace=True) as scratch:
         save_adapter(scratch, adapter, identity)
         (scratch / OPTIMIZER_FILE).write_bytes(moments)
         write_json(scratch / "state.json", asdict(state))

@@ -359,7 +359,7 @@ class _Run:
         for name, parameter in self.adapter.parameters().items():
             if not torch.isfinite(parameter).all():
                 raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
-        with publish_folder(target) as scratch:
+        with publish_folder(target, replace=True) as scratch:
             save_adapter(scratch, self.adapter, self.identity)
             self.tokenizer.save_pretrained(scratch)
 
