@@ -70,6 +70,15 @@ class Interrupted(RemixError):
         return type(self), (self.signal_number, *self.problems)
 
 
+def shortened(text: str, length: int = 200) -> str:
+    """On one line, cut between words: half an address would lead nowhere."""
+    words = " ".join(text[: 50 * length].split())
+    if len(words) <= length:
+        return words
+    kept = words[: length + 1].rpartition(" ")[0] or words[:length]
+    return f"{kept} ..."
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Python's, torch's on a GPU and torch's on a CPU, which is a plain RuntimeError; without importing torch."""
     names = {base.__name__ for base in type(error).__mro__}

@@ -3,18 +3,24 @@
 Each stretch of text is tokenised by itself, the prompt exactly as it stands in front of the model when it
 generates, so a token never straddles the border between what is given and what is learnt. The token that
 ends the assistant's turn is supervised; supervision is an explicit mask, so a padding token that happens to
-be the end token can neither hide it nor be learnt.
+be the end token can neither hide it nor be learnt. What a text spells out is text, control tokens too (control.py).
 """
 
+import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.data.control import NUMBER, ControlTokens
+from remix_cli.data.formats import Example, Message, RowError, to_example
 from remix_cli.data.sources import load_rows
-from remix_cli.errors import DataError
+from remix_cli.errors import DataError, shortened
+from remix_cli.limits import LimitError, within
 from remix_cli.recipe.schema import Data, Source
+
+RENDER_SECONDS, RENDER_BYTES = 2.0, 64_000_000
 
 
 @dataclass(frozen=True)
@@ -54,25 +60,41 @@ class Encoded:
 class Encoder:
     """Applies a tokenizer and its chat template, or plain text where there is none."""
 
-    def __init__(self, tokenizer: Any, max_length: int, use_chat_template: bool | None):
+    def __init__(
+        self, tokenizer: Any, max_length: int, use_chat_template: bool | None, allow_special_tokens: bool = False
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         if use_chat_template and not tokenizer.chat_template:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
+        self.renders, self.render_seconds = 0, 0.0
+        self.kept: set[tuple[str, ...]] = set()  # roles of conversations whose every content the template renders
+        self.control = None if allow_special_tokens else ControlTokens(tokenizer, self._scaffold())
 
     @classmethod
     def of(cls, tokenizer: Any, data: Data) -> "Encoder":
         """As the recipe's `data` says."""
-        return cls(tokenizer, data.max_length, data.use_chat_template)
+        return cls(tokenizer, data.max_length, data.use_chat_template, data.allow_special_tokens)
 
     def segments(self, example: Example) -> list[tuple[str, bool]]:
-        """The conversation's text in order, each stretch with whether it is supervised. Raises RowError."""
-        messages = list(example.messages)
+        """The conversation's text in order, each stretch with whether it is supervised. Raises RowError.
+
+        Control tokens of contents are marked in it.
+        """
+        messages = [{"role": m["role"], "content": self._mark(m["content"])} for m in example.messages]
         if not self.chat:
             return _plain_segments(messages)
+        roles = tuple(m["role"] for m in messages)
+        if roles not in self.kept:
+            # Contents so short that they also stand in the scaffolding would not be missed.
+            self._turns([{"role": role, "content": f"content{i}{NUMBER}"} for i, role in enumerate(roles)])
+            self.kept.add(roles)
+        return self._turns(messages)
+
+    def _turns(self, messages: list[Message]) -> list[tuple[str, bool]]:
         parts: list[tuple[str, bool]] = []
-        done = ""
+        done, seen = "", 0
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -80,23 +102,56 @@ class Encoder:
             whole = self._render(messages[: i + 1], generate=False)
             if not given.startswith(done) or not whole.startswith(given):
                 raise RowError("the chat template renders earlier turns differently once later ones follow")
-            parts += [(given[len(done) :], False), (whole[len(given) :], True)]
-            done = whole
+            turns = [(given[len(done) :], False), (whole[len(given) :], True)]
+            for j in range(seen, i + 1):
+                if not _holds(turns[j == i][0], messages[j]["content"]):
+                    raise RowError(f"the chat template leaves out what message {j + 1} ({messages[j]['role']}) says")
+            parts += turns
+            done, seen = whole, i + 1
         return parts
 
     def with_shots(self, example: Example, shots: list[Example]) -> Example:
         """The example after solved ones, as earlier turns of one conversation."""
         return Example(tuple(m for shot in shots for m in shot.messages) + example.messages, example.task)
 
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
+    def _scaffold(self) -> str:
+        """What the tokenizer's template, if any, writes around a user's turn, as far as it takes one alone."""
+        if not self.tokenizer.chat_template:
+            return ""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except Exception as error:  # whatever the template's own code raises
-            raise RowError(f"the chat template refuses the conversation: {error}") from None
+            return self._render([{"role": "user", "content": ""}], generate=False)
+        except RowError:
+            return ""
 
-    def _ids(self, text: str, first: bool) -> list[int]:
-        """Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token."""
-        return self.tokenizer(text, add_special_tokens=first and not self.chat)["input_ids"]
+    def _render(self, messages: list[Message], generate: bool) -> str:
+        """Templates come with models, so their time and memory are bounded: 2 seconds, and 50 ms for each rendering."""
+        left = RENDER_SECONDS + 0.05 * self.renders - self.render_seconds
+        size = RENDER_BYTES + 16 * sum(len(m["content"]) for m in messages)
+        begun = time.thread_time()
+        try:
+            return within(left, size, lambda: self._apply(messages, generate))
+        except LimitError as error:
+            raise RowError(f"the chat template takes {error}") from None
+        except Exception as error:  # whatever the template's own code raises
+            raise RowError(f"the chat template refuses the conversation: {shortened(str(error))}") from None
+        finally:
+            self.renders += 1
+            self.render_seconds += time.thread_time() - begun
+
+    def _apply(self, messages: list[Message], generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def _mark(self, text: str) -> str:
+        return self.control.mark(text) if self.control else text
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self.control:
+            return self.control.ids(text, add_special_tokens)
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def text_ids(self, text: str) -> list[int]:
+        """A text as it is, after the tokenizer's opening token, whatever the template. Raises RowError."""
+        return self._ids(self._mark(text), add_special_tokens=True)
 
     def _closed(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """An assistant's turn up to its end token, and what a template puts after it, which is not learnt."""
@@ -111,7 +166,8 @@ class Encoder:
         """The conversation's tokens in order, in stretches that are supervised or not."""
         pieces: list[tuple[list[int], bool]] = []
         for text, learnt in self.segments(example):
-            ids = self._ids(text, first=not pieces)
+            # Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token.
+            ids = self._ids(text, add_special_tokens=not pieces and not self.chat)
             if learnt:
                 turn, after = self._closed(ids)
                 pieces += [(turn, True), (after, False)]
@@ -124,9 +180,12 @@ class Encoder:
         return [i for ids, _ in self._pieces(example)[:-2] for i in ids]
 
     def question_ids(self, text: str) -> list[int]:
-        """A user's turn, ready to be answered."""
+        """A user's turn, ready to be answered. Raises DataError."""
         turns = ({"role": "user", "content": text}, {"role": "assistant", "content": "."})
-        return self.prompt_ids(Example(turns, "question"))
+        try:
+            return self.prompt_ids(Example(turns, "question"))
+        except RowError as error:
+            raise DataError(f"prompt: {error}") from None
 
     def encode(self, example: Example) -> tuple[list[int], list[bool]]:
         """Token ids and supervision of the whole conversation, to the last turn's end token, not truncated."""
@@ -153,7 +212,17 @@ class Encoder:
         return encoded
 
 
-def _plain_segments(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+def _holds(rendered: str, content: str) -> bool:
+    """Is the content in the text? Templates may trim and wrap it, and some write a tool's results as JSON."""
+    text = _without_space(rendered)
+    return any(_without_space(form) in text for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
+
+
+def _plain_segments(messages: list[Message]) -> list[tuple[str, bool]]:
     """Without a chat template: each given turn ends with a line break, each learnt one with the end token."""
     return [(m["content"] + ("" if m["role"] == "assistant" else "\n"), m["role"] == "assistant") for m in messages]
 

@@ -48,8 +48,8 @@ def text_rows(question: Question, encoder: Encoder, shots: list[Question]) -> li
     prompt = "".join(solved) + TEXT_PROMPT.format(question=question.question)
     made = []
     for option in question.options:
-        given = encoder.tokenizer(prompt)["input_ids"]
-        whole = encoder.tokenizer(f"{prompt} {option}")["input_ids"]
+        given = encoder.text_ids(prompt)
+        whole = encoder.text_ids(f"{prompt} {option}")
         made.append(_row(whole, [i >= len(given) for i in range(len(whole))]))
     return made
 

@@ -19,7 +19,7 @@ from remix_cli.data.encode import EncodedRow, load_examples
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.data.sources import load_rows
 from remix_cli.data.splits import evenly, split_examples
-from remix_cli.errors import DataError
+from remix_cli.errors import DataError, shortened
 from remix_cli.evaluate import arc, gsm8k, humaneval
 from remix_cli.evaluate.generate import Decoding, generate
 from remix_cli.evaluate.nll import iter_row_losses
@@ -115,7 +115,12 @@ class Generating(Scorer):
             yield todo[j], text
 
     def prompt_ids(self, example: Example) -> list[int]:
-        return self.encoder.prompt_ids(self.encoder.with_shots(example, self.shots))
+        """Raises DataError."""
+        try:
+            return self.encoder.prompt_ids(self.encoder.with_shots(example, self.shots))
+        except RowError as error:
+            question = example.messages[-2]["content"]
+            raise DataError(f"eval task {self.task.task}: {error}, in the row {shortened(question, 60)!r}") from None
 
 
 def _digest(parts: list[str]) -> str:
@@ -286,7 +291,10 @@ class HumanEval(Generating):
 
     def _ids(self, problem: Line) -> list[int]:
         if not self.chat:
-            return self.subject.tokenizer(problem["prompt"])["input_ids"]
+            try:
+                return self.encoder.text_ids(problem["prompt"])
+            except RowError as error:
+                raise DataError(f"eval task humaneval: {problem['task_id']}: {error}") from None
         question = humaneval.CHAT_PROMPT.format(prompt=problem["prompt"].rstrip("\n"))
         turns = ({"role": "user", "content": question}, {"role": "assistant", "content": "x"})
         return self.prompt_ids(Example(turns, "humaneval"))
