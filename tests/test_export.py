@@ -12,7 +12,7 @@ from conftest import close
 from safetensors.torch import load_file
 from test_methods import FAST, small
 from tiny import recipe_text, tiny_model, write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.formats import Example
@@ -96,6 +96,31 @@ def test_stock_transformers_loads_the_hf_folder(verb, trained, tmp_path, monkeyp
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "2 of 4 LoRAs" in card
     assert "## Routing" in card
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_hf_folder_without_its_code_is_nothing_rather_than_the_base_model(
+    verb, trained, tmp_path, monkeypatch, reference
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody to ask
+    folder = tmp_path / "hf"
+    verb("export", trained(), "-o", folder, *(["--reference-base"] if reference else []))
+    for asked in ({}, {"trust_remote_code": False}):
+        for stock in (AutoConfig, AutoModelForCausalLM, AutoModel):
+            with pytest.raises(ValueError, match="contains custom code"):
+                stock.from_pretrained(folder, **asked)
+    with pytest.raises((RuntimeError, OSError)):  # by the name of the base model's class: another shape, or no weights
+        LlamaForCausalLM.from_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="contains custom code"):  # and what was allowed once is not allowed for ever
+        AutoModelForCausalLM.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] not in CONFIG_MAPPING  # whatever a release does about the code, it knows no such type
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model type"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_merged_folders_are_the_fitted_model_and_say_what_they_cost(verb, trained, tmp_path):

@@ -78,7 +78,10 @@ def _base_class(run: LoadedRun) -> str:
 
 def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) -> None:
     config = run.model.config.to_dict()
-    config |= {"architectures": [CLASS], "auto_map": {"AutoModelForCausalLM": f"{CODE.removesuffix('.py')}.{CLASS}"}}
+    module = CODE.removesuffix(".py")
+    config["architectures"] = [CLASS]
+    config["auto_map"] = {"AutoConfig": f"{module}.RemixConfig", "AutoModelForCausalLM": f"{module}.{CLASS}"}
+    config["model_type"] = f"remix_{config['model_type']}"
     config["remix"] = _description(run, reference_base)
     config["dtype"] = run.recipe.model.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
@@ -91,6 +94,7 @@ def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) 
         (folder / "remix.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         return
     state = base_state(run)
+    state |= {f"{name}.weight": state[f"{name}.weight"][None] for name in run.adapter.linears}
     save_torch_state_dict(state | tensors, folder, max_shard_size=SHARD)
 
 
@@ -178,8 +182,9 @@ def load_exported(folder: Path, dtype: torch.dtype) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-        config = transformers.AutoConfig.from_pretrained(folder)
+        model = getattr(module, CLASS)
         with quiet():
-            return getattr(module, CLASS).from_pretrained(folder, config=config, dtype=dtype).eval()
+            config = model.config_class.from_pretrained(folder)
+            return model.from_pretrained(folder, config=config, dtype=dtype).eval()
     finally:
         del sys.modules[name]

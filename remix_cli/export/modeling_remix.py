@@ -35,11 +35,18 @@ class RemixRouter(nn.Module):
         return weights.repeat_interleave(self.c["rank"], -1)
 
 
-class RemixLinear(nn.Linear):
-    """y = W x + sum over the chosen i of omega B_i A_i x, the pool stored stacked: A (n r, D_in), B (D_out, n r)."""
+class RemixLinear(nn.Module):
+    """y = W x + sum over the chosen i of omega B_i A_i x, the pool stored stacked: A (n r, D_in), B (D_out, n r).
+
+    W is (1, D_out, D_in), a shape that the base model's own class refuses to load, for it would leave the pool out;
+    and this is no nn.Linear, which libraries that quantise would replace, pool and all.
+    """
 
     def __init__(self, base, c, router):
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = nn.Parameter(torch.empty(1, base.out_features, base.in_features))
+        self.bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
         stacked = c["pool_size"] * c["rank"]
         self.lora_A = nn.Parameter(torch.empty(stacked, base.in_features))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, stacked))
@@ -53,7 +60,7 @@ class RemixLinear(nn.Linear):
         router = self.remix_router
         gates = _route(router, x) if self.routes_itself else router.gates
         down = F.linear(x, self.lora_A.to(x.dtype)) * gates.to(x.dtype)
-        return super().forward(x) + F.linear(down, self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight[0], self.bias) + F.linear(down, self.lora_B.to(x.dtype))
 
 
 def _route(router, x):
@@ -103,7 +110,14 @@ def _attach(block, router):
     block.register_forward_hook(after, always_call=True)
 
 
+class RemixConfig(Base.config_class):
+    """The base model's, under a type of its own: transformers without this code must not take the folder for that."""
+
+    model_type = f"remix_{Base.config_class.model_type}"
+
+
 class RemixForCausalLM(Base):
+    config_class = RemixConfig
     # Routers decide in float32 whatever type the model is loaded in.
     _keep_in_fp32_modules_strict = sorted(
         {*(getattr(Base, "_keep_in_fp32_modules_strict", None) or ()), "remix_router"}
@@ -152,5 +166,5 @@ class RemixForCausalLM(Base):
                 device = next(value.device for other, value in values.items() if other.startswith(block))
                 parameter.data = tensors[name].to(device, torch.float32 if "remix_router" in name else dtype)
             else:
-                parameter.data = values[name]
+                parameter.data = values[name].view(parameter.shape)
         return model.eval()
