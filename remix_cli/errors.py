@@ -1,7 +1,8 @@
 """The ways in which a command may end, each with its exit code. Standard library only.
 
 0 done · 1 our bug · 2 bad recipe, data or flags (nothing written), or out of memory · 3 diverged · 4 storage ·
-5 artefact or checkpoint refused · 6 output folder in use · 130/143 interrupted.
+5 artefact or checkpoint refused · 6 output folder in use · 7 no sandbox here ·
+129/130/143 interrupted by SIGHUP, Ctrl-C, SIGTERM · 141 nobody reads what is reported.
 """
 
 

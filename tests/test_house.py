@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "storage": set(),
+    "streams": set(),
     "adapter": set(),
     "recipe": {"adapter.config"},
     "methods": {"adapter"},
@@ -41,8 +42,8 @@ ALLOWED = {
         "evaluate",
     },
     "verify": {"adapter", "data", "models", "objective"},
-    "sweep": {"recipe", "runs", "train", "evaluate"},
-    "cli": {"recipe", "runs", "data", "train", "sweep", "evaluate", "stats", "export", "verify"},
+    "sweep": {"recipe", "runs", "train", "evaluate", "streams"},
+    "cli": {"streams", "recipe", "runs", "data", "train", "sweep", "evaluate", "stats", "export", "verify"},
     "__main__": {"cli"},
     "__init__": set(),
 }

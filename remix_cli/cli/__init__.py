@@ -10,13 +10,15 @@ taking.py    export, generate
 import os
 import re
 import sys
+from typing import NoReturn
 
 from remix_cli.cli import training  # isort: skip  (the order in which --help lists the commands)
 from remix_cli.cli import results, taking  # isort: skip
 from remix_cli.cli.common import app
 from remix_cli.errors import RemixError, is_out_of_memory
+from remix_cli.streams import guarded
 
-SAME_EVERYWHERE = (2, 130, 143)  # exit codes whose reason every rank of a launch would print alike
+SAME_EVERYWHERE = (2, 129, 130, 143)  # exit codes whose reason every rank of a launch would print alike
 
 __all__ = ["app", "main", "results", "taking", "training"]
 
@@ -25,8 +27,13 @@ def main() -> None:
     """Entry point: every expected failure is one `error:` line and its documented exit code."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    with guarded():
+        _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> NoReturn:
     try:
-        app(args=arguments, prog_name="remix")
+        _verb(arguments)
     except RemixError as error:
         if debug:
             raise
@@ -47,6 +54,17 @@ def main() -> None:
         what = _one_line(f"{type(error).__name__}: {error}")
         print(f"error: unexpected {what} (a bug: run again with --debug and report it)", file=sys.stderr)
         sys.exit(1)
+
+
+def _verb(arguments: list[str]) -> NoReturn:
+    """Ends with SystemExit, as the parser does, after everything that was printed has been taken."""
+    try:
+        app(args=arguments, prog_name="remix")
+    except SystemExit as ended:
+        if not ended.code:
+            sys.stdout.flush()
+        raise
+    raise AssertionError("the parser always ends the process")
 
 
 def _one_line(text: str) -> str:

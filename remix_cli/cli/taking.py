@@ -10,6 +10,7 @@ from rich.console import Console
 
 from remix_cli.cli.common import AnyBase, Best, RunPath, app
 from remix_cli.errors import RecipeError
+from remix_cli.streams import outlive
 
 
 @app.command()
@@ -56,6 +57,7 @@ def export(
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise ArtefactError(f"{run}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
+    outlive(f"the export goes on, into {output}")
     client = None
     if push_to_hub is not None:
         from remix_cli.export.hub import check_push, push
@@ -165,12 +167,19 @@ def generate(
 
 
 def _typed(interactive: bool) -> Iterator[str]:
-    """Lines of stdin, asked for by a `> ` on a terminal."""
+    """Lines of stdin, asked for by a `> ` on a terminal. Raises RecipeError if there is none."""
+    found = False
     while True:
         if interactive:
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
+        try:
+            line = sys.stdin.readline()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"standard input: cannot be read ({error}); give prompts as lines of UTF-8") from None
         if line.strip():
+            found = True
             yield line.strip()
+        elif not line:
+            break
+    if not found and not interactive:
+        raise RecipeError("standard input: closed or empty; give a prompt as an argument, or one a line")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from remix_cli.cli.common import AllowCode, Json, Overrides, RecipePath, app
 from remix_cli.errors import RecipeError
+from remix_cli.streams import outlive
 
 
 @app.command()
@@ -31,6 +32,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     from remix_cli.train.loop import train as run_training
 
+    outlive(f"training goes on; its log is {loaded.output_dir}/metrics.jsonl")
     summary = run_training(loaded, console, resume=resume, overwrite=overwrite)
     if int(os.environ.get("RANK", "0")) != 0:
         return
@@ -87,6 +89,8 @@ def sweep(
 
     console = Console(stderr=as_json)
     plan = load_sweep(recipe, overrides or [], only)
+    if not dry_run:
+        outlive(f"the sweep goes on; its runs and their logs are in {plan.folder}")
     searched = sum(map(len, plan.points.values()))
     more = len(plan.seeds) - 1
     for arm, points in plan.points.items() if dry_run else ():

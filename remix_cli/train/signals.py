@@ -1,18 +1,21 @@
-"""SIGTERM and Ctrl-C during a run."""
+"""SIGTERM, SIGHUP and Ctrl-C during a run."""
 
 import os
 import signal
 from typing import Any
 
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # SIGHUP: the terminal or the connection has gone
+
 
 class Signals:
-    """SIGTERM and the first Ctrl-C ask for a checkpoint and an orderly end; a second Ctrl-C ends at once."""
+    """The first of them asks for a checkpoint and an orderly end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.received = 0
 
     def __enter__(self) -> "Signals":
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [s for s in ENDING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # under nohup
+        self.before = {s: signal.signal(s, self._note) for s in heeded}
         return self
 
     def __exit__(self, *_: Any) -> None:
