@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import WORDS, write_tiny_model
+from tiny import CHAT, WORDS, write_tiny_model
 
 from remix_cli.data.batches import Plan, collate, micro_batches
 from remix_cli.data.encode import EncodedRow, Encoder, load_examples
@@ -145,12 +145,80 @@ def test_formats(form):
         ("arc", {"answerKey": "Z"}, "not among"),
         ("messages", {"messages": []}, "list of"),
         ("messages", {"messages": [{"role": "user", "content": "a"}]}, "last message"),
-        ("messages", {"messages": [{"role": "robot", "content": "a"}]}, "role"),
+        ("messages", {"messages": [{"role": "robot", "content": "a"}]}, "message 1: the role"),
+        ("messages", {"messages": "a"}, "list of {role, content}, is str"),
+        ("messages", {"messages": None}, "list of {role, content}, is null"),
+        ("arc", {"choices": {"text": "ab", "label": "AB"}}, "lists 'text' and 'label'"),
+        ("codealpaca", {"input": 3}, "column 'input' should be text, is int"),
     ],
 )
 def test_bad_rows_say_what_is_wrong(form, change, message):
     with pytest.raises(RowError, match=message):
         to_example(GOOD[form] | change, Source(path="x.jsonl", format=form))
+
+
+def calling(**changes):
+    user = {"role": "user", "content": "Weather in Rome?"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    result = {"role": "tool", "content": "rain"}
+    return [user, call | changes, result, {"role": "assistant", "content": "It rains."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": calling()}, "message 2: 'tool_calls' is not read, only role and content; write the call into"),
+        ({"messages": calling(content=None)}, "message 2: 'tool_calls' is not read"),
+        ({"messages": calling(content="I look.")}, "message 2: 'tool_calls' is not read"),
+        ({"messages": calling(tool_calls=None)}, r"the answer is blank \(message 2\)"),
+        ({"messages": calling(tool_calls=[], content=None)}, "message 2: column 'content' should be text, is NoneType"),
+        ({"messages": calling(tool_calls=[], content="a", weight=0)}, "message 2: 'weight' is not read"),
+        ({"messages": calling(tool_calls=[], content="a", thinking="hm")}, "message 2: 'thinking' is not read"),
+        (GOOD["messages"] | {"tools": [{"name": "weather"}]}, "column 'tools' is not read"),
+        (GOOD["messages"] | {"system": "Be brief."}, "column 'system' is not read.* the first message"),
+        ({"conversation": []}, "no column 'messages'; the row has conversation"),
+    ],
+)
+def test_what_is_said_beside_role_and_content_is_not_lost(row, message):
+    """Tool calls above all: an empty assistant turn would be learnt instead."""
+    with pytest.raises(RowError, match=message):
+        to_example(row, Source(path="x.jsonl", format="messages"))
+
+
+def test_columns_that_a_table_filled_in_say_nothing():
+    row = {"messages": [m | {"tool_calls": None, "name": None, "parts": []} for m in GOOD["messages"]["messages"]]}
+    assert to_example(row | {"tools": None, "id": 3}, Source(path="x.jsonl", format="messages")).messages
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHAT.replace("<user> {{ m.content }}", "<user>"), r"leaves out what message 1 \(user\) says"),
+        (CHAT.replace("<bot> {{ m.content }}", "<bot>"), r"leaves out what message 2 \(assistant\) says"),
+        (CHAT.replace("m.content }} <eos>", "m.content.split('w1')[-1] }} <eos>"), r"leaves out what message 2"),
+        (CHAT.replace("{% else %}", "{% elif m.role == 'user' and loop.first %}"), r"leaves out what message 3 \(user"),
+    ],
+)
+def test_a_template_that_drops_what_is_said_is_refused(tokenizer, template, message, monkeypatch):
+    """Short texts too, which also stand in the scaffolding."""
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(RowError, match=message):
+        Encoder(tokenizer, 64, None).encode(talk("bot", "w1 . w2", "user", "w1 . eos"))
+
+
+def test_a_template_that_drops_a_role_is_refused(tokenizer, monkeypatch):
+    template = CHAT.replace("{% else %}", "{% elif m.role == 'user' %}")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    system = Example(({"role": "system", "content": "w1"}, *talk("w1 w2", "w3").messages), "t")
+    with pytest.raises(RowError, match=r"leaves out what message 1 \(system\) says"):
+        Encoder(tokenizer, 64, None).encode(system)
+    assert Encoder(tokenizer, 64, None).encode(talk("w1", "w2"))
+
+
+def test_templates_may_trim_and_write_json(tokenizer, monkeypatch):
+    template = CHAT.replace("<user> {{ m.content }}", "<user> {{ m.content | trim | tojson }}")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert Encoder(tokenizer, 64, None).encode(talk('  w1 "w2"\nw3 ', "w2"))
 
 
 def test_a_bad_row_is_named_by_file_and_number(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from remix_cli.errors import shortened
 from remix_cli.recipe.schema import Source
 
 Row = dict[str, Any]
@@ -29,15 +30,21 @@ class Example:
 def to_example(row: Row, source: Source) -> Example:
     """Raises RowError for a missing column, a value of another type or a blank answer."""
     messages = FORMATS[source.format](row, source)
-    if not messages[-1]["content"].strip():
-        raise RowError("the answer is blank")
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "assistant" and not message["content"].strip():
+            which = f" (message {number})" if number < len(messages) else ""
+            raise RowError(f"the answer is blank{which}")
     return Example(tuple(messages), source.label)
 
 
-def _text(row: Row, column: str) -> str:
+def _value(row: Row, column: str) -> Any:
     if column not in row:
-        raise RowError(f"no column {column!r}; the row has {', '.join(map(str, row)) or 'none'}")
-    value = row[column]
+        raise RowError(f"no column {column!r}; the row has {shortened(', '.join(map(str, row))) or 'none'}")
+    return row[column]
+
+
+def _text(row: Row, column: str) -> str:
+    value = _value(row, column)
     if not isinstance(value, str):
         raise RowError(f"column {column!r} should be text, is {type(value).__name__}")
     try:
@@ -61,18 +68,52 @@ def _prompt_completion(row: Row, source: Source) -> list[Message]:
 
 
 def _messages(row: Row, source: Source) -> list[Message]:
-    messages = row.get("messages")
+    messages = _value(row, "messages")
     if not isinstance(messages, list) or not messages:
-        raise RowError("column 'messages' should be a list of {role, content}")
-    for message in messages:
+        raise RowError(f"column 'messages' should be a list of {{role, content}}, is {_kind(messages)}")
+    for column in ALSO_RENDERED:
+        if _says_something(row.get(column)):
+            raise RowError(f"column {column!r} is not read, so the model would not see it; {ALSO_RENDERED[column]}")
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise RowError(f"a message's role should be one of {', '.join(ROLES)}")
-        _text(message, "content")
+            raise RowError(f"message {number}: the role should be one of {', '.join(ROLES)}")
+        for key, value in message.items():
+            if key not in ("role", "content") and _says_something(value):
+                raise RowError(f"message {number}: {key!r} is not read, only role and content; {_instead(key)}")
+        try:
+            _text(message, "content")
+        except RowError as error:
+            raise RowError(f"message {number}: {error}") from None
     if messages[0]["role"] == "assistant":
         raise RowError("the first message should not be the assistant's")
     if messages[-1]["role"] != "assistant":
         raise RowError("the last message should be the assistant's")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+# Columns that chat templates render beside the messages, and what to do with them instead.
+ALSO_RENDERED = {
+    "tools": "write the tools into a system message, or take the row out",
+    "functions": "write the functions into a system message, or take the row out",
+    "documents": "write the documents into a message, or take the row out",
+    "system": "make it the first message, with the role system",
+    "chat_template_kwargs": "write what they set into the chat template, or take the row out",
+}
+
+
+def _says_something(value: Any) -> bool:
+    """Tables fill in None, or an empty list, where a row has no such key."""
+    return value is not None and value not in ("", [], {})
+
+
+def _instead(key: str) -> str:
+    if key in ("tool_calls", "function_call"):
+        return "write the call into content as the model is to write it, or take the row out"
+    return "write it into content, or take it out"
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value == [] else "null" if value is None else type(value).__name__
 
 
 def _gsm8k(row: Row, source: Source) -> list[Message]:
@@ -81,10 +122,12 @@ def _gsm8k(row: Row, source: Source) -> list[Message]:
 
 def arc_options(row: Row) -> tuple[list[str], list[str]]:
     """Labels and texts of an ARC question's options. Raises RowError."""
-    choices = row.get("choices")
+    choices = _value(row, "choices")
     if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
         raise RowError("column 'choices' should hold lists 'text' and 'label'")
     labels, texts = choices["label"], choices["text"]
+    if not isinstance(labels, list) or not isinstance(texts, list):
+        raise RowError("column 'choices' should hold lists 'text' and 'label'")
     if len(labels) != len(texts) or not all(isinstance(x, str) and x for x in (*labels, *texts)):
         raise RowError("column 'choices' should hold equally many labels and texts, none empty")
     return labels, texts
@@ -100,7 +143,8 @@ def _arc(row: Row, source: Source) -> list[Message]:
 
 
 def _codealpaca(row: Row, source: Source) -> list[Message]:
-    instruction, extra = _text(row, "instruction"), row.get("input") or ""
+    instruction = _text(row, "instruction")
+    extra = _text(row, "input") if row.get("input") is not None else ""
     return _turns(f"{instruction}\n\n{extra}" if extra else instruction, _text(row, "output"))
 
 
