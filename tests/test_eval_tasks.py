@@ -8,6 +8,7 @@ import torch
 
 from remix_cli.evaluate import arc, run, tasks
 from remix_cli.evaluate.humaneval import load_problems, program_of
+from remix_cli.evaluate.results import open_lines
 from remix_cli.evaluate.tasks import SCORERS, Settings
 from remix_cli.recipe import Source, Task
 from remix_cli.runs import load_run
@@ -302,6 +303,32 @@ def test_X11_a_killed_evaluation_counts_every_item_once(finished, tmp_path):
     task = next(t for t in load_run(folder).recipe.eval.tasks if t.task == "gsm8k")
     (result,) = run.evaluate(load_run(folder), [task], Settings(), _silent)["results"]
     assert (result["asked"], result["count"]) == (5, 8)
+
+
+@pytest.mark.parametrize("change", ["an answer", "a score", "a line cut short", "another line's place", "no object"])
+def test_answers_of_an_interrupted_evaluation_that_were_changed_are_asked_again(tmp_path, change):
+    stamp = {"task": "gsm8k"}
+    with open_lines(tmp_path, "adapter-gsm8k", stamp) as lines:
+        for item in range(4):
+            lines.add(item, {"prompt": f"p{item}", "output": "naïve 7", "correct": 0.25})
+    partial = tmp_path / "adapter-gsm8k.partial.jsonl"
+    written = partial.read_bytes().splitlines(keepends=True)
+    forged = {
+        "an answer": written[2].replace(b" 7", b" 8"),
+        "a score": written[2].replace(b"0.25", b"1.0"),
+        "a line cut short": written[2][: written[2].index(b', "correct"')] + b"}\n",
+        "another line's place": written[2].replace(b'"item": 1', b'"item": 3'),
+        "no object": b"5\n",
+    }
+    partial.write_bytes(b"".join([*written[:2], forged[change], *written[3:]]))
+    with open_lines(tmp_path, "adapter-gsm8k", stamp) as lines:
+        assert lines.done == {0: {"item": 0, "prompt": "p0", "output": "naïve 7", "correct": 0.25}}
+        for item in range(1, 4):
+            lines.add(item, {"prompt": f"p{item}", "output": "7", "correct": 1.0})
+        lines.publish()
+    final = [json.loads(line) for line in (tmp_path / "adapter-gsm8k.jsonl").read_text().splitlines()]
+    assert [line["item"] for line in final] == [0, 1, 2, 3]
+    assert "digest" not in final[0]
 
 
 def test_a_model_folder_is_evaluated_like_the_base_of_a_run(verb, finished, stage, tmp_path):

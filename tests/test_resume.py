@@ -150,6 +150,49 @@ def test_K10_no_valid_checkpoint_is_refused_not_started_afresh(stage, monkeypatc
         run(recipe_for(stage, folder), resume=True)
 
 
+@pytest.mark.parametrize("left", ["an empty folder", "no folder", "no metrics but an adapter"])
+def test_checkpoints_that_vanished_are_told_and_nothing_starts_afresh(stage, monkeypatch, tmp_path, left):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    shutil.rmtree(folder / "checkpoints")
+    if left == "an empty folder":
+        (folder / "checkpoints").mkdir()
+    if left == "no metrics but an adapter":
+        (folder / "metrics.jsonl").unlink()
+        shutil.copytree(folder / "best", folder / "adapter")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ArtefactError, match="checkpoints: holds no checkpoint, although step 2 was saved"):
+        run(recipe_for(stage, folder), resume=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_that_it_starts_again(
+    stage, whole, monkeypatch, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    save = loop._Run._save
+    monkeypatch.setattr(loop._Run, "_save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))  # step 2 is recorded
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_for(stage, folder))
+    monkeypatch.setattr(loop._Run, "_save", save)
+    loop.train(recipe_for(stage, folder), Console(width=200), resume=True)
+    assert "no checkpoint was saved before the interruption: the run starts from step 0" in capsys.readouterr().out
+    assert outcome(folder) == whole
+
+
+@pytest.mark.parametrize("damage", ["not UTF-8", "a folder", "a line"])
+def test_metrics_that_cannot_be_read_are_told_by_name(stage, monkeypatch, tmp_path, damage):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.unlink()
+    if damage == "a folder":
+        metrics.mkdir()
+    else:
+        metrics.write_bytes(lines[0] + (b"\xff\n" if damage == "not UTF-8" else lines[1][:9] + b"\n") + lines[2])
+    with pytest.raises(ArtefactError, match=r"metrics.jsonl.*move (it|the file) away"):
+        run(recipe_for(stage, folder), resume=True)
+
+
 def test_a_resumed_run_keeps_its_recipe(stage, monkeypatch, tmp_path):
     folder = half_done(stage, tmp_path / "run", monkeypatch)
     changed = recipe_for(stage, folder).model_copy(update={"seed": 5})

@@ -1,6 +1,7 @@
 """The per-example file of one task, written as answers come, so that an interrupted evaluation continues."""
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +15,20 @@ Line = dict[str, Any]
 
 
 class Lines:
-    """`<name>.partial.jsonl` until the report is written: a line with the stamp, then one per item.
+    """`<name>.partial.jsonl` until the report is written: a line with the stamp, then one per item and its digest.
 
-    Lines of an earlier evaluation with the same stamp count; a torn last line does not.
+    Lines of an earlier evaluation with the same stamp count; a torn one, or one that was changed, does not.
     """
 
-    def __init__(self, path: Path, file: Any, done: dict[int, Line]):
-        self.path, self._file, self.done = path, file, done
+    def __init__(self, path: Path, file: Any, header: bytes, done: dict[int, Line]):
+        self.path, self._file, self._header, self.done = path, file, header, done
 
     def add(self, item: int, line: Line) -> None:
+        line = {"item": item} | line
         with storage_errors(self.path):
-            self._file.write((json.dumps({"item": item} | line) + "\n").encode())
+            self._file.write((json.dumps(line | {"digest": _digest(self._header, line)}) + "\n").encode())
             self._file.flush()
-        self.done[item] = {"item": item} | line
+        self.done[item] = line
 
     def publish(self) -> None:
         """Write the final file, items in order, and drop the partial one."""
@@ -48,25 +50,31 @@ def open_lines(folder: Path, name: str, stamp: dict[str, Any]) -> Iterator[Lines
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"{path}: another evaluation is writing there; wait for it") from None
+        header = json.dumps({"stamp": stamp}, sort_keys=True).encode() + b"\n"
         with storage_errors(path):
-            done = _keep_valid(file, stamp)
-        yield Lines(path, file, done)
+            done = _keep_valid(file, header)
+        yield Lines(path, file, header, done)
 
 
-def _keep_valid(file: Any, stamp: dict[str, Any]) -> dict[int, Line]:
-    """The earlier lines if they were made under this stamp; the file is cut after the last whole one."""
+def _digest(header: bytes, line: Line) -> str:
+    """Of an answer under its stamp."""
+    return hashlib.sha256(header + json.dumps(line).encode()).hexdigest()[:16]
+
+
+def _keep_valid(file: Any, header: bytes) -> dict[int, Line]:
+    """The earlier lines if they were made under this stamp; the file is cut where the first is not as it was written."""
     file.seek(0)
-    header = json.dumps({"stamp": stamp}, sort_keys=True).encode() + b"\n"
     done: dict[int, Line] = {}
     end = 0
     if file.readline() == header:
         end = len(header)
         for raw in file:
             try:
-                line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if line is None:
+                line = json.loads(raw)
+                whole = raw.endswith(b"\n") and line.pop("digest") == _digest(header, line)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                whole = False
+            if not whole:
                 break
             done[line["item"]] = line
             end += len(raw)

@@ -40,7 +40,7 @@ from remix_cli.train.console import TrainingConsole
 from remix_cli.train.evaluation import Evaluation, cost
 from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.record import Recorder, peak_memory, summarise
-from remix_cli.train.resume import check_same_recipe, origin_of
+from remix_cli.train.resume import check_nothing_was_saved, check_same_recipe, origin_of
 from remix_cli.train.shard import check_launch, shard_base
 from remix_cli.train.signals import Signals
 from remix_cli.train.step import MicroResult, accumulate_gradients, seed_of_dropout
@@ -382,7 +382,11 @@ class _Run:
         if self.main:
             for line in skipped:
                 self.console.print(f"skipped a damaged checkpoint: {line}", highlight=False, soft_wrap=True)
-        if checkpoint is not None:
+        if checkpoint is None:
+            check_nothing_was_saved(self.recipe, self.folder, self.total)
+            if self.main:
+                self.console.print("no checkpoint was saved before the interruption: the run starts from step 0")
+        else:
             self.state, different = checkpoints.restore(checkpoint, self.adapter, self.optimizer, self.origin)
             if different and self.main:
                 line = f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made"

@@ -1,15 +1,17 @@
 """What a run writes down besides its weights: metrics.jsonl, a tracker if asked for, summary.json."""
 
 import json
+import os
 import platform
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import remix_cli
-from remix_cli.errors import StorageError
+from remix_cli.errors import ArtefactError, StorageError
 from remix_cli.objective import ESTIMATORS
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
@@ -49,10 +51,10 @@ class Recorder:
         The records of `step` itself were written before its checkpoint; with no checkpoint all go.
         """
         if self.folder.metrics.exists():
-            lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step > 0 and _step_of(line) <= step]
+            lines = read_lines(self.folder.metrics)
+            kept = [line for line in lines if step > 0 and (step_of(line) or 0) <= step]
             if evaluation_due:
-                kept = [line for line in kept if not (_step_of(line) == step and "eval_loss" in json.loads(line))]
+                kept = [line for line in kept if not (step_of(line) == step and "eval_loss" in json.loads(line))]
             write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
@@ -60,11 +62,28 @@ class Recorder:
             self.tracker.close()
 
 
-def _step_of(line: str) -> float:
+def read_lines(metrics: Path) -> list[str]:
+    """The records of metrics.jsonl, none if there is no such file, without a last line that a crash cut off.
+
+    Raises ArtefactError if anything else in it is no record.
+    """
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        lines = metrics.read_text(encoding="utf-8").splitlines() if os.path.lexists(metrics) else []
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{metrics}: cannot be read ({error}); move it away to go on without it") from None
+    bad = next((i for i, line in enumerate(lines) if step_of(line) is None), None)
+    if bad is not None and bad < len(lines) - 1:
+        raise ArtefactError(f"{metrics}:{bad + 1}: damaged; move the file away to go on without it")
+    return lines[:bad]
+
+
+def step_of(line: str) -> int | None:
+    """The step of a record; None if the line is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def summarise(

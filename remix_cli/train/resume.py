@@ -6,10 +6,11 @@ from typing import Any
 
 from remix_cli.adapter.store import BaseIdentity
 from remix_cli.data.splits import TrainingData
-from remix_cli.errors import RecipeError
+from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.train.checkpoints import Origin
+from remix_cli.train.record import read_lines, step_of
 
 MAY_CHANGE = {"output_dir", "eval"}  # recipe groups that a resumed run may set anew
 MAY_CHANGE_TRAIN = {
@@ -44,6 +45,21 @@ def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
     ]
     if changed:
         raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
+
+
+def check_nothing_was_saved(recipe: Recipe, folder: RunFolder, total: int) -> None:
+    """With no checkpoint a run may start again only if none can have been saved. Raises ArtefactError.
+
+    One is saved every `save_steps` and at the last of `total` steps; the records of a step are written before its
+    checkpoint, so those of the first such step alone prove nothing.
+    """
+    first = min(recipe.train.save_steps or total, total)
+    reached = max((step for step in map(step_of, read_lines(folder.metrics)) if step is not None), default=0)
+    if reached > first or (total and folder.adapter.exists()):
+        raise ArtefactError(
+            f"{folder.checkpoints}: holds no checkpoint, although step {first} was saved; put the checkpoints back, or "
+            "start again with --overwrite"
+        )
 
 
 def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity) -> Origin:
