@@ -81,6 +81,11 @@ def outlive(elsewhere: str) -> None:
         sys.stdout.elsewhere = elsewhere
 
 
+def outlive_both() -> None:
+    """A worker process never ends for want of a console."""
+    sys.stdout, sys.stderr = Output(sys.stdout, ""), Output(sys.stderr, "")  # type: ignore[assignment]
+
+
 def _open_closed() -> None:
     """/dev/null in place of what the shell closed (`>&-`).
 

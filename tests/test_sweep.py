@@ -259,8 +259,9 @@ def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypat
     assert arm["chosen"] is not None
 
 
-def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, tmp_path, verb, monkeypatch):
-    """Two processes; SIGTERM once a checkpoint is there; the same command finishes without redoing it."""
+@pytest.fixture
+def two_workers(stage, tmp_path):
+    """(sweep file, a sweep of three runs by two worker processes that have begun to train)."""
     many = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
     rates = [0.02, 0.01, 0.015]
     path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": rates}}}, train=many)
@@ -272,10 +273,18 @@ def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, t
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+    yield path, process
+    process.kill()
+    process.wait()
+
+
+def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(two_workers, tmp_path, verb, monkeypatch):
+    """Two processes; SIGTERM once a checkpoint is there; the same command finishes without redoing it."""
+    path, process = two_workers
     begun = set((tmp_path / "out").rglob("*.log"))
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
+    assert process.returncode == 143, told
     assert "the same command goes on" in told
     assert "Traceback" not in told
     assert set((tmp_path / "out").rglob("*.log")) == begun  # what was dealt to a worker already is not begun
@@ -287,6 +296,19 @@ def test_worker_processes_survive_an_interruption_and_the_sweep_goes_on(stage, t
     assert len(logs) == 3
     assert any("steps     0 -> 40" not in log.rpartition("train     ")[2] for log in logs)  # one at least went on
     assert (tmp_path / "out" / "sweep.json").is_file()
+
+
+def test_workers_end_with_a_parent_that_is_killed(two_workers, tmp_path):
+    """They save first; nobody is left to write to the pipe that they share with it."""
+    _, process = two_workers
+    process.kill()
+    begun = time.monotonic()
+    process.communicate(timeout=20)  # until nobody holds the other end: the workers do
+    assert time.monotonic() - begun < work.PATIENCE + 2
+    for metrics in (tmp_path / "out").rglob("metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        kept = [int(p.name[5:]) for p in metrics.parent.glob("checkpoints/step-*")]
+        assert max(kept, default=0) == steps[-1]
 
 
 def test_intervals_over_seeds():

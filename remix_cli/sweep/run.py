@@ -129,10 +129,9 @@ class _Sweep:
                 self.say(f"     {len(self.again)} runs lacked memory; now one at a time")
                 todo, self.again = self.again, []
                 self._do(todo, 1)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                signal.SIGINT, "interrupted; the same command goes on where every run was stopped"
-            ) from None
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, _Asked) else signal.SIGINT
+            raise Interrupted(number, "interrupted; the same command goes on where every run was stopped") from None
         return self
 
     def _do(self, jobs: list["Job"], processes: int) -> None:
@@ -269,19 +268,21 @@ class _Pool:
         self.pending[self.executor.submit(job, recipe)] = then
 
     def until_idle(self) -> None:
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        heeded = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        before = {s: signal.signal(s, _interrupt) for s in heeded}
         try:
             while self.pending:
                 for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
                     then = self.pending.pop(future)
                     try:
                         then(future.result())
-                    except Interrupted:
-                        raise KeyboardInterrupt from None
+                    except Interrupted as error:  # the signal went to the worker, too, which was quicker
+                        raise _Asked(error.signal_number) from None
                     except BrokenProcessPool:
                         raise RemixError("a worker process was killed; the same command goes on") from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def stop(self) -> None:
         """Ask the runs in hand to save and end; those that wait in a worker's queue are not begun."""
@@ -292,8 +293,16 @@ class _Pool:
             process.terminate()
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+class _Asked(KeyboardInterrupt):
+    """Another signal than that of Ctrl-C, with the same consequences."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def _interrupt(number: int, _: Any) -> None:
+    raise _Asked(number)
 
 
 def _devices(processes: int) -> list[str | None]:

@@ -2,8 +2,12 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
+import threading
+import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,10 @@ from rich.console import Console
 from remix_cli.errors import DivergedError, Interrupted, RemixError, is_out_of_memory
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
+from remix_cli.streams import outlive_both
 
 WIDTH = 100  # of a log
+PATIENCE = 10.0  # seconds a worker whose parent is gone has to save
 NO_MEMORY, DIVERGED = "out of memory", "diverged"  # what a problem's line begins with
 _ended: Any = None  # in a worker: an event, set when the sweep is to end
 
@@ -21,11 +27,14 @@ _ended: Any = None  # in a worker: an event, set when the sweep is to end
 def set_up(devices: Any, threads: int, ended: Any) -> None:
     """Give this process a GPU of its own, if there are several, and its share of the cores.
 
-    Ctrl-C reaches the parent, which then asks every run to save and end.
+    Ctrl-C and a closed terminal reach the parent, which then asks every run to save and end.
     """
     global _ended
     _ended = ended
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    outlive_both()
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before torch looks
@@ -105,6 +114,22 @@ def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
         return {result["task"]: result for result in report["results"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed asks for nothing any more: save, if a run is in hand, and end.
+
+    The first SIGTERM lets training save and stop; where nothing heeds it, before and after training, it ends the
+    process. Whoever still lives when the patience is over is stuck in a step.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:  # a test, which works in its own process
+        return
+    connection.wait([parent.sentinel])
+    for _ in range(round(PATIENCE / 0.2)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _check_ended() -> None:
