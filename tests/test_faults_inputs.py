@@ -281,6 +281,7 @@ def test_D6_rows_in_train_and_validation(verb, stage, tmp_path):
     model, rows, _ = stage
     recipe = recipe_text(model, rows, tmp_path / "out")
     recipe["data"]["validation"] = [{"path": str(rows), "format": "gsm8k", "limit": 6}]
+    del recipe["data"]["validation_fraction"]
     path = write_recipe(tmp_path / "r.yaml", recipe)
     _, err = verb("train", path, expect=2)
     assert "data.validation: 6 of 6 rows are also in data.train" in err

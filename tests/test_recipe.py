@@ -1,5 +1,6 @@
 """Recipes: what is accepted, what is refused, and how the refusal reads."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,77 @@ def test_R6_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_p
 @pytest.mark.parametrize("template", ["{", "{}", "{a.b}", "{0}"])
 def test_templates_name_columns(template, tmp_path):
     assert "data.train.0.prompt: not a template" in problems(tmp_path, with_key("data.train.prompt", template))[0]
+
+
+FILE, GYM, HUB = {"path": "a.jsonl"}, {"reasoning_gym": "chain_sum"}, {"path": "owner/name"}
+ARC, EVAL = {"format": "arc"}, "eval.tasks.0.source"
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "value", "message"),
+    [
+        (FILE, "size", 500, "belongs to a reasoning_gym source"),
+        (HUB, "seed", 3, "belongs to a reasoning_gym source"),
+        (FILE, "options", {"min_terms": 2}, "belongs to a reasoning_gym source"),
+        (GYM, "subset", "main", "belongs to a data set with a path"),
+        (GYM, "split", "test", "belongs to a data set with a path"),
+        (FILE, "subset", "main", "the path is local"),
+        ({"path": "./rows"}, "subset", "main", "the path is local"),
+        (FILE, "split", "test", "the path is one file"),
+        *[
+            (FILE | {"format": form}, key, "{question}", f"belongs to format prompt_completion, and this is {form}")
+            for form in ("messages", "gsm8k", "arc", "codealpaca")
+            for key in ("prompt", "completion")
+        ],
+    ],
+)
+def test_what_a_source_or_format_does_not_read_is_refused(source, key, value, message, tmp_path):
+    text = yaml.safe_dump(with_key("data.train", [source]), sort_keys=False)
+    entry = f"  - {key}: {json.dumps(value)}"
+    text = text.replace("data:\n  train:\n  - ", f"data:\n  train:\n{entry}\n    ")
+    line = text.splitlines().index(entry) + 1
+    (found,) = problems(tmp_path, text)
+    assert found.startswith(f"{tmp_path / 'recipe.yaml'}:{line}: data.train.0.{key}: is not read: it ")
+    assert message in found
+    # in held-out rows and tasks alike
+    held = MINIMAL | {"data": {"train": [FILE], "validation": [source | {key: value}]}}
+    assert f"data.validation.0.{key}: is not read" in "\n".join(problems(tmp_path, held))
+    # Older run folders have every default in their recipe.yaml.
+    from remix_cli.recipe.schema import Source
+
+    same = MINIMAL | {"data": {"train": [source | {key: Source.model_fields[key].default}]}}
+    loaded = load_recipe(write(tmp_path, yaml.safe_dump(same)))
+    assert key not in yaml.safe_load(dump(loaded))["data"]["train"][0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"data": {"train": [FILE], "validation": [HUB | {"weight": 2.0}]}}, "data.validation.0.weight: is not read"),
+        (
+            {"data": {"train": [FILE], "validation": [HUB], "validation_fraction": 0.1}},
+            "data.validation_fraction: is not",
+        ),
+        ({"data": {"train": [FILE], "allow_overlap": True}}, "data.allow_overlap: is not read"),
+        ({"eval": {"tasks": [{"task": "nll", "source": FILE | {"weight": 2.0}}]}}, f"{EVAL}.weight: is not read"),
+        ({"eval": {"tasks": [{"task": "arc", "source": FILE | {"format": "gsm8k"}}]}}, f"{EVAL}.format: is not read"),
+        ({"eval": {"tasks": [{"task": "arc", "source": FILE | {"prompt": "{a}"}}]}}, f"{EVAL}.prompt: is not read"),
+        ({"eval": {"tasks": [{"task": "humaneval", "source": FILE | ARC}]}}, f"{EVAL}.format: is not read"),
+    ],
+)
+def test_nor_is_a_key_of_held_out_rows_ignored(recipe, message, tmp_path):
+    assert any(message in line for line in problems(tmp_path, MINIMAL | recipe))
+
+
+def test_a_source_on_another_file_keeps_only_what_is_read_there():
+    from remix_cli.recipe.schema import Source
+
+    hub = Source(path="openai/gsm8k", subset="main", split="test", format="gsm8k", weight=2.0)
+    gym = Source(reasoning_gym="chain_sum", size=5, seed=3, options={"a": 1}, prompt="Q: {prompt}")
+    for source in (hub, gym):
+        there = source.at("b.jsonl")
+        assert Source(**there.model_dump()) == there
+        assert (there.format, there.prompt) == (source.format, source.prompt)
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):

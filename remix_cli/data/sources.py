@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from remix_cli.errors import DataError
-from remix_cli.recipe.schema import Source
-
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from remix_cli.recipe.schema import LOADERS, Source, named_locally
 
 
 def check_source(source: Source, key: str) -> list[str]:
@@ -19,6 +17,8 @@ def check_source(source: Source, key: str) -> list[str]:
     if "://" in source.path:
         return [f"{key}.path: {source.path}: addresses are not read; download the file and name it here"]
     path = Path(source.path)
+    if source.subset is not None:
+        return [f"{key}.subset: is not read: it belongs to a hub data set, and {path} is a local folder; leave it out"]
     if path.is_dir():
         if any(file.suffix in LOADERS for file in path.iterdir()):
             return []
@@ -33,10 +33,7 @@ def check_source(source: Source, key: str) -> list[str]:
 
 
 def _looks_local(path: str) -> bool:
-    """A hub id is `owner/name` or `name`; anything that exists, is rooted or ends like a file is local."""
-    return (
-        Path(path).exists() or path.startswith((".", "/", "~")) or Path(path).suffix in LOADERS or path.count("/") > 1
-    )
+    return Path(path).exists() or named_locally(path)
 
 
 def load_rows(source: Source) -> list[dict[str, Any]]:

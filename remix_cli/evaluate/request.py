@@ -40,8 +40,15 @@ def requested_tasks(
         try:
             made.append(Task(**(dict(task) | update)))
         except ValidationError as error:
-            raise RecipeError(*(f"--{e['msg'].removeprefix('Value error, ')}" for e in error.errors())) from None
+            raise RecipeError(*(_flag(e["msg"], e.get("ctx", {})) for e in error.errors())) from None
     return made
+
+
+def _flag(message: str, context: dict[str, Any]) -> str:
+    """A problem of a task that the flags made."""
+    if "below" in context:  # only a format can have been given that the task does not read
+        return f"--data-format: {message}"
+    return f"--{message.removeprefix('Value error, ')}"
 
 
 def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:

@@ -179,7 +179,8 @@ def _index(items: list, part: str, dotted: str) -> int:
 
 
 def _explain(problem: Any, raw: RawRecipe) -> str:
-    at: KeyPath = problem.get("ctx", {}).get("at", problem["loc"])
+    context = problem.get("ctx", {})
+    at: KeyPath = context.get("at", (*problem["loc"], *context.get("below", ())))
     dotted = ".".join(map(str, at)) or "recipe"
     where = raw.where(dotted)
     kind, value = problem["type"], problem["input"]

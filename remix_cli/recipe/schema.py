@@ -126,6 +126,31 @@ class Router(Strict):
     )
 
 
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def named_locally(path: str) -> bool:
+    """A hub id is `owner/name` or `name`; what is rooted, ends like a file or lies deeper is local."""
+    return path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in LOADERS or path.count("/") > 1
+
+
+def _names_a_file(path: str) -> bool:
+    return os.path.splitext(path)[1] in LOADERS and not os.path.isdir(path)
+
+
+def _refuse_unread(group: BaseModel, unread: dict[str, str], *inside: str) -> None:
+    """No key is ignored: those of `group` that say something although nothing reads them. `inside`: where it stands.
+
+    Their defaults are accepted, as older run folders have them in their recipe.yaml.
+    """
+    fields = type(group).model_fields
+    said = [key for key in unread if getattr(group, key) != fields[key].default]
+    if said:
+        also = f" (nor is {', '.join(said[1:])})" if said[1:] else ""
+        context = {"also": also, "why": unread[said[0]], "below": (*inside, said[0])}
+        raise PydanticCustomError("conflict", "is not read{also}: it {why}; leave it out", context)
+
+
 class Source(Strict):
     """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
 
@@ -162,9 +187,38 @@ class Source(Strict):
             raise ValueError("give either path or reasoning_gym")
         return self
 
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> Self:
+        _refuse_unread(self, self._unread())
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key not in self._unread()}
+
+    def _unread(self) -> dict[str, str]:
+        """Keys that this source does not read, each with the reason."""
+        keys: dict[str, str] = {}
+        if self.path is None:
+            keys |= dict.fromkeys(("path", "subset", "split"), "belongs to a data set with a path")
+        else:
+            keys |= dict.fromkeys(("reasoning_gym", "options", "size", "seed"), "belongs to a reasoning_gym source")
+            if named_locally(self.path):
+                keys["subset"] = "belongs to a hub data set, and the path is local"
+            if _names_a_file(self.path):
+                keys["split"] = "chooses among the files of a folder or a hub data set, and the path is one file"
+        if self.format != "prompt_completion":
+            reason = f"belongs to format prompt_completion, and this is {self.format}"
+            keys |= dict.fromkeys(("prompt", "completion"), reason)
+        return keys
+
     def at(self, path: str) -> "Source":
         """The same columns and format, read whole from another file."""
-        return self.model_copy(update={"path": path, "reasoning_gym": None, "subset": None, "limit": None})
+        names = ("reasoning_gym", "options", "size", "seed", "subset", "limit", "weight")
+        update = {name: Source.model_fields[name].default for name in names} | {"path": path}
+        if _names_a_file(path):
+            update["split"] = Source.model_fields["split"].default
+        return self.model_copy(update=update)
 
     @property
     def label(self) -> str:
@@ -185,6 +239,16 @@ class Data(Strict):
     allow_special_tokens: bool = Field(
         False, description="Let texts spell out control tokens such as <|im_end|>; by default these stay text."
     )
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> Self:
+        if self.validation:
+            _refuse_unread(self, {"validation_fraction": "is of rows cut from train, and there is data.validation"})
+        else:
+            _refuse_unread(self, {"allow_overlap": "is for data.validation, and there is none"})
+        for i, source in enumerate(self.validation):
+            _refuse_unread(source, {"weight": "says how often a row is trained on"}, "validation", str(i))
+        return self
 
 
 class Train(Strict):
@@ -232,6 +296,20 @@ class Task(Strict):
     max_new_tokens: Positive | None = Field(None, description="Of an answer; by default 256, humaneval 512.")
     samples: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Answers per problem, for pass@k.")
     temperature: Annotated[float, Field(ge=0, le=5)] = Field(0.0, description="0 is greedy.")
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> Self:
+        """Of the sources: arc and humaneval score rows of their own columns, whatever the format."""
+        weight = {"weight": "says how often a row is trained on"}
+        if self.shots_from is not None:
+            _refuse_unread(self.shots_from, weight, "shots_from")
+        if self.source is not None:
+            unread = dict(weight)
+            if self.task in ("arc", "humaneval"):
+                forms = ("format", "prompt", "completion") if self.source.format != self.task else ()
+                unread |= dict.fromkeys(forms, f"says how rows are read, and {self.task} has columns of its own")
+            _refuse_unread(self.source, unread, "source")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
