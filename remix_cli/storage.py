@@ -233,6 +233,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, to be written as JSON, and a hash of them: `is_sealed` tells whether they are read as written."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return values | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sealed(values: dict[str, Any]) -> bool:
+    return seal({key: value for key, value in values.items() if key != "sha256"}) == values
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import recipe_text, write_recipe, write_tiny_model
 
+from remix_cli.adapter.description import read_description
 from remix_cli.adapter.store import CONFIG_FILE, WEIGHTS_FILE, load_stored
 from remix_cli.errors import ArtefactError
-from remix_cli.storage import sha256
+from remix_cli.storage import seal, sha256
+from remix_cli.train import checkpoints
 
 
 @pytest.fixture
@@ -25,8 +27,16 @@ def adapter(finished, tmp_path):
 
 def sign(folder):
     """Make the description vouch for whatever the weights file holds now, as a forger would."""
+    redescribe(folder, lambda described: described.update(weights_sha256=sha256(folder / WEIGHTS_FILE)))
+
+
+def redescribe(folder, change, sealed=True):
+    """Change the description, and its hash of itself unless it is to be the one of before."""
     described = json.loads((folder / CONFIG_FILE).read_text())
-    described["weights_sha256"] = sha256(folder / WEIGHTS_FILE)
+    change(described)
+    if sealed:
+        described.pop("sha256", None)
+        described = seal(described)
     (folder / CONFIG_FILE).write_text(json.dumps(described))
 
 
@@ -111,12 +121,85 @@ def test_A1_3000_edited_headers_crash_nothing(adapter):
     ],
 )
 def test_A1_malformed_descriptions_are_refused(adapter, change, message):
-    described = json.loads((adapter / CONFIG_FILE).read_text())
-    change(described)
-    (adapter / CONFIG_FILE).write_text(json.dumps(described))
+    redescribe(adapter, change)
     assert message in refused(adapter)
     (adapter / CONFIG_FILE).write_text("{")
     assert "not a readable" in refused(adapter)
+
+
+WRONG = {
+    "omega": "zzz",
+    "level": "zzz",
+    "scope": "zzz",
+    "method": "zzz",
+    "dropout": float("nan"),
+    "router_init_std": -1.0,
+    "router_unit_input": 1,
+    "active": 2.5,
+    "rank": True,
+    "virtual_tokens": 0,
+    "target_modules": [],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_description_whose_values_mean_nothing_is_refused_whoever_vouches_for_it(adapter, key):
+    redescribe(adapter, lambda d: d["adapter"].update({key: WRONG[key]}))
+    assert "not a readable adapter description" in refused(adapter)
+    assert key in refused(adapter)
+
+
+@pytest.mark.parametrize("change", [{"active": 3}, {"omega": "lora"}, {"level": "sequence"}], ids=str)
+def test_a_description_that_was_changed_is_refused(adapter, change):
+    redescribe(adapter, lambda d: d["adapter"].update(change), sealed=False)
+    assert "damaged or changed" in refused(adapter)
+    redescribe(adapter, lambda d: d.pop("sha256"), sealed=False)
+    assert "damaged or changed" in refused(adapter)
+
+
+@pytest.mark.parametrize("change", [{"pool_size": 10**9}, {"rank": 10**9}, {"pool_size": 3, "rank": 4}], ids=str)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_built(finished, tmp_path, verb, change):
+    run = shutil.copytree(finished, tmp_path / "run")
+    redescribe(run / "adapter", lambda d: d["adapter"].update(change))
+    assert "does not describe adapter.safetensors" in refused(run / "adapter")
+    assert "does not describe" in verb("export", run, "--format", "peft-experts", "-o", tmp_path / "e", expect=5)[1]
+
+
+def test_no_single_bit_of_a_description_or_manifest_may_flip(adapter, finished):
+    """All of them, without reading any other file."""
+    checkpoint = finished / "checkpoints" / "step-000004"
+    for path, problem in (
+        (adapter / CONFIG_FILE, lambda: _refusal(adapter)),
+        (checkpoint / "manifest.json", lambda: checkpoints.verify(checkpoint)),
+    ):
+        good = path.read_bytes()
+        try:
+            for place in range(0, 8 * len(good), 3):
+                data = bytearray(good)
+                data[place // 8] ^= 1 << place % 8
+                path.write_bytes(data)
+                assert problem(), (place, data)
+        finally:
+            path.write_bytes(good)
+        assert not problem()
+
+
+def _refusal(folder):
+    try:
+        read_description(folder)
+    except ArtefactError as error:
+        return str(error)
+
+
+def test_folders_of_the_first_format_are_read(finished, tmp_path, verb):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for path in (run / "adapter" / CONFIG_FILE, *run.glob("checkpoints/step-*/manifest.json")):
+        values = json.loads(path.read_text())
+        del values["sha256"]
+        path.write_text(json.dumps(values | {"format": 2}))
+        assert checkpoints.verify(path.parent) is None or path.name == CONFIG_FILE
+    load_stored(run / "adapter")
+    verb("eval", run, "--task", "nll", "--limit", 4)
 
 
 def test_A2_one_flipped_bit_or_another_runs_weights(adapter, finished):
@@ -191,7 +274,8 @@ def test_A4_other_shapes_and_other_names(movable, verb):
     original = load_file(weights)
     name = next(iter(original))
     for change, message in (
-        (lambda t: t.update({name: t[name][:-1].clone()}), "has another shape"),
+        (lambda t: t.update({name: t[name][:-1].clone()}), "is (11, 24), declared (12, 'any')"),
+        (lambda t: t.update({name: t[name][:, :-1].clone()}), "has another shape"),
         (lambda t: t.pop(name), "1 missing"),
         (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected"),
     ):
@@ -203,9 +287,8 @@ def test_A4_other_shapes_and_other_names(movable, verb):
 
 
 def test_A7_settings_that_would_import_code_are_ignored_or_refused(adapter, tmp_path):
-    described = json.loads((adapter / CONFIG_FILE).read_text())
-    described |= {"auto_map": {"AutoModel": "evil.M"}, "parent_library": "evil", "megatron_core": "evil"}
-    (adapter / CONFIG_FILE).write_text(json.dumps(described))
+    evil = {"auto_map": {"AutoModel": "evil.M"}, "parent_library": "evil", "megatron_core": "evil"}
+    redescribe(adapter, lambda described: described.update(evil))
     load_stored(adapter)
     assert "evil" not in sys.modules
 

@@ -142,6 +142,28 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_serves(stage
     assert outcome(folder) == whole
 
 
+@pytest.mark.parametrize("damage", ["a renamed key", "an origin of another run", "another step's folder"])
+def test_a_manifest_that_was_changed_is_skipped_and_the_checkpoint_before_serves(
+    stage, whole, monkeypatch, tmp_path, capsys, damage
+):
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    newest = folder / "checkpoints" / "step-000004"
+    manifest = newest / "manifest.json"
+    if damage == "another step's folder":
+        newest.rename(folder / "checkpoints" / "step-000006")
+    elif damage == "a renamed key":
+        manifest.write_text(manifest.read_text().replace('"origin"', '"oriqin"'))
+    else:
+        data = manifest.read_text()
+        at = data.index('"data": "') + len('"data": "')
+        manifest.write_text(data[:at] + ("1" if data[at] == "0" else "0") + data[at + 1 :])
+    (folder / "checkpoints" / "step-²").mkdir()
+    loop.train(recipe_for(stage, folder), Console(width=200), resume=True)
+    assert "skipped a damaged checkpoint" in capsys.readouterr().out
+    (folder / "checkpoints" / "step-²").rmdir()  # no checkpoint of ours, so left alone
+    assert outcome(folder) == whole
+
+
 def test_K10_no_valid_checkpoint_is_refused_not_started_afresh(stage, monkeypatch, tmp_path):
     folder = half_done(stage, tmp_path / "run", monkeypatch)
     for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints"):

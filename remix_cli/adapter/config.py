@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Omega = Literal["rslora", "lora"]
 Method = Literal[
@@ -46,6 +46,23 @@ class AdapterConfig:
     vector_length: int = 64
 
     def __post_init__(self) -> None:
+        """Raises ValueError for any value that could not be meant, so that a damaged file is not computed with."""
+        for name in ("pool_size", "active", "rank", "virtual_tokens", "vectors", "vector_length"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a whole number")
+        for name, known in (("omega", Omega), ("method", Method), ("scope", Scope), ("level", Level)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(get_args(known))}")
+        for name, most in (("dropout", 1.0), ("router_init_std", math.inf)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < most:
+                raise ValueError(f"{name} ({value!r}) must be a number from 0 to below {most}")
+        if type(self.router_unit_input) is not bool:
+            raise ValueError(f"router_unit_input ({self.router_unit_input!r}) must be true or false")
+        if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
+            raise ValueError(f"target_modules ({self.target_modules!r}) must be names")
+        if min(self.virtual_tokens, self.vectors, self.vector_length) < 1:
+            raise ValueError("virtual_tokens, vectors and vector_length must be 1 or more")
         if self.pool_size < 1 or self.rank < 1:
             raise ValueError(f"pool_size ({self.pool_size}) and rank ({self.rank}) must be 1 or more")
         if not 1 <= self.active <= self.pool_size:
@@ -77,6 +94,33 @@ class AdapterConfig:
     def samples(self) -> bool:
         """Is there anything to sample? Not under a soft rule, nor when every LoRA is always on."""
         return self.method == "remix" and self.active < self.pool_size
+
+    def misfit(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
+        """In what tensors of these shapes, by name, are not an adapter of this config; None if they may be one.
+
+        A name's end says which dimensions the config sets; each of them must be there, so that no size is believed
+        that the weights do not bear out.
+        """
+        stacked = self.pool_size * self.rank
+        sizes: dict[str, tuple[int | None, ...]] = {}  # by the end of a name; None: the model's to say
+        if self.method in POOLED:
+            sizes = {".lora_A": (self.rank if self.shares_a else stacked, None), ".lora_B": (None, stacked)}
+            sizes |= {".router": (self.pool_size, None)} if self.routed else {}
+        elif self.method == "dora":
+            sizes = {".lora_A.weight": (self.rank, None), ".lora_B.weight": (None, self.rank)}
+        elif self.method == "vblora":
+            sizes = {"vblora_vector_bank": (self.vectors, self.vector_length)}
+            sizes |= {"vblora_logits_A": (self.rank, None, self.vectors)}
+        elif self.method in ("prefix", "prompt", "p_tuning"):
+            sizes = {"embedding.weight": (self.virtual_tokens, None)}
+        for end, wanted in sizes.items():
+            found = {name: shape for name, shape in shapes.items() if name.endswith(end)}
+            if not found:
+                return f"no tensor named *{end}"
+            for name, shape in found.items():
+                if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
+                    return f"{name} is {shape}, declared {tuple('any' if w is None else w for w in wanted)}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target_modules": list(self.target_modules)}

@@ -4,8 +4,7 @@ Never an `adapter_config.json`: PEFT would load such a folder as a plain LoRA an
 """
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,24 +13,20 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from remix_cli.adapter.config import AdapterConfig
+from remix_cli.adapter.description import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    BaseIdentity,
+    Description,
+    check_shapes,
+    read_description,
+)
 from remix_cli.adapter.layer import RoutedLinear
 from remix_cli.adapter.patch import Adapter
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import read_whole, sha256, write_json
 
-FORMAT = 2
-CONFIG_FILE = "remix_config.json"
-WEIGHTS_FILE = "adapter.safetensors"
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """The model an adapter belongs to: its name, for people, and hashes of its weights and tokenizer."""
-
-    base_model: str
-    base_dtype: str
-    base_fingerprint: str
-    tokenizer_fingerprint: str
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "BaseIdentity", "StoredAdapter", "load_stored", "save_adapter"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,7 @@ def save_adapter(folder: Path, adapter: Adapter, identity: BaseIdentity) -> None
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.parameters().items()}
     weights = folder / WEIGHTS_FILE
     weights.write_bytes(save(tensors, metadata={"format": "pt"}))
-    described = {
-        "format": FORMAT,
-        "adapter": adapter.config.to_dict(),
-        **asdict(identity),
-        "weights_sha256": sha256(weights),
-    }
-    write_json(folder / CONFIG_FILE, described)
+    write_json(folder / CONFIG_FILE, Description(adapter.config, identity, sha256(weights)).to_dict())
 
 
 def load_stored(folder: Path) -> StoredAdapter:
@@ -84,21 +73,10 @@ def load_stored(folder: Path) -> StoredAdapter:
 
 
 def _load_stored(folder: Path) -> StoredAdapter:
-    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for path in (config_file, weights_file):
-        if not path.is_file():
-            raise ArtefactError(f"{path}: missing; {folder} is not a remix adapter folder")
-    try:
-        described = json.loads(config_file.read_text(encoding="utf-8"))
-        if described["format"] != FORMAT:
-            raise ArtefactError(f"{config_file}: format {described['format']}, this version reads {FORMAT}")
-        config = AdapterConfig.from_dict(described["adapter"])
-        identity = BaseIdentity(**{field.name: str(described[field.name]) for field in fields(BaseIdentity)})
-        expected = described["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{config_file}: not a readable adapter description ({error})") from None
+    described = read_description(folder)
+    weights_file = folder / WEIGHTS_FILE
     data = weights_file.read_bytes()  # once, so that what is checked is what is used
-    if hashlib.sha256(data).hexdigest() != expected:
+    if hashlib.sha256(data).hexdigest() != described.weights_sha256:
         raise ArtefactError(f"{weights_file}: damaged or replaced (sha256 differs from {CONFIG_FILE})")
     try:
         tensors = load(data)
@@ -107,4 +85,5 @@ def _load_stored(folder: Path) -> StoredAdapter:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtefactError(f"{weights_file}: tensor {name} holds non-finite values")
-    return StoredAdapter(config, identity, tensors, expected)
+    check_shapes(folder, described.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return StoredAdapter(described.config, described.identity, tensors, described.weights_sha256)

@@ -62,7 +62,7 @@ def _digest(header: bytes, line: Line) -> str:
 
 
 def _keep_valid(file: Any, header: bytes) -> dict[int, Line]:
-    """The earlier lines if they were made under this stamp; the file is cut where the first is not as it was written."""
+    """The earlier lines if they were made under this stamp; the file is cut where one is not as it was written."""
     file.seek(0)
     done: dict[int, Line] = {}
     end = 0

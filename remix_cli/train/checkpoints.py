@@ -4,6 +4,7 @@ Nothing random is saved because nothing needs to be: data order and draws are fu
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import Tensor
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.store import BaseIdentity, load_stored, save_adapter
 from remix_cli.errors import ArtefactError
-from remix_cli.storage import publish_folder, sha256, storage_errors, write_json
+from remix_cli.storage import is_sealed, publish_folder, seal, sha256, storage_errors, write_json
 
-FORMAT = 2
+FORMAT = 3
+UNSEALED = 2  # the last format whose manifest has no hash of itself
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -80,7 +82,8 @@ def save_checkpoint(
         write_json(scratch / "state.json", asdict(state))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
         made = {"origin": asdict(origin), "machine": asdict(Machine.here(device))}
-        write_json(scratch / "manifest.json", {"format": FORMAT, "step": state.step, "files": files} | made)
+        manifest = {"format": FORMAT, "step": state.step, "files": files} | made
+        write_json(scratch / "manifest.json", seal(manifest))
     prune(folder, state.step, keep)
     return target
 
@@ -104,7 +107,7 @@ def adapter_bytes(adapter: Adapter) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()] if folder.is_dir() else []
+    found = [p for p in folder.glob("step-*") if re.fullmatch("step-[0-9]+", p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -116,8 +119,14 @@ def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in one line; None if its manifest holds."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, this version reads {FORMAT}"
+        if manifest["format"] not in (FORMAT, UNSEALED):
+            return f"format {manifest['format']}, this version reads {UNSEALED} and {FORMAT}"
+        if not is_sealed(manifest) and (manifest["format"] == FORMAT or "sha256" in manifest):
+            return "manifest.json is damaged (its sha256 differs from what it says of itself)"
+        if manifest["step"] != step_of(checkpoint):
+            return f"made at step {manifest['step']}, so the folder was renamed"
+        Origin(**manifest["origin"])
+        Machine(**manifest["machine"])
         for name, expected in manifest["files"].items():
             path = checkpoint / name
             if not path.is_file():
@@ -126,7 +135,7 @@ def verify(checkpoint: Path) -> str | None:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return "no manifest.json"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         return f"manifest.json is damaged ({error})"
     return None
 
