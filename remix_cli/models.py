@@ -57,6 +57,8 @@ def load_model(model: Model, device: torch.device) -> Any:
         loaded = _loading(model, lambda: AutoModelForCausalLM.from_pretrained(**_where(model), **options))
     if model.quantization == "none":
         loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32
+    if model.quantization == "4bit":
+        _keep_differentiable(loaded)
     return loaded.requires_grad_(False).eval()
 
 
@@ -68,6 +70,8 @@ def _quantization(model: Model) -> Any:
         raise RecipeError(
             "model.quantization: a .gguf file is quantised in its own way; give the model's folder or hub id"
         )
+    # on some CPUs it advises, in every process, to install what would fetch native code
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if model.quantization == "8bit":
         # it says in every layer of every pass that it rounds from 16-bit numbers
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -78,6 +82,17 @@ def _quantization(model: Model) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[model.dtype],
     )
+
+
+def _keep_differentiable(base: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
+
+    On CPUs with AVX-512 bf16 any pass in evaluation mode packs them, for good, into a layout whose kernel has no
+    backward pass: what trains afterwards has wrong gradients and no error (bitsandbytes 0.46 to 0.50).
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            pass
 
 
 def skeleton(model: Model) -> Any:

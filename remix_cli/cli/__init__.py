@@ -16,6 +16,7 @@ from remix_cli.cli import training  # isort: skip  (the order in which --help li
 from remix_cli.cli import results, taking  # isort: skip
 from remix_cli.cli.common import app
 from remix_cli.errors import RemixError, is_out_of_memory
+from remix_cli.packages import fetch_no_code
 from remix_cli.streams import guarded
 
 SAME_EVERYWHERE = (2, 129, 130, 143)  # exit codes whose reason every rank of a launch would print alike
@@ -27,6 +28,7 @@ def main() -> None:
     """Entry point: every expected failure is one `error:` line and its documented exit code."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    fetch_no_code()
     with guarded():
         _run(arguments, debug)
 

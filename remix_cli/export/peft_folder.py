@@ -9,7 +9,7 @@ from remix_cli.errors import RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.export.readback import check_logits, logits_differ, probe
-from remix_cli.methods.peft_adapter import PeftAdapter
+from remix_cli.methods.peft_adapter import PeftAdapter, without_bitsandbytes
 from remix_cli.models import load_model
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import publish_folder
@@ -40,10 +40,11 @@ def export_peft(run: LoadedRun, target: Path) -> float:
 
 @torch.no_grad()
 def _check(run: LoadedRun, folder: Path) -> float:
-    import peft
-
     base = load_model(run.recipe.model, run.device)
-    loaded: Any = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    with without_bitsandbytes():
+        import peft
+
+        loaded: Any = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     ids = probe(run)
     ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (run.model, loaded))
     return check_logits(logits_differ(ours, theirs), base.dtype, "the PEFT folder does not agree with the run")

@@ -3,6 +3,7 @@
 Parameters are named as in PEFT's own files, without the adapter's name in them.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter, TargetError, find_targets
 from remix_cli.errors import RecipeError
+from remix_cli.packages import absent
 
 
 class PeftAdapter(Adapter):
@@ -22,7 +24,8 @@ class PeftAdapter(Adapter):
     def __init__(self, model: nn.Module, config: AdapterConfig, seed: int):
         super().__init__(model, config)
         try:
-            import peft
+            with without_bitsandbytes():
+                import peft
         except ImportError:
             raise RecipeError(
                 f"adapter.method: {config.method} needs PEFT, which is not installed; pip install 'remix-cli[peft]'"
@@ -32,7 +35,8 @@ class PeftAdapter(Adapter):
             warnings.simplefilter("ignore", FutureWarning)  # of what it asks transformers
             torch.manual_seed(seed)
             try:
-                self.wrapped: Any = peft.get_peft_model(model, described)
+                with without_bitsandbytes():
+                    self.wrapped: Any = peft.get_peft_model(model, described)
             except ValueError as error:
                 raise TargetError(f"{config.method}: {error}") from None
             if config.method == "prompt":
@@ -61,6 +65,17 @@ class PeftAdapter(Adapter):
     def remove(self) -> None:
         if self.model is not self.wrapped:
             self.wrapped.unload()
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """PEFT imports it wherever it is installed. Loading a quantised model has imported it before."""
+    with absent("bitsandbytes"):
+        yield
+    found = sys.modules.get("peft.import_utils")
+    if found is not None:
+        found.is_bnb_available.cache_clear()  # the next model in this process may be quantised
+        found.is_bnb_4bit_available.cache_clear()
 
 
 def _describe(peft: Any, model: nn.Module, config: AdapterConfig) -> Any:

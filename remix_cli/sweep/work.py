@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from remix_cli.errors import DivergedError, Interrupted, RemixError, is_out_of_memory
+from remix_cli.packages import fetch_no_code
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.streams import outlive_both
@@ -35,6 +36,7 @@ def set_up(devices: Any, threads: int, ended: Any) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     outlive_both()
+    fetch_no_code()
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before torch looks

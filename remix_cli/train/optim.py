@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from remix_cli.adapter.patch import Adapter
 from remix_cli.recipe.schema import Recipe
@@ -23,11 +22,27 @@ def make_optimizer(adapter: Adapter, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def make_schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    """The factor on both groups' learning rates at each step, counted from 0: a function, so nothing to restore."""
+    """The factor on both groups' learning rates at each step, counted from 0: a function, so nothing to restore.
+
+    The four curves are those of transformers.get_scheduler. Its module imports whatever is installed of peft,
+    bitsandbytes and accelerate, and bitsandbytes asks the hub for kernels; so they are written out.
+    """
+    kind = recipe.train.lr_scheduler_type
     warmup = math.ceil(recipe.train.warmup_ratio * steps)
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = get_scheduler(recipe.train.lr_scheduler_type, stand_in, warmup, steps)
-    return schedule.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        if kind == "constant":
+            return 1.0
+        if step < warmup:
+            return step / warmup
+        if kind == "constant_with_warmup":
+            return 1.0
+        progress = (step - warmup) / max(1, steps - warmup)
+        if kind == "linear":
+            return max(0.0, 1.0 - progress)
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    return factor
 
 
 def allocate_gradients(parameters: list[nn.Parameter]) -> None:
