@@ -92,7 +92,7 @@ def _keep_differentiable(base: nn.Module) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            pass
+            module.support_avx512bf16_for_cpu = False
 
 
 def skeleton(model: Model) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import close
@@ -15,6 +16,10 @@ from remix_cli.recipe.schema import Model
 from remix_cli.runs import load_run
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,54 @@ def test_the_pool_is_added_to_the_quantised_layers_output(folder, bits):
     assert all(p.grad is not None for p in adapter.lora_parameters().values())
     with adapter.disabled(), torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, rounded)
+
+
+def dequantised(model, bits):
+    """The same network with the rounded weights in ordinary layers."""
+    for name, module in list(model.named_modules()):
+        if not hasattr(module, "weight") or not hasattr(module.weight, "quant_state" if bits == "4bit" else "SCB"):
+            continue
+        if bits == "4bit":
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        else:
+            weight = module.weight.data.float() * (module.weight.SCB.unsqueeze(1) / 127)
+        plain = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+        plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, plain)
+    return model
+
+
+def lora_gradients(model, adapter, ids):
+    adapter.model.zero_grad()
+    model.train()(input_ids=ids).logits.logsumexp(-1).sum().backward()
+    return {name: p.grad.clone() for name, p in adapter.lora_parameters().items()}
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_gradients_are_those_of_the_rounded_weights_before_and_after_an_evaluation(folder, bits, monkeypatch):
+    """On every CPU: bitsandbytes is told that this one has AVX-512 bf16, where a pass in evaluation mode used to
+    pack the weights for a kernel without a backward pass."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    ids = torch.randint(2, 60, (4, 16), generator=torch.Generator().manual_seed(1))
+    options = Model(name_or_path=str(folder), dtype="float32", quantization=bits)
+    model, plain = (load_model(options, torch.device("cpu")) for _ in range(2))
+    plain = dequantised(plain, bits)
+    config = AdapterConfig(method="rslora", pool_size=1, active=1, rank=4)
+    adapters = [apply_adapter(m, config, seed=0) for m in (model, plain)]
+    for adapter in adapters:
+        fill_adapter(adapter)
+    expected = lora_gradients(plain, adapters[1], ids)
+
+    def agrees():
+        found = lora_gradients(model, adapters[0], ids)
+        for name, gradient in expected.items():
+            assert cosine(found[name], gradient) > 0.999, name
+
+    agrees()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    agrees()
 
 
 def test_a_quantised_run_from_start_to_end(stage, tmp_path, verb):
