@@ -36,7 +36,8 @@ def test_where_every_lora_is_on_the_merged_lora_is_exact():
     model, adapter = pool(active=4)
     merged = merge_pool(model, adapter, batches(), rank=12)
     cost = price(model, adapter, merged, batches())
-    assert cost["KL(routed, approximation) in nats a token"] < 1e-9
+    # the merged LoRA is kept in float32; in float32 the KL itself would be known to 1e-8, of either sign
+    assert abs(cost["KL(routed, approximation) in nats a token"]) < 1e-12
     assert cost["loss of this approximation"] == pytest.approx(cost["loss of the routed model"], abs=1e-6)
 
 

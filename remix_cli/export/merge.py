@@ -26,6 +26,7 @@ from remix_cli.errors import ArtefactError
 from remix_cli.models import supervised_logits
 
 RIDGE = 1e-4  # of the mean diagonal of S: directions that calibration never saw stay where the pool alone would be
+ROWS_AT_ONCE = 256  # of supervised tokens, as float64 over the vocabulary
 BUDGET = 4 << 30  # bytes of moments held at once; larger models take more passes over the rows
 
 
@@ -154,14 +155,14 @@ def price(model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches
     tokens = 0
     for batch in batches:
         with adapter.tracing(Trace(prompt=batch.prompt, record=False)):
-            routed = supervised_logits(model, batch).float().log_softmax(-1)
+            routed = supervised_logits(model, batch)
         with applied(adapter, merged):
-            ours = supervised_logits(model, batch).float().log_softmax(-1)
+            ours = supervised_logits(model, batch)
         with adapter.disabled():
-            base = supervised_logits(model, batch).float().log_softmax(-1)
-        for name, log_p in (("routed", routed), ("merged", ours), ("base", base)):
-            totals[name] -= float(log_p.gather(-1, batch.targets[:, None]).double().sum())
-        totals["divergence"] += float((routed.exp() * (routed - ours)).double().sum())
+            base = supervised_logits(model, batch)
+        for part in zip(*(x.split(ROWS_AT_ONCE) for x in (routed, ours, base, batch.targets)), strict=True):
+            for name, value in _sums(*part).items():
+                totals[name] += value
         tokens += len(batch.targets)
     return {
         "loss of the routed model": totals["routed"] / tokens,
@@ -169,3 +170,15 @@ def price(model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches
         "loss of the base model": totals["base"] / tokens,
         "KL(routed, approximation) in nats a token": totals["divergence"] / tokens,
     }
+
+
+def _sums(routed: Tensor, ours: Tensor, base: Tensor, targets: Tensor) -> dict[str, float]:
+    """From logits (S, V) and targets (S,): sums of losses and of KL(routed || ours).
+
+    In float64: a divergence near 0 is the difference of terms that cancel, and float32 leaves 1e-8 of either sign.
+    """
+    log_p = {"routed": routed, "merged": ours, "base": base}
+    log_p = {name: logits.double().log_softmax(-1) for name, logits in log_p.items()}
+    sums = {name: -float(x.gather(-1, targets[:, None]).sum()) for name, x in log_p.items()}
+    divergence = log_p["routed"].exp() * (log_p["routed"] - log_p["merged"])
+    return sums | {"divergence": float(divergence.sum())}
