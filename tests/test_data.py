@@ -1,6 +1,10 @@
 """Formats, supervision masks, and the plan of batches."""
 
+import gc
 import json
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -47,16 +51,10 @@ def test_what_is_learnt_follows_exactly_what_generation_is_given(tokenizer, chat
         assert supervised[len(prompt) :] == [True] * (len(ids) - len(prompt))
 
 
-def test_what_a_template_puts_after_an_end_token_is_kept_but_not_learnt(tokenizer):
+def test_what_a_template_puts_after_an_end_token_is_kept_but_not_learnt(tokenizer, monkeypatch):
     """As ChatML's line break between turns."""
-    example = talk("w1", "w2", "w3", "w4")
-    encoder = Encoder(tokenizer, 64, None)
-    before = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = before.replace("<eos>", "<eos> .")
-        ids, supervised = encoder.encode(example)
-    finally:
-        tokenizer.chat_template = before
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("<eos>", "<eos> ."))
+    ids, supervised = Encoder(tokenizer, 64, None).encode(talk("w1", "w2", "w3", "w4"))
     assert words(ids) == ["<user>", "w1", "<bot>", "w2", "<eos>", ".", "<user>", "w3", "<bot>", "w4", "<eos>"]
     assert [w for w, s in zip(words(ids), supervised, strict=True) if s] == ["w2", "<eos>", "w4", "<eos>"]
 
@@ -219,6 +217,76 @@ def test_templates_may_trim_and_write_json(tokenizer, monkeypatch):
     template = CHAT.replace("<user> {{ m.content }}", "<user> {{ m.content | trim | tojson }}")
     monkeypatch.setattr(tokenizer, "chat_template", template)
     assert Encoder(tokenizer, 64, None).encode(talk('  w1 "w2"\nw3 ', "w2"))
+
+
+LONG = "{% set s = 'a' * 1000000 %}"
+GREEDY = {
+    "folded constant": "{{ 'a' * 5000000000 }}",
+    "of the data": "{{ messages[0].content * 900000000 }}",
+    "list": "{{ ([1] * 900000000) | length }}",
+    "doubling": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "format": "{{ '{:>5000000000}'.format(1) }}",
+    "printf": "{{ '%5000000000d' % 1 }}",
+    "filter": "{{ 'a' | center(5000000000) }}",
+    "replace": LONG + "{{ s.replace('a', s) }}",
+    "JSON": "{{ messages | tojson(indent=1000000000) }}",
+}
+SLOW = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "one call": "{{ ([[1] * 1000] * 20000) | sum(start=[]) | length }}",  # of C, which no signal reaches
+}
+
+
+@pytest.mark.parametrize("bomb", [*GREEDY, *SLOW])
+def test_R16_a_chat_template_has_a_time_and_a_memory(tokenizer, bomb, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", (GREEDY | SLOW)[bomb])
+    begun = time.monotonic()
+    encoder = Encoder(tokenizer, 64, None)
+    for _ in range(2):
+        with pytest.raises(DataError, match="takes too long" if bomb in SLOW else "takes more than 64 MB of memory"):
+            encoder.encode_rows([talk("w1 w2", "w2")])
+    assert time.monotonic() - begun < 10, "two processor seconds, on a machine that may be busy"
+
+
+def test_R16_many_renderings_are_no_long_one(tokenizer, monkeypatch):
+    slowly = "{% for i in range(3000) %}{% endfor %}" + CHAT
+    monkeypatch.setattr(tokenizer, "chat_template", slowly)
+    monkeypatch.setattr("remix_cli.data.template.SECONDS", 0)
+    encoder = Encoder(tokenizer, 64, None)
+    assert len(encoder.encode_rows([talk("w1", "w2")] * 300).rows) == 300
+
+
+def test_the_templates_process_ends_with_its_encoder(tokenizer):
+    encoder = Encoder(tokenizer, 64, None)
+    encoder.encode(talk("w1", "w2"))
+    child = encoder.template._end.peek()[2][0]
+    os.kill(child, signal.SIGTERM)  # as to a whole group: the parent decides
+    assert encoder.encode(talk("w1", "w2"))
+    del encoder
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_an_interrupted_rendering_leaves_no_answer_behind(tokenizer, monkeypatch):
+    encoder = Encoder(tokenizer, 64, None)
+    wanted = encoder.encode(talk("w1", "w2"))
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(encoder.template.pipe), "poll", lambda *_: interrupted(_))
+        with pytest.raises(KeyboardInterrupt):
+            encoder.encode(talk("w3", "w4"))
+    assert encoder.encode(talk("w1", "w2")) == wanted
+
+
+def test_a_template_process_that_dies_is_told(tokenizer):
+    encoder = Encoder(tokenizer, 64, None)
+    os.kill(encoder.template._end.peek()[2][0], signal.SIGKILL)
+    with pytest.raises(RowError, match=r"the chat template ended its process \(-9\)"):
+        encoder.encode(talk("w1", "w2"))
 
 
 def test_a_bad_row_is_named_by_file_and_number(tmp_path):

@@ -1,6 +1,8 @@
 """Recipes: what is accepted, what is refused, and how the refusal reads."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -146,7 +148,9 @@ def test_R6_one_selection_is_refused_where_a_baseline_is_needed(estimator, tmp_p
     assert load_recipe(write(tmp_path, yaml.safe_dump(recipe))).router.selections == 1
 
 
-@pytest.mark.parametrize("template", ["{", "{}", "{a.b}", "{0}"])
+@pytest.mark.parametrize(
+    "template", ["{", "{}", "{a.b}", "{0}", "{prompt:>300000000}", "{prompt:d}", "{prompt!r}", "{prompt:{prompt}}"]
+)
 def test_templates_name_columns(template, tmp_path):
     assert "data.train.0.prompt: not a template" in problems(tmp_path, with_key("data.train.prompt", template))[0]
 
@@ -252,6 +256,70 @@ def test_R11_files_that_are_no_recipes(text, tmp_path):
     found = problems(tmp_path, text)
     assert len(found) == 1
     assert "recipe.yaml" in found[0]
+
+
+def aliases(first: str, again: str, count: int) -> str:
+    return f"a0: &a0 {first}\n" + "".join(f"a{i}: &a{i} {again.format(i - 1)}\n" for i in range(1, count))
+
+
+HEAVY = {
+    "alias bomb of lists": aliases("[x, x]", "[" + ", ".join(["*a{0}"] * 9) + "]", 12),
+    "alias bomb of mappings": aliases("{a: x, b: x}", "{{a: *a{0}, b: *a{0}}}", 40),
+    "alias of itself": "a: &a [*a]\n",
+    "unknown keys": "".join(f"k{i}: 1\n" for i in range(15_000)),
+    "misspelt keys": "train:\n" + "".join(f"  learning_rat{i}: 1\n" for i in range(8000)),
+    "a megabyte": "".join(f"k{i}: 1\n" for i in range(100_000)),
+    "a list": f"seed: [{'1,' * 95_000}]\n",
+    "depth": "seed: " + "{a: " * 45_000,
+}
+
+
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_R16_a_heavy_recipe_is_refused_at_once(heavy, tmp_path):
+    text = yaml.safe_dump(MINIMAL) + HEAVY[heavy]
+    begun = time.process_time()
+    found = problems(tmp_path, text)
+    assert time.process_time() - begun < 5
+    assert 1 <= len(found) <= 51
+    assert all(len(line) < 500 for line in found)
+    if "bomb" in heavy:
+        assert problems(tmp_path, MINIMAL, "train={" + HEAVY[heavy].replace("\n", ", ") + "}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed: !!int abc", "'abc' is not a whole number"),
+        ("seed: !!float abc", "'abc' is not a number"),
+        ("seed: !!bool maybe", "'maybe' is not true or false"),
+        ("seed: !!timestamp abc", "could not determine a constructor"),
+        ("seed: !!set {a}", "could not determine a constructor"),
+        ("seed: " + "9" * 5000, "is not a whole number that can be read"),
+        ("seed: -" + "9" * 5000, "is not a whole number that can be read"),
+        ("seed: " + "9" * 4000, "seed: should be less than"),
+        ("? [a, b]\n: 1", "a key should be a name, this is a list"),
+        ("? {a: b}\n: 1", "a key should be a name, this is a mapping"),
+        ("1: 2", "a key should be a name, this is 1; put it in quotes"),
+        ("~: 2", "a key should be a name"),
+        ("true: 2", "a key should be a name"),
+        ("²: 2", "²: unknown key"),
+        ("eval: {tasks: [3]}", "eval.tasks.0: should be a mapping of keys, got 3"),
+        ("train: 3", "train: should be a mapping of keys, got 3"),
+        ("router: []", "router: should be a mapping of keys, got a list"),
+    ],
+)
+def test_R11_what_yaml_allows_and_a_recipe_does_not(line, message, tmp_path):
+    (found,) = problems(tmp_path, yaml.safe_dump(MINIMAL) + line)
+    assert message in found
+    assert re.search(r"recipe\.yaml:[0-9]+: ", found), "with its line"
+    if line.startswith("seed"):
+        (found,) = problems(tmp_path, MINIMAL, line.replace(": ", "=", 1))
+        assert message in found
+
+
+@pytest.mark.parametrize("wrong", ["data.train.²=1", "data.train." + "9" * 5000 + "=1", "²=1", ".=1", "a..b=1"])
+def test_R15_odd_places_are_no_places(wrong, tmp_path):
+    assert problems(tmp_path, MINIMAL, wrong)
 
 
 def test_missing_recipe_file(tmp_path):

@@ -3,6 +3,7 @@
 sources.py   rows from the hub, local files or reasoning-gym
 formats.py   a row -> a conversation whose assistant turns are to be learnt
 control.py   control tokens that a text spells out stay text
+template.py  a conversation -> text, by a chat template that is bounded
 encode.py    a conversation -> token ids and which of them are supervised
 splits.py    what is trained on and what is held out
 batches.py   which rows make up which step, on which rank; padding

@@ -6,8 +6,6 @@ ends the assistant's turn is supervised; supervision is an explicit mask, so a p
 be the end token can neither hide it nor be learnt. What a text spells out is text, control tokens too (control.py).
 """
 
-import json
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +14,9 @@ import numpy as np
 from remix_cli.data.control import NUMBER, ControlTokens
 from remix_cli.data.formats import Example, Message, RowError, to_example
 from remix_cli.data.sources import load_rows
-from remix_cli.errors import DataError, shortened
-from remix_cli.limits import LimitError, within
+from remix_cli.data.template import Template
+from remix_cli.errors import DataError
 from remix_cli.recipe.schema import Data, Source
-
-RENDER_SECONDS, RENDER_BYTES = 2.0, 64_000_000
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,11 @@ class Encoder:
         if use_chat_template and not tokenizer.chat_template:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
-        self.renders, self.render_seconds = 0, 0.0
+        self.template = Template(tokenizer) if tokenizer.chat_template else None
         self.kept: set[tuple[str, ...]] = set()  # roles of conversations whose every content the template renders
-        self.control = None if allow_special_tokens else ControlTokens(tokenizer, self._scaffold())
+        self.control: ControlTokens | None = None
+        if not allow_special_tokens:
+            self.control = ControlTokens(tokenizer, self.template.scaffold() if self.template else "")
 
     @classmethod
     def of(cls, tokenizer: Any, data: Data) -> "Encoder":
@@ -83,63 +81,18 @@ class Encoder:
         Control tokens of contents are marked in it.
         """
         messages = [{"role": m["role"], "content": self._mark(m["content"])} for m in example.messages]
-        if not self.chat:
+        if not self.chat or not self.template:
             return _plain_segments(messages)
         roles = tuple(m["role"] for m in messages)
         if roles not in self.kept:
             # Contents so short that they also stand in the scaffolding would not be missed.
-            self._turns([{"role": role, "content": f"content{i}{NUMBER}"} for i, role in enumerate(roles)])
+            self.template.turns([{"role": role, "content": f"content{i}{NUMBER}"} for i, role in enumerate(roles)])
             self.kept.add(roles)
-        return self._turns(messages)
-
-    def _turns(self, messages: list[Message]) -> list[tuple[str, bool]]:
-        parts: list[tuple[str, bool]] = []
-        done, seen = "", 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            given = self._render(messages[:i], generate=True)
-            whole = self._render(messages[: i + 1], generate=False)
-            if not given.startswith(done) or not whole.startswith(given):
-                raise RowError("the chat template renders earlier turns differently once later ones follow")
-            turns = [(given[len(done) :], False), (whole[len(given) :], True)]
-            for j in range(seen, i + 1):
-                if not _holds(turns[j == i][0], messages[j]["content"]):
-                    raise RowError(f"the chat template leaves out what message {j + 1} ({messages[j]['role']}) says")
-            parts += turns
-            done, seen = whole, i + 1
-        return parts
+        return self.template.turns(messages)
 
     def with_shots(self, example: Example, shots: list[Example]) -> Example:
         """The example after solved ones, as earlier turns of one conversation."""
         return Example(tuple(m for shot in shots for m in shot.messages) + example.messages, example.task)
-
-    def _scaffold(self) -> str:
-        """What the tokenizer's template, if any, writes around a user's turn, as far as it takes one alone."""
-        if not self.tokenizer.chat_template:
-            return ""
-        try:
-            return self._render([{"role": "user", "content": ""}], generate=False)
-        except RowError:
-            return ""
-
-    def _render(self, messages: list[Message], generate: bool) -> str:
-        """Templates come with models, so their time and memory are bounded: 2 seconds, and 50 ms for each rendering."""
-        left = RENDER_SECONDS + 0.05 * self.renders - self.render_seconds
-        size = RENDER_BYTES + 16 * sum(len(m["content"]) for m in messages)
-        begun = time.thread_time()
-        try:
-            return within(left, size, lambda: self._apply(messages, generate))
-        except LimitError as error:
-            raise RowError(f"the chat template takes {error}") from None
-        except Exception as error:  # whatever the template's own code raises
-            raise RowError(f"the chat template refuses the conversation: {shortened(str(error))}") from None
-        finally:
-            self.renders += 1
-            self.render_seconds += time.thread_time() - begun
-
-    def _apply(self, messages: list[Message], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
     def _mark(self, text: str) -> str:
         return self.control.mark(text) if self.control else text
@@ -210,16 +163,6 @@ class Encoder:
             row = EncodedRow(np.array(ids, dtype=np.int32), np.array(supervised), example.task)
             encoded.rows.append(row)
         return encoded
-
-
-def _holds(rendered: str, content: str) -> bool:
-    """Is the content in the text? Templates may trim and wrap it, and some write a tool's results as JSON."""
-    text = _without_space(rendered)
-    return any(_without_space(form) in text for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
-
-
-def _without_space(text: str) -> str:
-    return "".join(text.split())
 
 
 def _plain_segments(messages: list[Message]) -> list[tuple[str, bool]]:

@@ -3,41 +3,72 @@
 import difflib
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from remix_cli.errors import RecipeError
+from remix_cli.errors import RecipeError, shortened
 from remix_cli.recipe.schema import Recipe
 
 KeyPath = tuple[str | int, ...]
-MAX_BYTES = 1_000_000
+# More than any recipe needs, and read in a second: a longer file, or one whose aliases unfold to more, is none.
+MAX_BYTES, MAX_ENTRIES = 200_000, 20_000
+MAX_PROBLEMS = 50
+POSITION = re.compile(r"[0-9]{1,9}")  # in a list
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-4` is a number, `010` is ten, `no` and `1:30` are text. Safe types only."""
+    """YAML 1.2 scalars: `1e-4` is a number, `010` is ten, `no` and `1:30` are text. No types but those of JSON."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (the base class declares it so)
+    yaml_constructors = {
+        f"tag:yaml.org,2002:{name}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{name}"]
+        for name in ("map", "seq", "str", "null")
+    } | {None: yaml.SafeLoader.yaml_constructors[None]}
 
 
-def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+def _scalar(read: Callable[[str], Any], what: str) -> Callable[[yaml.SafeLoader, yaml.ScalarNode], Any]:
+    """Also a tag, as in `!!int abc`, makes no value of what is none."""
 
+    def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        try:
+            return read(loader.construct_scalar(node))
+        except (ValueError, KeyError):  # int() refuses numbers of thousands of digits, too
+            problem = f"{shortened(node.value, 30)!r} is not {what}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
-def _real(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node))
+    return construct
 
 
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+_TRUTH = {"true": True, "True": True, "false": False, "False": False}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^{_FLOAT}$"), list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.add_constructor("tag:yaml.org,2002:float", _real)
+_Loader.add_constructor("tag:yaml.org,2002:int", _scalar(int, "a whole number that can be read"))
+_Loader.add_constructor("tag:yaml.org,2002:float", _scalar(float, "a number"))
+_Loader.add_constructor("tag:yaml.org,2002:bool", _scalar(_TRUTH.__getitem__, "true or false"))
+
+
+def _parse(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    """A YAML text's value, and the line of each key. Raises yaml.YAMLError and RecursionError."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[KeyPath, int] = {}
+        _collect_lines(node, (), lines)
+        return (None if node is None else loader.construct_document(node)), lines
+    finally:
+        loader.dispose()
+
+
+def _refuse(node: yaml.Node, problem: str) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -64,7 +95,7 @@ class RawRecipe:
         """`file:line` of a dotted key or of the group that would hold it, or `override`."""
         if any(dotted == key or dotted.startswith(f"{key}.") for key in self.overridden):
             return "override"
-        at = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+        at = tuple(int(part) if POSITION.fullmatch(part) else part for part in dotted.split("."))
         known = next((at[:i] for i in range(len(at), 0, -1) if at[:i] in self.lines), None)
         return f"{self.path}:{self.lines[known]}" if known else str(self.path)
 
@@ -93,7 +124,11 @@ def build(raw: RawRecipe) -> Recipe:
     try:
         return Recipe.model_validate(raw.values)
     except ValidationError as error:
-        raise RecipeError(*(_explain(problem, raw) for problem in error.errors())) from None
+        found = error.errors(include_url=False)
+        lines = [_explain(problem, raw) for problem in found[:MAX_PROBLEMS]]
+        if len(found) > MAX_PROBLEMS:
+            lines.append(f"{raw.path}: and {len(found) - MAX_PROBLEMS:,} more problems")
+        raise RecipeError(*lines) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -108,15 +143,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(f"{path}: larger than {MAX_BYTES} bytes, so not a recipe")
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        lines: dict[KeyPath, int] = {}
-        _collect_lines(node, (), lines, path)
-        values = _Loader(text).get_single_data()
+        values, lines = _parse(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+        raise RecipeError(f"{path}{where}: not valid YAML: {shortened(error.problem or error.context)}") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{path}: not a readable YAML file: {reason}") from None
@@ -125,21 +156,33 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     return values, lines
 
 
-def _collect_lines(node: yaml.Node | None, at: KeyPath, lines: dict[KeyPath, int], path: Path) -> None:
+def _collect_lines(node: yaml.Node | None, at: KeyPath, lines: dict[KeyPath, int]) -> None:
+    """The line of each key below `node`, aliases unfolded. Raises yaml.YAMLError where there are too many."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                _refuse(key, f"a key should be a name, this is {_what(key)}")
             here = (*at, key.value)
             if here in lines:
-                dotted = ".".join(map(str, here))
-                raise RecipeError(
-                    f"{path}:{key.start_mark.line + 1}: {dotted}: given twice (first in line {lines[here]})"
-                )
-            lines[here] = key.start_mark.line + 1
-            _collect_lines(value, here, lines, path)
+                _refuse(key, f"{'.'.join(map(str, here))}: given twice (first in line {lines[here]})")
+            _note_line(here, key, lines)
+            _collect_lines(value, here, lines)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*at, index)] = value.start_mark.line + 1
-            _collect_lines(value, (*at, index), lines, path)
+            _note_line((*at, index), value, lines)
+            _collect_lines(value, (*at, index), lines)
+
+
+def _what(key: yaml.Node) -> str:
+    if isinstance(key, yaml.ScalarNode):
+        return f"{shortened(key.value, 30) or 'nothing'}; put it in quotes"
+    return "a list" if isinstance(key, yaml.SequenceNode) else "a mapping"
+
+
+def _note_line(here: KeyPath, node: yaml.Node, lines: dict[KeyPath, int]) -> None:
+    if len(lines) >= MAX_ENTRIES:
+        _refuse(node, f"more than {MAX_ENTRIES:,} keys and entries, so not a recipe")
+    lines[here] = node.start_mark.line + 1
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
@@ -148,9 +191,10 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     if not equals or not dotted:
         raise ValueError(f"{override!r}: an override looks like train.max_steps=20")
     try:
-        value = _Loader(text).get_single_data()
-    except yaml.YAMLError:
-        raise ValueError(f"{dotted}: cannot read {text!r} as a YAML value") from None
+        value, _ = _parse(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = f": {error.problem}" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
+        raise ValueError(f"{dotted}: cannot read {shortened(text, 60)!r} as a YAML value{reason}") from None
     set_value(values, dotted, value)
     return dotted
 
@@ -173,7 +217,7 @@ def set_value(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _index(items: list, part: str, dotted: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not POSITION.fullmatch(part) or int(part) >= len(items):
         raise ValueError(f"{dotted}: {part!r} is not a position in a list of {len(items)} (counted from 0)")
     return int(part)
 
@@ -191,6 +235,7 @@ def _explain(problem: Any, raw: RawRecipe) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind in ("value_error", "conflict"):
         return f"{where}: {dotted}: {message}"
+    message = re.sub(r"(a valid dictionary or )?(instance of|an instance of) [A-Za-z]+", "a mapping of keys", message)
     message = message.replace("Input should be", "should be")
     return f"{where}: {dotted}: {message}, got {_kind(value)}"
 
@@ -202,7 +247,7 @@ def _kind(value: Any) -> str:
         return f"the text {value[:60]!r}"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return "nothing" if value is None else str(value)
+    return "nothing" if value is None else shortened(str(value), 60)
 
 
 def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from remix_cli.adapter.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
-from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults
+from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults, unread_of_router
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -174,11 +174,13 @@ class Source(Strict):
     @classmethod
     def _names_columns(cls, template: str) -> str:
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
         except ValueError as error:
             raise ValueError(f"not a template: {error}; write a column as {{name}}, a brace as {{{{") from None
-        if not all(name.isidentifier() for name in names):
+        if not all(str(name).isidentifier() for name, _, _ in fields):
             raise ValueError("not a template: write a column as {name}, a brace as {{")
+        if any(form or conversion for _, form, conversion in fields):
+            raise ValueError("not a template: a column is filled in as it is; write {name}, without `:` or `!`")
         return template
 
     @model_validator(mode="after")
@@ -387,6 +389,22 @@ class Recipe(Strict):
     @classmethod
     def _by_method(cls, values: Any) -> Any:
         return fill_defaults(values)
+
+    @model_validator(mode="after")
+    def _router_is_read(self) -> Self:
+        _refuse_unread(self.router, self._unread_of_router(), "router")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        unread = self._unread_of_router()
+        values["router"] = {key: value for key, value in values["router"].items() if key not in unread}
+        return values
+
+    def _unread_of_router(self) -> dict[str, str]:
+        router = self.router
+        return unread_of_router(self.adapter.method, router.fixed, router.estimator, router.lora_gradient)
 
     @model_validator(mode="after")
     def _estimator_fits(self) -> Self:
