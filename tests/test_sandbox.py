@@ -4,6 +4,7 @@ import ast
 import hashlib
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,15 +94,91 @@ def test_a_verdict_cannot_be_forged(code):
     assert verdict.reason
 
 
+# Writes into the pipe whatever it likes, past the code that answers calls.
+RAW = """
+import json, os
+def send(message):
+    for d in range(3, 64):
+        try: os.write(d, (message if isinstance(message, str) else json.dumps(message)).encode() + b"\\n")
+        except OSError: pass
+"""
+ANY_ERROR = "try: f(1)\nexcept Exception: pass"
+SKIPPED = """
+import unittest
+class T(unittest.TestCase):
+    def test(self): assert f(1) == 1
+result = unittest.TestResult()
+T('test').run(result)
+assert result.wasSuccessful()
+"""
+# (program, test, reason): the test would pass if the program's trick worked.
+TRICKS = [
+    # to end the loop that checks
+    ("def f(x): raise StopIteration", "assert list(map(f, [1, 2])) == []", "StopIteration"),
+    ("class S(StopIteration): pass\ndef f(x): raise S", "assert list(map(f, [1])) == [] and S", "StopIteration"),
+    (RAW + "def f(x): send({'root': 3, 'table': [None] * 3 + [['l', [4, 5]], ['t', []], ['d', []]],"
+     " 'raise': [['builtins', 'StopIteration']], 'text': 'over'})", "assert list(map(f, [1, 2])) == []", "over"),
+    (RAW + "def f(x): send({'root': None, 'table': [None] * 3, 'end': 1})", "list(map(f, [1, 2]))", "StopIteration"),
+    ("import unittest\ndef f(x): raise unittest.SkipTest", SKIPPED, "wrong answer"),
+    ("class Skip(Exception): pass\ndef f(x): raise Skip",
+     "class Skip(Exception): pass\ntry: assert f(1) == 1\nexcept Skip: pass", "Skip"),
+    # to fail where the test expects an error of the function
+    ("import os\ndef f(x): os._exit(0)", ANY_ERROR, "process ended"),
+    ("raise ValueError(1)", ANY_ERROR, "ValueError: 1"),
+    ("def f(x): return object()", ANY_ERROR, "not plain data"),
+    (RAW + "def f(x): send('[' * 10**6)", ANY_ERROR, "RecursionError"),
+    (RAW + "def f(x): send('[]')", ANY_ERROR, "TypeError"),
+    # to have its code run, or its objects made, where the test runs
+    ("def f(x): return eval if x else \"__import__('os')._exit(0)\"", "f(1)(f(0))", "process ended"),
+    (RAW + "def f(x): send({'root': ['name', 'eval'], 'table': [None] * 3})", "f(1)('1')", "KeyError"),
+    (RAW + "def f(g): return g('1 / 0')", "f(eval)", "ZeroDivisionError"),
+    ("class C:\n    def __eq__(s, o): return True\n    def __call__(s): return 4\ndef f(x): return C()",
+     "assert f(1) == 4", "wrong answer"),
+    ("class C:\n    def __eq__(s, o): return True\n    def __iter__(s): return s\n    def __next__(s): return 4\n"
+     "def f(x): return C()", "assert f(1) == [4]", "wrong answer"),
+    ("import crossing\ncrossing.Peer.answer = lambda s, r: {'root': 5, 'table': [None] * 3, 'passed': True}\n"
+     "def f(x): return 1", "assert f(1) == 4", "IndexError"),
+    # to change what it was not given to change, or to send what cannot be
+    (RAW + "def f(x): send({'root': True, 'table': [None, ['l', []], None]})", "f(1)", "become another"),
+    (RAW + "def f(x): send({'root': True, 'table': [['d', []], None, None]})", "f(1)", "become another"),
+    (RAW + "def f(x): send({'root': 3, 'table': [None] * 3 + [['t', [4]], ['z', [3]]]})", "f(1)", "part of itself"),
+    (RAW + "def f(x): send({'root': 3, 'table': [None] * 3 + [['keys', [4]], ['function', 0]]})", "f(1)", "TypeError"),
+    # to give the test's words another meaning
+    ("class len(Exception): pass\nclass check(Exception): pass\ndef f(x): return x", "assert len(f([1])) == 2",
+     "wrong answer"),
+    ("class AssertionError(Exception): pass\ndef f(x): raise AssertionError", "f(1)", "AssertionError"),
+    (RAW + "send({'errors': [['good', [['', ''], ['builtins', 'Exception']]]]})\ndef f(x): return 1",
+     "good = 4\nassert f(1) == good", "KeyError"),
+    # to keep the test busy
+    ("def f(g):\n    while True: g(1)", "f(lambda x: x)", "timeout"),
+    ("def f(x):\n    while True: yield x", "assert list(f(1))", "timeout"),
+    ("def f(g): return g(g)", "f(f)", "RecursionError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "test", "reason"), TRICKS)
+def test_what_crosses_the_pipes_cannot_deceive_the_test(code, test, reason):
+    lines = "".join(f"    {line}\n" for line in test.splitlines())
+    verdict = judge(
+        Program(code, "f", "", f"def check(f):\n{lines}"),
+        cpu_seconds=2,
+        wall_seconds=2.0 if reason == "timeout" else 15,
+    )
+    assert not verdict.passed
+    assert reason in verdict.reason
+
+
 def test_X1_code_runs_only_when_allowed_and_only_confined(verb, finished, monkeypatch):
     _, err = verb("eval", finished, "--task", "humaneval", expect=2)
     assert "--allow-code-execution" in err
-    real = outside.INSIDE.read_text()
+    real = outside.INSIDE.parent
     for missing in ("abi = 0", "machine = 'vax'"):
-        faked = finished.parent / "inside.py"
+        faked = finished.parent / "sandbox"
+        shutil.copytree(real, faked, dirs_exist_ok=True)
         line = "abi = libc.syscall" if "abi" in missing else "machine = platform"
-        faked.write_text("\n".join(_replaced(text, line, missing) for text in real.splitlines()))
-        monkeypatch.setattr(outside, "INSIDE", faked)
+        lines = (real / "confine.py").read_text().splitlines()
+        (faked / "confine.py").write_text("\n".join(_replaced(text, line, missing) for text in lines))
+        monkeypatch.setattr(outside, "INSIDE", faked / "inside.py")
         with pytest.raises(SandboxError):
             outside.check_available()
         _, err = verb("eval", finished, "--task", "humaneval", "--allow-code-execution", expect=7)
@@ -240,6 +317,92 @@ def test_X6_no_network_and_no_secrets(attempt, tmp_path, monkeypatch):
     assert SECRET not in verdict.output + verdict.reason
 
 
+def installation(folder: Path) -> tuple[str, list[Path]]:
+    """An interpreter outside any virtual environment, its libraries laid out as by conda, uv, pyenv and Debian.
+
+    Returns (the interpreter, files of installed packages).
+    """
+    real = Path(os.__file__).parent
+    python = folder / "bin" / real.name
+    library = folder / "lib" / real.name
+    python.parent.mkdir(parents=True)
+    shutil.copy(Path(sys.executable).resolve(), python)
+    library.mkdir(parents=True)
+    for entry in real.iterdir():
+        if entry.name not in ("site-packages", "dist-packages", "lib-dynload"):
+            (library / entry.name).symlink_to(entry)
+    (library / "lib-dynload").mkdir()
+    for entry in (real / "lib-dynload").iterdir():
+        (library / "lib-dynload" / entry.name).symlink_to(entry)
+    for entry in real.parent.glob("libpython*"):
+        (folder / "lib" / entry.name).symlink_to(entry)
+    places = [
+        library / "site-packages",  # pip, pyenv, conda, uv; a pipx environment has one in its own folder
+        library / "dist-packages",
+        folder / "lib" / "python3" / "dist-packages",  # Debian's packages
+        folder / "local" / "lib" / real.name / "dist-packages",  # Debian's pip
+        folder / "lib",  # among the shared libraries
+        library,  # a stray module
+    ]
+    packages = []
+    for place in places:
+        packages.append(place / "human_eval_faked" / "__init__.py")
+        packages[-1].parent.mkdir(parents=True)
+        packages[-1].write_text(f"answers = {SECRET!r}\n")
+    return str(python), packages
+
+
+READERS = """
+import importlib, importlib.util, io, linecache, mmap, os, pkgutil, runpy, sqlite3, tokenize, zipimport, ctypes
+def seen(package):
+    folder = os.path.dirname(package)
+    def imported():
+        sys.path.insert(0, os.path.dirname(folder))
+        return importlib.import_module("human_eval_faked").answers
+    def by_location():
+        spec = importlib.util.spec_from_file_location("x", package)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        return "seen"
+    yield from (
+        lambda: open(package).read(), lambda: os.listdir(folder), lambda: list(os.scandir(folder))[0].name, imported,
+        by_location, lambda: runpy.run_path(package), lambda: linecache.getlines(package)[0],
+        lambda: tokenize.open(package).read(), lambda: pkgutil.get_data("human_eval_faked", "__init__.py"),
+        lambda: os.read(os.open(package, os.O_PATH), 9), lambda: os.open(".", os.O_RDONLY, dir_fd=os.open(folder, 0)),
+        lambda: open(folder + "/../" + os.path.basename(folder) + "/__init__.py").read(),
+        lambda: [x[2] or x[1] for x in os.walk(os.path.dirname(folder))][0],
+    )
+import sys
+def f(packages):
+    got = []
+    for package in packages:
+        for i, read in enumerate(seen(package)):
+            try: got.append((package, i, repr(read())))
+            except Exception: pass
+    return got
+"""
+
+
+def test_X6_only_the_standard_library_can_be_read_outside_a_virtual_environment(tmp_path, monkeypatch):
+    python, packages = installation(tmp_path)
+    told = subprocess.run(
+        [python, "-c", "import sys, site; print(sys.prefix, site.getsitepackages())"], capture_output=True, text=True
+    ).stdout
+    assert told == f"{tmp_path} {[str(packages[0].parent.parent)]}\n"  # the layout is taken for an installation
+    monkeypatch.setattr(sys, "executable", python)
+    outside.check_available()
+    test = f"def check(f):\n    got = f({[str(package) for package in packages]})\n    if got: raise ValueError(got)\n"
+    assert judge(Program(READERS, "f", "", test)) == outside.Verdict(True, "", "")
+    # And what is there by right: modules in one file and in folders, of Python and of C, with their shared libraries.
+    modules = "import bz2, concurrent.futures, decimal, hashlib, json.tool, lzma, sqlite3, statistics, xml.dom, zlib"
+    assert run(body(modules + "\nhashlib.sha1(b'x').hexdigest()\nsqlite3.connect(':memory:')")).passed
+
+
+def test_X6_nothing_else_of_the_system_libraries_folder_can_be_read():
+    files = [path for path in ("/usr/lib/os-release", "/usr/lib/locale", "/usr/lib", "/lib") if os.path.exists(path)]
+    attempt = f"import os\nfor p in {files}:\n    try: os.open(p, 0)\n    except PermissionError: pass\n    else: 1 / 0"
+    assert run(body(attempt)).passed
+
+
 def test_X6_the_environment_is_empty(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     verdict = run(body("import os\nprint(dict(os.environ))"))
@@ -280,8 +443,9 @@ def test_X7_no_signal_trace_or_higher_limit(attempt):
         ("f = " + "(" * 10**4, "SyntaxError"),
         (body("return [x] * 10**12"), "MemoryError"),
         (body("return object()"), "not plain data"),
-        (body("return lambda: 1"), "not plain data"),
-        (body("a = []\na.append(a)\nreturn a"), "nested too deeply"),
+        (body("return lambda: 1"), "wrong answer"),
+        (body("a = []\na.append(a)\nreturn a"), "wrong answer"),
+        (body("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E"), "E"),
         ("x = 1", "KeyError: 'f'"),
         ("def f(x): raise Exception('\\ud800')", "Exception: ?"),
     ],

@@ -1,5 +1,7 @@
 """Running programs that a model wrote, so that they can neither harm nor deceive us. See docs/sandbox.md.
 
-inside.py   what runs in the two confined processes: limits, Landlock, seccomp, then the program or its test
-outside.py  the parent: starts the two, waits, kills, and keeps the verdict
+outside.py   the parent: starts the two processes, waits, kills, and keeps the verdict
+inside.py    what runs in them: the program, and its test
+confine.py   what they may do: limits, Landlock, seccomp
+crossing.py  what they say to each other: plain values, calls, errors
 """

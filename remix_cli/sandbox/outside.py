@@ -1,5 +1,6 @@
 """The parent's side: start a program's solver and judge, wait for the verdict, leave nothing behind."""
 
+import functools
 import json
 import os
 import secrets
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from remix_cli.errors import SandboxError
-from remix_cli.sandbox.inside import CPU_SECONDS
+from remix_cli.sandbox.crossing import ENDED
 
 INSIDE = Path(__file__).with_name("inside.py")
+CPU_SECONDS = 5
 WALL_SECONDS = 15.0
 OUTPUT_LIMIT = 64 * 1024
 # For the reports.
@@ -47,18 +49,35 @@ class Verdict:
 
 def check_available() -> None:
     """Confine one process and see. Raises SandboxError where the kernel cannot."""
-    command = [*_command(), "probe"]
-    payload = json.dumps({"parent": os.getpid()}).encode()
+    _ask("probe", _limits(CPU_SECONDS))
+
+
+def _limits(cpu_seconds: int) -> dict[str, Any]:
+    return {"cpu_seconds": cpu_seconds, "parent": os.getpid(), "readable": _readable_paths(*_command())}
+
+
+@functools.cache
+def _readable_paths(*command: str) -> list[str]:
+    """What the confined processes of this interpreter may read, found once in a process of its own."""
+    return json.loads(_ask("readable", {}))
+
+
+def _ask(role: str, payload: dict[str, Any]) -> str:
+    """The last line that a process in this role prints. Raises SandboxError where it fails."""
     try:
-        done = subprocess.run(command, input=payload, env={}, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(
+            [*_command(), role], input=json.dumps(payload).encode(), env={}, cwd="/", capture_output=True, timeout=60
+        )
     except subprocess.TimeoutExpired:
         raise SandboxError("generated code is not run on this machine: the confined process hangs") from None
-    if done.returncode or done.stdout != b"confined\n":
+    said = done.stdout.decode(errors="replace").strip().splitlines()
+    if done.returncode or not said:
         why = done.stderr.decode(errors="replace").strip().splitlines()
         raise SandboxError(
             f"generated code is not run on this machine: {why[-1] if why else 'the confined process died'}; "
             "run this task on Linux 5.13 or newer with Landlock and seccomp, or leave it out"
         )
+    return said[-1]
 
 
 def judge_all(programs: list[Program], workers: int | None = None) -> Iterator[tuple[int, Verdict]]:
@@ -75,10 +94,10 @@ def judge_all(programs: list[Program], workers: int | None = None) -> Iterator[t
 def judge(program: Program, cpu_seconds: int = CPU_SECONDS, wall_seconds: float = WALL_SECONDS) -> Verdict:
     """Run one program against its test in two confined processes, each with so much processor time."""
     nonce = secrets.token_hex(16)
-    (calls_out, calls_in), (answers_out, answers_in), (verdict_out, verdict_in) = (os.pipe() for _ in range(3))
-    common = {"entry_point": program.entry_point, "cpu_seconds": cpu_seconds, "parent": os.getpid()}
+    common = _limits(cpu_seconds) | {"entry_point": program.entry_point}
     solution = common | {"program": program.program}
     test = common | {"prompt": program.prompt, "test": program.test, "nonce": nonce}
+    (calls_out, calls_in), (answers_out, answers_in), (verdict_out, verdict_in) = (os.pipe() for _ in range(3))
     processes: list[subprocess.Popen] = []
     try:
         try:
@@ -89,7 +108,8 @@ def judge(program: Program, cpu_seconds: int = CPU_SECONDS, wall_seconds: float 
                 os.close(descriptor)
         said, output = _wait(verdict_out, processes[0], time.monotonic() + wall_seconds)
     finally:
-        used = [_kill(process) >= 0.95 * cpu_seconds for process in processes]
+        # The kernel's limit counts ticks, which on a busy machine run well ahead of the time that it reports.
+        used = [_kill(process) >= 0.5 * cpu_seconds for process in processes]
         os.close(verdict_out)
     shown = output.decode("utf-8", errors="replace")
     if said is None:
@@ -102,10 +122,12 @@ def judge(program: Program, cpu_seconds: int = CPU_SECONDS, wall_seconds: float 
         return Verdict(False, "timeout" if any(used) else "the test's process died", shown)
     if found["passed"] is True:
         return Verdict(True, "", shown)
-    return Verdict(False, "timeout" if any(used) else _readable(str(found["reason"])) or "failed", shown)
+    if found["reason"] == ENDED and any(used):
+        return Verdict(False, "timeout", shown)
+    return Verdict(False, _printable(str(found["reason"])) or "failed", shown)
 
 
-def _readable(text: str) -> str:
+def _printable(text: str) -> str:
     """Without lone surrogates, which a program's error may hold and no file can."""
     return text.encode("utf-8", "replace").decode()
 
