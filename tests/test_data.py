@@ -238,7 +238,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("bomb", [*GREEDY, *SLOW])
-def test_R16_a_chat_template_has_a_time_and_a_memory(tokenizer, bomb, monkeypatch):
+def test_a_chat_template_has_a_time_and_a_memory(tokenizer, bomb, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", (GREEDY | SLOW)[bomb])
     begun = time.monotonic()
     encoder = Encoder(tokenizer, 64, None)
@@ -248,7 +248,7 @@ def test_R16_a_chat_template_has_a_time_and_a_memory(tokenizer, bomb, monkeypatc
     assert time.monotonic() - begun < 10, "two processor seconds, on a machine that may be busy"
 
 
-def test_R16_many_renderings_are_no_long_one(tokenizer, monkeypatch):
+def test_many_renderings_are_no_long_one(tokenizer, monkeypatch):
     slowly = "{% for i in range(3000) %}{% endfor %}" + CHAT
     monkeypatch.setattr(tokenizer, "chat_template", slowly)
     monkeypatch.setattr("remix_cli.data.template.SECONDS", 0)

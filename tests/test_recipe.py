@@ -275,7 +275,7 @@ HEAVY = {
 
 
 @pytest.mark.parametrize("heavy", HEAVY)
-def test_R16_a_heavy_recipe_is_refused_at_once(heavy, tmp_path):
+def test_a_heavy_recipe_is_refused_at_once(heavy, tmp_path):
     text = yaml.safe_dump(MINIMAL) + HEAVY[heavy]
     begun = time.process_time()
     found = problems(tmp_path, text)

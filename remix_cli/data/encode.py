@@ -16,7 +16,7 @@ from remix_cli.data.formats import Example, Message, RowError, to_example
 from remix_cli.data.sources import load_rows
 from remix_cli.data.template import Template
 from remix_cli.errors import DataError
-from remix_cli.recipe.schema import Data, Source
+from remix_cli.recipe.sources import Data, Source
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remix_cli.errors import shortened
-from remix_cli.recipe.schema import Source
+from remix_cli.recipe.sources import Source
 
 Row = dict[str, Any]
 Message = dict[str, str]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from remix_cli.errors import DataError
-from remix_cli.recipe.schema import LOADERS, Source, named_locally
+from remix_cli.recipe.sources import LOADERS, Source, named_locally
 
 
 def check_source(source: Source, key: str) -> list[str]:

@@ -1,12 +1,14 @@
 """Recipes: YAML -> a frozen, complete, checked `Recipe`. Imports nothing heavy.
 
 schema.py    the keys, their types, limits and defaults
+sources.py   those of the `data` group
 methods.py   what `adapter.method` may name, and what each method takes by default
 sweep.py     one file that stands for many recipes
 loader.py    reads YAML and overrides; every problem at once, with line and nearest valid name
 """
 
 from remix_cli.recipe.loader import load_recipe
-from remix_cli.recipe.schema import Recipe, Source, Task
+from remix_cli.recipe.schema import Recipe, Task
+from remix_cli.recipe.sources import Source
 
 __all__ = ["Recipe", "Source", "Task", "load_recipe"]

@@ -1,0 +1,153 @@
+"""The `data` group of a recipe and the sources of rows, which evaluation tasks name too; what every group rests on."""
+
+import os
+import string
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def refuse_unread(group: BaseModel, unread: dict[str, str], *inside: str) -> None:
+    """No key is ignored: those of `group` that say something although nothing reads them. `inside`: where it stands.
+
+    Their defaults are accepted, as older run folders have them in their recipe.yaml.
+    """
+    fields = type(group).model_fields
+    said = [key for key in unread if getattr(group, key) != fields[key].default]
+    if said:
+        also = f" (nor is {', '.join(said[1:])})" if said[1:] else ""
+        context = {"also": also, "why": unread[said[0]], "below": (*inside, said[0])}
+        raise PydanticCustomError("conflict", "is not read{also}: it {why}; leave it out", context)
+
+
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def named_locally(path: str) -> bool:
+    """A hub id is `owner/name` or `name`; what is rooted, ends like a file or lies deeper is local."""
+    return path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in LOADERS or path.count("/") > 1
+
+
+def _names_a_file(path: str) -> bool:
+    return os.path.splitext(path)[1] in LOADERS and not os.path.isdir(path)
+
+
+class Source(Strict):
+    """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
+
+    path: Place | None = Field(None, description="Hub id, or a local json, jsonl, csv or parquet file or folder.")
+    subset: str | None = Field(None, description="The hub data set's configuration, e.g. `main`.")
+    split: str = "train"
+    reasoning_gym: str | None = Field(None, description="A task of the reasoning-gym package, made on the fly.")
+    options: dict[str, Any] = Field({}, description="Options of the reasoning-gym task.")
+    size: Positive = Field(1000, description="How many reasoning-gym rows to make.")
+    seed: Seed = Field(0, description="Seed of the reasoning-gym rows; another seed gives other rows.")
+    format: Literal["prompt_completion", "messages", "gsm8k", "arc", "codealpaca"] = "prompt_completion"
+    prompt: str = Field("{prompt}", description="Template over the row's columns, for prompt_completion.")
+    completion: str = Field("{completion}", description="Template over the row's columns, for prompt_completion.")
+    task: str | None = Field(None, description="Name for statistics by task; by default made from the source.")
+    limit: Positive | None = Field(None, description="Use the first rows only.")
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="How often each row is seen in an epoch; 0.5 takes a new random half every epoch."
+    )
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _names_columns(cls, template: str) -> str:
+        try:
+            fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
+        except ValueError as error:
+            raise ValueError(f"not a template: {error}; write a column as {{name}}, a brace as {{{{") from None
+        if not all(str(name).isidentifier() for name, _, _ in fields):
+            raise ValueError("not a template: write a column as {name}, a brace as {{")
+        if any(form or conversion for _, form, conversion in fields):
+            raise ValueError("not a template: a column is filled in as it is; write {name}, without `:` or `!`")
+        return template
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.reasoning_gym is None):
+            raise ValueError("give either path or reasoning_gym")
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> Self:
+        refuse_unread(self, self._unread())
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key not in self._unread()}
+
+    def _unread(self) -> dict[str, str]:
+        """Keys that this source does not read, each with the reason."""
+        keys: dict[str, str] = {}
+        if self.path is None:
+            keys |= dict.fromkeys(("path", "subset", "split"), "belongs to a data set with a path")
+        else:
+            keys |= dict.fromkeys(("reasoning_gym", "options", "size", "seed"), "belongs to a reasoning_gym source")
+            if named_locally(self.path):
+                keys["subset"] = "belongs to a hub data set, and the path is local"
+            if _names_a_file(self.path):
+                keys["split"] = "chooses among the files of a folder or a hub data set, and the path is one file"
+        if self.format != "prompt_completion":
+            reason = f"belongs to format prompt_completion, and this is {self.format}"
+            keys |= dict.fromkeys(("prompt", "completion"), reason)
+        return keys
+
+    def at(self, path: str) -> "Source":
+        """The same columns and format, read whole from another file."""
+        names = ("reasoning_gym", "options", "size", "seed", "subset", "limit", "weight")
+        update = {name: Source.model_fields[name].default for name in names} | {"path": path}
+        if _names_a_file(path):
+            update["split"] = Source.model_fields["split"].default
+        return self.model_copy(update=update)
+
+    @property
+    def label(self) -> str:
+        return self.task or self.reasoning_gym or (self.format if self.format != "prompt_completion" else "data")
+
+
+class Data(Strict):
+    train: Annotated[list[Source], Field(min_length=1)]
+    validation: list[Source] = Field([], description="Held-out rows; empty: cut from train.")
+    validation_fraction: Share = Field(0.05, description="Share of train held out when `validation` is empty.")
+    split_seed: Seed | None = Field(None, description="Of the rows cut from train; by default the recipe's seed.")
+    allow_overlap: bool = Field(False, description="Accept `validation` rows that are also in `train`.")
+    validation_limit: Positive = Field(512, description="At most so many held-out rows.")
+    max_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens; longer rows lose their end.")
+    use_chat_template: bool | None = Field(
+        None, description="Wrap prompts in the tokenizer's chat template; by default if it has one."
+    )
+    allow_special_tokens: bool = Field(
+        False, description="Let texts spell out control tokens such as <|im_end|>; by default these stay text."
+    )
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> Self:
+        if self.validation:
+            refuse_unread(self, {"validation_fraction": "is of rows cut from train, and there is data.validation"})
+        else:
+            refuse_unread(self, {"allow_overlap": "is for data.validation, and there is none"})
+        for i, source in enumerate(self.validation):
+            refuse_unread(source, {"weight": "says how often a row is trained on"}, "validation", str(i))
+        return self
