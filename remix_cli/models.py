@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, maskin
 from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
-from remix_cli.errors import ArtefactError, RecipeError
+from remix_cli.errors import ArtefactError, RecipeError, shortened
 from remix_cli.recipe.schema import Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -122,7 +122,7 @@ def _loading(model: Model, load: Any) -> Any:
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:240]
+        reason = shortened(str(error), 240)
         raise RecipeError(f"model.name_or_path: {name}: cannot be loaded: {reason}") from None
 
 

@@ -277,6 +277,31 @@ def test_D3_damaged_files_fail_as_data_errors_or_load(tmp_path):
     assert 200 < refused < 500
 
 
+def test_D2_a_template_that_multiplies_a_long_text(tmp_path):
+    long = json.dumps({"prompt": "w" * 1_000_000, "completion": "b"}) + "\n"
+    assert "row 1: its text would have more than 50,000,000" in rows_error(tmp_path, long, prompt="{prompt}" * 5000)
+
+
+def test_a_hub_message_is_not_cut_in_the_middle_of_an_address(monkeypatch):
+    import datasets
+
+    from remix_cli.data.sources import load_rows
+
+    address = "https://hub.example/owner/name/resolve/" + "a" * 80
+
+    def fails(*_, **__):
+        raise ConnectionError(f"Couldn't reach the hub because {'of this and that ' * 7}see {address} for more")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(DataError) as caught:
+        load_rows(Source(path="owner/name"))
+    (line,) = caught.value.problems
+    assert line.endswith("that see ...")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError(f"see {address}")))
+    with pytest.raises(DataError, match=address):
+        load_rows(Source(path="owner/name"))
+
+
 def test_D6_rows_in_train_and_validation(verb, stage, tmp_path):
     model, rows, _ = stage
     recipe = recipe_text(model, rows, tmp_path / "out")

@@ -12,6 +12,7 @@ from remix_cli.recipe.sources import Source
 Row = dict[str, Any]
 Message = dict[str, str]
 CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations for an external calculator
+MAX_TEXT = 50_000_000  # of one prompt: a template may name a long column many times
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -60,7 +61,10 @@ def _turns(prompt: str, completion: str) -> list[Message]:
 
 def _fill(template: str, row: Row) -> str:
     columns = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    return template.format(**{name: _text(row, name) for name in columns})
+    texts = {name: _text(row, name) for name in columns}
+    if sum(len(texts[name]) for name in columns) > MAX_TEXT:
+        raise RowError(f"its text would have more than {MAX_TEXT:,} characters")
+    return template.format(**texts)
 
 
 def _prompt_completion(row: Row, source: Source) -> list[Message]:

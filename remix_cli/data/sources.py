@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from remix_cli.errors import DataError
+from remix_cli.errors import DataError, shortened
 from remix_cli.recipe.sources import LOADERS, Source, named_locally
 
 
@@ -71,8 +71,8 @@ def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[d
         return datasets.load_dataset(what, **options).to_list()
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
         cause = error.__cause__ or error
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)[:200]
-        raise DataError(f"{place or what}: cannot be read: {reason}") from None
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise DataError(f"{place or what}: cannot be read: {shortened(reason)}") from None
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from remix_cli.errors import RecipeError
+from remix_cli.errors import RecipeError, shortened
 
 
 def check_push(repo: str) -> Any:
@@ -31,7 +31,7 @@ def push(client: Any, folder: Path, repo: str, public: bool) -> str:
     except RecipeError:
         raise
     except Exception as error:  # the hub's own, and whatever its client raises when the network fails
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(str(error))
         raise RecipeError(
             f"--push-to-hub: {repo}: {reason}; the folder {folder} is written, only not uploaded"
         ) from None

@@ -147,7 +147,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {shortened(error.problem or error.context)}") from None
+        raise RecipeError(f"{path}{where}: not valid YAML: {shortened(str(error.problem or error.context))}") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{path}: not a readable YAML file: {reason}") from None
