@@ -1,0 +1,163 @@
+"""Every command that README.md and docs/ print is parsed; the scripts run at tiny size."""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import ROOT
+from tiny import recipe_text, tiny_model, write_recipe
+
+from remix_cli.cli import app
+from remix_cli.recipe import load_recipe
+from remix_cli.recipe.sweep import load_sweep
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = re.compile(r"(DATA=\S+ )?((remix|make|accelerate launch) (?!.*--- )|(python )?scripts/\S+)")
+FILLED_IN = {"N": "2", "RECIPE": "configs/gsm8k.yaml"}
+
+
+def printed() -> list[tuple[str, str]]:
+    """(page, command): lines of code blocks, continued ones joined, and what stands in backticks."""
+    found = []
+    for page in PAGES:
+        fenced = False
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            fenced ^= line.startswith("```")
+            block = fenced or line.startswith("    ")
+            parts = [line.strip()] if block else re.findall(r"`([^`]+)`", line)
+            found += [(page.name, part) for part in parts if OURS.match(part)]
+    return list(dict.fromkeys(found))
+
+
+def words(command: str) -> list[str]:
+    """As a shell splits it, with something in the place of what the reader is to fill in."""
+    plain = re.sub(r"\[(--[^\]]*)\]", r"\1", command.split(" | ")[0])  # options in brackets are options
+    plain = re.sub(r"\b(\w+)(\|\w+)+$", r"\1", plain)  # the first of several values
+    return [FILLED_IN.get(word, word) for word in shlex.split(plain, comments=True)]
+
+
+COMMANDS = printed()
+
+
+def test_the_pages_hold_commands_of_every_verb():
+    verbs = set(typer.main.get_command(app).commands)
+    assert {words(command)[1] for _, command in COMMANDS if command.startswith("remix ")} >= verbs
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_printed_command_is_understood(page, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    first, *rest = words(command)
+    if first == "make":
+        assert re.search(rf"^{rest[-1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif first == "accelerate":
+        assert (ROOT / rest[rest.index("--config_file") + 1]).is_file()
+        understood(rest[rest.index("remix_cli") + 1 :], tmp_path)
+    elif first == "remix":
+        understood(rest, tmp_path)
+    elif first == "python":
+        parsed_by_script(rest, monkeypatch)
+    elif rest:
+        of_the_paper(command, tmp_path)
+    else:
+        assert (ROOT / first).is_file()
+
+
+def understood(arguments: list[str], folder: Path) -> None:
+    """The verb exists, and its options; so does a recipe of ours, and the keys of the overrides."""
+    if arguments[0] == "--help":
+        return
+    verb = typer.main.get_command(app).commands[arguments[0]]
+    if len(arguments) == 1 or arguments[1].startswith("-"):  # a verb that a sentence speaks of
+        assert set(arguments[1:2]) <= {option for parameter in verb.params for option in parameter.opts}
+        return
+    given = verb.make_context(arguments[0], arguments[1:]).params
+    mine = write_recipe(folder / "recipe.yaml", recipe_text(Path("model"), Path("rows.jsonl"), Path("out")))
+    if str(given.get("recipe")) == mine.name:
+        load_recipe(mine, list(given["overrides"] or []))
+    elif str(given.get("recipe")).startswith("configs/"):
+        load = load_sweep if arguments[0] == "sweep" else load_recipe
+        load(Path(given["recipe"]), list(given["overrides"] or []))
+
+
+def parsed_by_script(arguments: list[str], monkeypatch) -> None:
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *given):
+        parse(self, *given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    with pytest.raises(Parsed):
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def of_the_paper(command: str, folder: Path) -> None:
+    """What the script asks `remix` for is a sweep that loads."""
+    remix = folder / "remix"
+    remix.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    remix.chmod(0o755)
+    environment = os.environ | {"REMIX": str(remix)}
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    name, *arguments = json.loads(done.stdout)
+    given = typer.main.get_command(app).commands[name].make_context(name, arguments).params
+    assert load_sweep(Path(given["recipe"]), list(given["overrides"] or [])).points
+
+
+def script(monkeypatch, capsys, name, *arguments) -> str:
+    """What scripts/NAME prints."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(f"scripts/{name}", run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "row"),
+    [
+        ("bench_step.py", ["--batch", 2, "--length", 16, "--rounds", 1, "--only", "frozen, M = 1$"], "frozen, M = 1"),
+        ("bench_generate.py", ["--batches", 1, "--prompt", 8, "--new", 2], "ReMix, as remix eval does"),
+        pytest.param("bench_growth.py", ["--batch", 2, "--length", 16], "a step of rtg", marks=pytest.mark.slow),
+    ],
+)
+def test_the_benchmarks_run(name, arguments, row, tmp_path, monkeypatch, capsys):
+    tiny_model(vocab_size=40_000).save_pretrained(tmp_path)  # they draw tokens below that
+    assert row in script(monkeypatch, capsys, name, "--model", tmp_path, "--repeats", 1, *arguments)
+
+
+def test_the_synthetic_study_writes_a_sweep_that_loads(tmp_path, monkeypatch, capsys):
+    """Its base model is trained for two steps, and its sweep is loaded, not run."""
+    monkeypatch.chdir(ROOT)
+    study = runpy.run_path("scripts/study_synthetic.py")
+    study["write_base_model"].__defaults__ = (2,)
+    asked = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: asked.append(command) or subprocess.CompletedProcess(command, 0)
+    )
+    monkeypatch.setattr(sys, "argv", ["study_synthetic.py", "--out", str(tmp_path), "--only", "rtg-M2$"])
+    with pytest.raises(SystemExit) as ended:
+        study["main"]()
+    assert ended.value.code == 0
+    ((_, _, package, verb, *arguments),) = asked
+    assert (package, verb) == ("remix_cli", "sweep")
+    given = typer.main.get_command(app).commands[verb].make_context(verb, arguments).params
+    sweep = load_sweep(Path(given["recipe"]), [], given["only"])
+    assert {name: len(points) for name, points in sweep.points.items()} == {"rtg-M2": 4}
+    assert sum(1 for _ in (tmp_path / "train.jsonl").open()) == 4000
