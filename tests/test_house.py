@@ -17,6 +17,7 @@ ALLOWED = {
     "errors": set(),
     "storage": set(),
     "streams": set(),
+    "terminal": {"streams"},
     "packages": set(),
     "adapter": set(),
     "recipe": {"adapter.config"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "stats": {"adapter", "recipe", "data", "models", "runs"},
     "sandbox": set(),
     "evaluate": {"adapter", "recipe", "data", "models", "folders", "runs", "sandbox"},
-    "export": {"adapter", "recipe", "methods", "data", "models", "runs"},
+    "export": {"adapter", "recipe", "methods", "data", "models", "folders", "runs"},
     "train": {
         "cross_entropy",
         "adapter",
@@ -44,9 +45,10 @@ ALLOWED = {
         "evaluate",
     },
     "verify": {"adapter", "data", "models", "objective"},
-    "sweep": {"recipe", "runs", "train", "evaluate", "streams", "packages"},
+    "sweep": {"recipe", "runs", "train", "evaluate", "streams", "terminal", "packages"},
     "cli": {
         "streams",
+        "terminal",
         "folders",
         "packages",
         "recipe",

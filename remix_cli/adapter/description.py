@@ -62,7 +62,7 @@ def read_description(folder: Path) -> Description:
         config = AdapterConfig.from_dict(described["adapter"])
         identity = BaseIdentity(**{field.name: described[field.name] for field in fields(BaseIdentity)})
         return Description(config, identity, described["weights_sha256"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a readable adapter description ({error})") from None
 
 
@@ -83,5 +83,5 @@ def read_shapes(folder: Path) -> Shapes:
                 raise ValueError(f"a header of {length} bytes")
             tensors = json.loads(file.read(length))
         return {name: tuple(entry["shape"]) for name, entry in tensors.items() if name != "__metadata__"}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a safetensors file ({error})") from None

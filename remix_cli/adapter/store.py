@@ -75,7 +75,10 @@ def load_stored(folder: Path) -> StoredAdapter:
 def _load_stored(folder: Path) -> StoredAdapter:
     described = read_description(folder)
     weights_file = folder / WEIGHTS_FILE
-    data = weights_file.read_bytes()  # once, so that what is checked is what is used
+    try:
+        data = weights_file.read_bytes()  # once, so that what is checked is what is used
+    except OSError as error:
+        raise ArtefactError(f"{weights_file}: cannot be read ({error.strerror})") from None
     if hashlib.sha256(data).hexdigest() != described.weights_sha256:
         raise ArtefactError(f"{weights_file}: damaged or replaced (sha256 differs from {CONFIG_FILE})")
     try:

@@ -7,6 +7,7 @@ results.py   eval, compare, route-stats
 taking.py    export, generate
 """
 
+import errno
 import os
 import re
 import sys
@@ -52,6 +53,9 @@ def _run(arguments: list[str], debug: bool) -> NoReturn:
         if is_out_of_memory(error):
             fix = "lower train.per_device_train_batch_size, data.max_length or eval.batch_size"
             print(f"error: out of memory; {fix}, or set train.gradient_checkpointing", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"error: {_one_line(str(error.filename))[:60]}...: the name is too long", file=sys.stderr)
             sys.exit(2)
         what = _one_line(f"{type(error).__name__}: {error}")
         print(f"error: unexpected {what} (a bug: run again with --debug and report it)", file=sys.stderr)

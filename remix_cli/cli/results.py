@@ -1,16 +1,17 @@
 """Commands that start from a finished run: eval, compare, route-stats."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from remix_cli.cli.common import AllowCode, AnyBase, Bars, Best, Json, Limit, RunPath, app
 from remix_cli.errors import RecipeError
+from remix_cli.terminal import Console
 
 
 @app.command("eval")
@@ -51,16 +52,20 @@ def evaluate(
 
     Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
     """
+    from remix_cli.folders import RunFolder, check_run
+
+    folder = RunFolder(run)
+    if not folder.is_model:
+        check_run(run, best=best)
     from remix_cli.evaluate.request import requested_active, requested_tasks
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
     from remix_cli.evaluate.tasks import Settings
-    from remix_cli.runs import RunFolder, load_model_folder, load_run
+    from remix_cli.runs import load_model_folder, load_run
 
     console = Console(stderr=as_json)
     if selection not in (None, "top", "sample"):
         raise RecipeError(f"--selection: {selection!r} is not known; use top or sample")
-    folder = RunFolder(run)
     recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
     if folder.is_model and not (task and (data or task == ["humaneval"])):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
@@ -102,6 +107,11 @@ def compare(
 
     One sweep's folder instead: its arms over seeds.
     """
+    from remix_cli.folders import report_file
+
+    for run in runs:
+        if len(runs) > 1 or not os.path.exists(run):  # one alone may be a sweep
+            report_file(run)
     from remix_cli.sweep.report import is_sweep, sweep_report
     from remix_cli.sweep.tables import sweep_tables
 
@@ -157,6 +167,13 @@ def route_stats(
     as_json: Json = False,
 ) -> None:
     """Show how the routers choose: is it healthy, how decided, which LoRAs are used and for what."""
+    from remix_cli.folders import RunFolder, check_run
+
+    for folder in [run] if compare_with is None else [run, compare_with]:
+        if history:
+            RunFolder(folder).check()
+        else:
+            check_run(folder, best=best)
     from remix_cli.stats import view
 
     console = Console(stderr=as_json)

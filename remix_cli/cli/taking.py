@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from remix_cli.cli.common import AnyBase, Best, RunPath, app
 from remix_cli.errors import RecipeError
 from remix_cli.streams import outlive
+from remix_cli.terminal import Console
 
 
 @app.command()
@@ -44,8 +44,7 @@ def export(
     the pool, in the weights or as a PEFT folder: an approximation, priced on held-out rows. peft-experts: every LoRA of
     the pool as a PEFT folder, and the router beside them. peft: what has no router (lora, rslora, dora ...).
     """
-    from remix_cli.errors import ArtefactError
-    from remix_cli.runs import RunFolder
+    from remix_cli.folders import check_run
 
     if form not in FORMATS:
         raise RecipeError(f"--format: {form!r} is not known; use {', '.join(FORMATS)}")
@@ -54,9 +53,7 @@ def export(
         raise RecipeError("--prompt, --selection: give one of them, with --format merged or peft-merged")
     if output.exists() or output.is_symlink():
         raise RecipeError(f"--output: {output} exists; choose a new folder")
-    folder = RunFolder(run)
-    if not folder.recipe.is_file():
-        raise ArtefactError(f"{run}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`")
+    folder = check_run(run, best=best)
     outlive(f"the export goes on, into {output}")
     client = None
     if push_to_hub is not None:
@@ -139,11 +136,14 @@ def generate(
     """Try prompts: each is a user's turn in the run's chat template; answers appear as they are written."""
     from contextlib import nullcontext
 
+    from remix_cli.folders import check_run
+
+    folder = check_run(run, best=best)
     from remix_cli.evaluate.converse import answer, routed_tokens
     from remix_cli.evaluate.generate import Decoding
-    from remix_cli.runs import RunFolder, load_run
+    from remix_cli.runs import load_run
 
-    if show_routing and (base or not RunFolder(run).load_recipe().adapter_config().routed):
+    if show_routing and (base or not folder.load_recipe().adapter_config().routed):
         raise RecipeError("--show-routing: there is no router here")
     loaded = load_run(run, best=best, any_base=any_base)
     names = list(loaded.adapter.routers)
@@ -163,7 +163,7 @@ def generate(
                 shown = (
                     f"{text!r}[{' '.join(map(str, chosen[name]))}]" for text, chosen in routed_tokens(loaded, ids, new)
                 )
-                Console().print(" ".join(shown), highlight=False, markup=False)
+                Console().print(" ".join(shown), highlight=False)
 
 
 def _typed(interactive: bool) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`remix compare`: the same items under several models, item by item."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.evaluate.statistics import paired_difference
+from remix_cli.folders import RunFolder, read_report, report_file
 
 # What must agree for two scores to mean the same.
 SAME = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts", "protocol", "samples")
@@ -44,8 +46,11 @@ class Evaluated:
     def _read(self, task: str) -> list[dict[str, Any]]:
         path = self.folder / f"{self.report['model']}-{task}.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except (OSError, ValueError) as error:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            if any(not isinstance(line["prompt"], str) for line in lines):
+                raise ValueError("a prompt that is no text")
+            return lines
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtefactError(f"{path}: cannot be read ({error}); evaluate again with `remix eval`") from None
 
 
@@ -54,23 +59,11 @@ def load_evaluated(path: Path) -> Evaluated:
 
     Raises ArtefactError.
     """
-    file = path
-    if path.is_dir():
-        found = [path / "eval" / f"{name}.json" for name in ("adapter", "best", "model")]
-        file = next((f for f in found if f.is_file()), found[0])
-    if not file.is_file():
-        raise ArtefactError(
-            f"{path}: not evaluated yet; run `remix eval {path}` (or name a report, RUN/eval/base.json)"
-        )
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        tasks = {result["task"]: result["protocol"] for result in report["results"]}
-    except (ValueError, KeyError, TypeError):
-        raise ArtefactError(f"{file}: not a report of `remix eval`; evaluate again") from None
-    assert tasks is not None
+    file = report_file(path)
+    report = read_report(file)
     run = file.parent.parent
-    summary_file = run / "summary.json"
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    folder = RunFolder(run)
+    summary = folder.read_summary() if os.path.lexists(folder.summary) else {}
     label = run.name if report["model"] in ("adapter", "model") else f"{run.name}/{report['model']}"
     return Evaluated(label, report, file.parent, {} if report["model"] == "base" else summary)
 
@@ -135,8 +128,19 @@ def scores_in_common(results: list[dict[str, Any]]) -> list[str]:
 
 def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
     """(2, S) numerators and denominators of the score; the samples of one problem are one item."""
-    samples = next(r["protocol"].get("samples", 1) for r in run.report["results"] if r["task"] == task)
-    return parts_of_lines(run.lines(task), score, samples)
+    result = next(r for r in run.report["results"] if r["task"] == task)
+    samples = result["protocol"].get("samples", 1)
+    try:
+        parts = parts_of_lines(run.lines(task), score, samples)
+        whole = parts.shape[1] * samples == result["count"]
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ArtefactError(
+            f"{run.folder}: the lines of {task} are not the {result['count']} answers that its report counts, each "
+            f"with its {score}; evaluate again with `remix eval`"
+        )
+    return parts
 
 
 def parts_of_lines(lines: list[dict[str, Any]], score: str, samples: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 import remix_cli
+from remix_cli.folders import read_report
 from remix_cli.recipe.methods import METHODS
 from remix_cli.runs import LoadedRun
 
@@ -114,10 +115,9 @@ def _shown(path: str) -> str:
 def _scores(run: LoadedRun) -> list[str]:
     """What `remix eval` has measured of the routed model."""
     file = run.folder.evaluations / f"{run.which}.json"
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    except (OSError, ValueError, KeyError):
+    if not file.is_file():
         return []
+    results = read_report(file)["results"]
     rows = [
         "## Scores of the routed model",
         "",
@@ -140,9 +140,9 @@ def _routing(run: LoadedRun) -> list[str]:
     try:
         lines = [json.loads(x) for x in run.folder.metrics.read_text(encoding="utf-8").splitlines()]
         last = [line for line in lines if "router_entropy" in line][-1]
-    except (OSError, ValueError, IndexError):
+        return [
+            f"## Routing\n\nAt step {last['step']}: entropy of q {last['router_entropy']:.2f} nats, effective support "
+            f"of the weights {last['ess_weights']:.2f}, LoRAs that serve under 1 % of the tokens: {last['dead_loras']}."
+        ]
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
         return []
-    return [
-        f"## Routing\n\nAt step {last['step']}: entropy of q {last['router_entropy']:.2f} nats, effective support of "
-        f"the weights {last['ess_weights']:.2f}, LoRAs that serve under 1 % of the tokens: {last['dead_loras']}."
-    ]

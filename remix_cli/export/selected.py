@@ -41,7 +41,7 @@ def read_selection(run: LoadedRun, path: Path) -> Selection:
     try:
         selection = json.loads(path.read_text(encoding="utf-8"))
         fits = set(selection) == set(run.adapter.routers) and all(
-            len(set(ids)) == len(ids) == c.active and all(0 <= i < c.pool_size for i in ids)
+            len(set(ids)) == len(ids) == c.active and all(type(i) is int and 0 <= i < c.pool_size for i in ids)
             for ids in selection.values()
         )
     except (OSError, ValueError, TypeError, AttributeError) as error:

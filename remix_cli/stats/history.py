@@ -38,7 +38,7 @@ def read_history(folder: RunFolder) -> History:
                 found.steps.append(record["step"])
                 for key, values in found.values.items():
                     values.append(float(record[key]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtefactError(f"{folder.metrics}: cannot be read ({error}); give the output_dir of a run") from None
     if not found.steps:
         raise ArtefactError(f"{folder.metrics}: no step with routing in it; does the run's method have a router?")

@@ -158,7 +158,7 @@ class _Sweep:
         if problem is None:
             try:
                 value = _cost(self.sweep.metric, RunFolder(point.folder))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 problem = f"metrics.jsonl: {error}"
         if problem is not None:
             self.errors[point.folder] = problem

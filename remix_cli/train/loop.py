@@ -5,7 +5,6 @@ divided by the step's supervised tokens over all micro-batches and ranks; router
 clipped apart; data order and draws are functions of (seed, step), so a checkpoint holds no random state.
 """
 
-import json
 import math
 import signal
 import time
@@ -28,12 +27,11 @@ from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.objective import Coefficient
 from remix_cli.recipe import Recipe, load_recipe
-from remix_cli.recipe.loader import dump
 from remix_cli.runs import RunFolder, Subject
 from remix_cli.stats.health import Watch
 from remix_cli.stats.live import StepRouting
 from remix_cli.stats.parameters import count_parameters
-from remix_cli.storage import lock_folder, publish_folder, recover, write_json, write_text
+from remix_cli.storage import lock_folder, publish_folder, recover, write_json
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.console import TrainingConsole
@@ -65,10 +63,10 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
             check_same_recipe(recipe, load_recipe(folder.recipe), folder)
-        if resume and folder.summary.is_file():
+        if resume and folder.summary.exists():
             if main:
                 console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
-            return json.loads(folder.summary.read_text(encoding="utf-8"))
+            return folder.read_summary()
         if main:
             prepare.check_space(recipe, skeleton)
             recover(folder.path)
@@ -135,7 +133,7 @@ class _Run:
         if self.main:
             if not self.resumed:  # only now: whatever could be refused has been
                 prepare.clear_output(self.folder)
-            write_text(self.folder.recipe, dump(self.recipe))
+            self.folder.write_recipe(self.recipe)
             self.recorder = Recorder(self.recipe, self.folder, self.state.step, self.state.evaluation_due)
         with (
             Signals() as self.signals,
@@ -366,31 +364,27 @@ class _Run:
     def _save(self) -> None:
         self.state.coefficient = {"products": self.coefficient.products, "squares": self.coefficient.squares}
         if self.main:
+            keep = self.recipe.train.save_total_limit
             checkpoints.save_checkpoint(
-                self.folder.checkpoints,
-                self.state,
-                self.adapter,
-                self.optimizer,
-                self.identity,
-                self.origin,
-                self.recipe.train.save_total_limit,
+                self.folder.checkpoints, self.state, self.adapter, self.optimizer, self.identity, self.origin, keep
             )
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
         checkpoint, skipped = checkpoints.newest_valid(self.folder.checkpoints)
-        if self.main:
-            for line in skipped:
-                self.console.print(f"skipped a damaged checkpoint: {line}", highlight=False, soft_wrap=True)
+        for line in skipped:
+            self._tell(f"skipped a damaged checkpoint: {line}")
         if checkpoint is None:
             check_nothing_was_saved(self.recipe, self.folder, self.total)
-            if self.main:
-                self.console.print("no checkpoint was saved before the interruption: the run starts from step 0")
-        else:
-            self.state, different = checkpoints.restore(checkpoint, self.adapter, self.optimizer, self.origin)
-            if different and self.main:
-                line = f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made"
-                self.console.print(line, highlight=False, soft_wrap=True)
+            self._tell("no checkpoint was saved before the interruption: the run starts from step 0")
+            return
+        self.state, different = checkpoints.restore(checkpoint, self.adapter, self.optimizer, self.origin)
+        if different:
+            self._tell(f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made")
+
+    def _tell(self, line: str) -> None:
+        if self.main:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _summary(self) -> dict[str, Any]:
         counts = count_parameters(self.adapter)

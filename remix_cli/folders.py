@@ -1,0 +1,224 @@
+"""The run folder: what it holds, its recipe, and what can be refused of it at once. Needs no torch."""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+from remix_cli.adapter.description import CONFIG_FILE, check_shapes, read_description, read_shapes
+from remix_cli.errors import ArtefactError
+from remix_cli.recipe import Recipe, Source, Task, load_recipe
+from remix_cli.recipe.loader import dump
+from remix_cli.recipe.schema import Model
+from remix_cli.storage import read_whole, write_text
+
+RUN_FROM = "# run from "  # in front of the working directory, in the first line of a run's recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what a run holds. `adapter/` is the last adapter, `best/` the one of lowest held-out loss."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def statistics(self) -> Path:
+        return self.path / "stats"
+
+    OWN = (
+        "recipe.yaml",
+        "adapter",
+        "best",
+        "checkpoints",
+        "metrics.jsonl",
+        "summary.json",
+        "eval",
+        "stats",
+        "tensorboard",
+    )
+
+    @property
+    def is_model(self) -> bool:
+        """A model in the hub's format, exported or anyone's, and no run of ours."""
+        return os.path.isfile(self.path / "config.json") and not os.path.isfile(self.recipe)
+
+    def check(self) -> None:
+        """Raises ArtefactError if this is no run folder."""
+        if self.is_model:
+            raise ArtefactError(f"{self.path}: a model, not a run; give the output_dir of a `remix train`")
+        if not os.path.isfile(self.recipe):
+            raise ArtefactError(
+                f"{self.path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`"
+            )
+
+    def model_config(self) -> dict[str, Any]:
+        """Of a model folder, its config.json. Raises ArtefactError."""
+        return _read_object(self.path / "config.json")
+
+    def read_summary(self) -> dict[str, Any]:
+        """What training wrote when it ended. Raises ArtefactError."""
+        return _check_kinds(self.summary, _read_object(self.summary), SUMMARY, "move it away and resume the run")
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """With the working directory in front, from which its relative paths count. Raises StorageError."""
+        write_text(self.recipe, f"{RUN_FROM}{json.dumps(str(Path.cwd()))}\n{dump(recipe)}")
+
+    def load_recipe(self) -> Recipe:
+        """The run's own recipe, its files found from any working directory, also when the folder was moved.
+
+        For a model folder a recipe that says no more than where it is. Raises ArtefactError.
+        """
+        if self.is_model:
+            found = self.model_config()
+            dtype = found.get("dtype") or found.get("torch_dtype")
+            known = get_args(Model.model_fields["dtype"].annotation)
+            model = {"name_or_path": str(self.path), "dtype": dtype if dtype in known else "float32"}
+            data = {"train": [{"path": "rows.jsonl"}]}
+            return Recipe.model_validate({"model": model, "data": data, "output_dir": str(self.path)})
+        self.check()
+        recipe = load_recipe(self.recipe)
+        return _located(recipe, self._origins(recipe.output_dir))
+
+    def _origins(self, output_dir: str) -> list[Path]:
+        """Where relative paths of the recipe may count from, likeliest first.
+
+        Where the run was started; the folder in which this one lies as `output_dir` says, if a whole project was
+        moved or the run is older than that record; here.
+        """
+        origins = []
+        first = self.recipe.read_text(encoding="utf-8").partition("\n")[0]
+        with suppress(ValueError, TypeError):
+            if first.startswith(RUN_FROM):
+                origins.append(Path(json.loads(first.removeprefix(RUN_FROM))))
+        here, below = self.path.absolute(), Path(output_dir).parts
+        if not Path(output_dir).is_absolute() and here.parts[-len(below) :] == below:
+            origins.append(Path(*here.parts[: -len(below)]))
+        return [*origins, Path.cwd()]
+
+
+Kinds = dict[str, type | UnionType]  # of what a JSON object must hold
+SUMMARY: Kinds = {
+    "steps": int,
+    "best_eval_loss": int | float | None,
+    "best_step": int | None,
+    "seconds": int | float,
+    "parameters": dict,
+}
+RESULT: Kinds = {"task": str, "count": int, "scores": dict, "intervals": dict, "shares": list, "protocol": dict}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report of `remix eval`, {"model", "results": [...]}. Raises ArtefactError."""
+    mend = "not a report of `remix eval`, or damaged; evaluate again"
+    report = _check_kinds(path, _read_object(path), {"model": str, "results": list}, mend)
+    for result in report["results"]:
+        _check_kinds(path, result, RESULT, mend)
+        for score, value in result["scores"].items():
+            interval = result["intervals"].get(score)
+            if not isinstance(value, int | float) or not isinstance(interval, list) or len(interval) != 2:
+                raise ArtefactError(f"{path}: no {score} of {result['task']} with its interval; {mend}")
+    return report
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise ArtefactError(f"{path}: damaged: a JSON object was written there")
+    return found
+
+
+def _check_kinds(path: Path, found: Any, kinds: Kinds, mend: str) -> dict[str, Any]:
+    """`found`, if it is an object with these keys. Raises ArtefactError."""
+    bad = next((key for key, kind in kinds.items() if not isinstance(found, dict) or key not in found), None)
+    bad = bad or next((key for key, kind in kinds.items() if not isinstance(found[key], kind)), None)
+    if bad:
+        raise ArtefactError(f"{path}: {bad} is missing or damaged; {mend}")
+    return found
+
+
+def _located(recipe: Recipe, origins: list[Path]) -> Recipe:
+    """The recipe with every relative path from the first of `origins` that has it; others, as hub ids, as they are."""
+
+    def found(path: str) -> str:
+        origin = next((o for o in origins if os.path.exists(o / path)), Path.cwd())
+        return path if origin == Path.cwd() else str(origin / path)
+
+    def source(one: Source) -> Source:
+        return one if one.path is None else one.model_copy(update={"path": found(one.path)})
+
+    def task(one: Task) -> Task:
+        sources = {"source": one.source, "shots_from": one.shots_from}
+        return one.model_copy(update={key: source(value) for key, value in sources.items() if value is not None})
+
+    model = recipe.model.model_copy(update={"name_or_path": found(recipe.model.name_or_path)})
+    rows = {"train": [*map(source, recipe.data.train)], "validation": [*map(source, recipe.data.validation)]}
+    data = recipe.data.model_copy(update=rows)
+    asked = recipe.eval.model_copy(update={"tasks": [*map(task, recipe.eval.tasks)]})
+    return recipe.model_copy(update={"model": model, "data": data, "eval": asked})
+
+
+def check_run(path: Path, *, best: bool = False) -> RunFolder:
+    """The folder of a run that has an adapter, whose description and sizes hold. Raises ArtefactError.
+
+    What can be told without torch, so that whoever names a wrong folder learns it at once.
+    """
+    folder = RunFolder(path)
+    folder.check()
+    where = folder.best if best else folder.adapter
+    if not (where / CONFIG_FILE).is_file():
+        if best and folder.summary.is_file():
+            raise ArtefactError(
+                f"{where}: no evaluation beat the base model, so there is no best adapter; leave out --best"
+            )
+        raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
+    read_whole(where, lambda place: check_shapes(place, read_description(place).config, read_shapes(place)))
+    return folder
+
+
+def report_file(path: Path) -> Path:
+    """A report of `remix eval`: the file itself, or of a run folder its last of the adapter. Raises ArtefactError."""
+    if not os.path.exists(path):
+        raise ArtefactError(f"{path}: no such run folder or report")
+    file = path
+    if path.is_dir():
+        found = [path / "eval" / f"{name}.json" for name in ("adapter", "best", "model")]
+        file = next((f for f in found if f.is_file()), found[0])
+    if not file.is_file():
+        raise ArtefactError(
+            f"{path}: not evaluated yet; run `remix eval {path}` (or name a report, RUN/eval/base.json)"
+        )
+    return file
