@@ -218,7 +218,14 @@ def report_file(path: Path) -> Path:
         found = [path / "eval" / f"{name}.json" for name in ("adapter", "best", "model")]
         file = next((f for f in found if f.is_file()), found[0])
     if not file.is_file():
+        if holds_runs(path):
+            raise ArtefactError(f"{path}: a sweep, not a run; compare it alone, or name runs of it")
         raise ArtefactError(
             f"{path}: not evaluated yet; run `remix eval {path}` (or name a report, RUN/eval/base.json)"
         )
     return file
+
+
+def holds_runs(path: Path) -> bool:
+    """A sweep's folder, as it is from the first run on: ARM/SETTING-seedS/recipe.yaml."""
+    return not os.path.exists(path / "recipe.yaml") and any(path.glob("*/*/recipe.yaml"))

@@ -45,7 +45,7 @@ ALLOWED = {
         "evaluate",
     },
     "verify": {"adapter", "data", "models", "objective"},
-    "sweep": {"recipe", "runs", "train", "evaluate", "streams", "terminal", "packages"},
+    "sweep": {"recipe", "runs", "train", "evaluate", "streams", "terminal", "packages", "folders"},
     "cli": {
         "streams",
         "terminal",

@@ -39,8 +39,8 @@ def sweep_file(stage, tmp_path, sweep, **groups):
 def test_lists_make_a_grid_for_each_arm(stage, tmp_path):
     path = sweep_file(stage, tmp_path, {"arms": ARMS, "seeds": [3, 4]}, router={"learning_rate": [0.1, 0.3]})
     sweep = load_sweep(path)
-    # the list of the recipe counts for both arms, that of an arm for it alone
-    assert [point.setting for point in sweep.points["LoRA"]] == [{"router.learning_rate": r} for r in (0.1, 0.3)]
+    # a list of the recipe counts for the arms that read the key, that of an arm for it alone
+    assert [point.setting for point in sweep.points["LoRA"]] == [{}]
     assert len(sweep.points["ReMix"]) == 4
     last = sweep.points["ReMix"][-1]
     assert (last.recipe.train.learning_rate, last.recipe.router.learning_rate, last.recipe.seed) == (0.02, 0.3, 3)
@@ -49,8 +49,19 @@ def test_lists_make_a_grid_for_each_arm(stage, tmp_path):
     again = sweep.under(last, 4)
     assert (again.recipe.seed, again.folder.name.endswith("seed4")) == (4, True)
     folders = [point.folder for points in sweep.points.values() for point in points]
-    assert len(set(folders)) == 6
+    assert len(set(folders)) == 5
     assert sweep.metric == "eval_loss"
+
+
+def test_shared_settings_of_the_router_are_for_the_arms_that_read_them(stage, tmp_path):
+    arms = ARMS | {"fixed": {"router.fixed": True}}
+    shared = {"estimator": "rtg", "init_std": 1.0}
+    points = load_sweep(sweep_file(stage, tmp_path, {"arms": arms}, router=shared)).points
+    assert points["ReMix"][0].recipe.router.estimator == "rtg"
+    assert points["fixed"][0].recipe.router.init_std == 1.0
+    wrong = {"LoRA": ARMS["LoRA"] | {"router.estimator": "rtg"}}
+    with pytest.raises(RecipeError, match=r"router.estimator: is not read: it does nothing for .* rslora"):
+        load_sweep(sweep_file(stage, tmp_path, {"arms": wrong}))
 
 
 def test_lists_that_a_recipe_takes_anyway_are_no_axes(stage, tmp_path):
@@ -257,6 +268,15 @@ def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypat
     arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
     assert all(one["error"] is None for one in arm["searched"])
     assert arm["chosen"] is not None
+
+
+def test_a_sweep_that_is_not_finished_is_called_so(finished, tmp_path, verb):
+    (tmp_path / "sweep" / "A" / "seed0").mkdir(parents=True)
+    (tmp_path / "sweep" / "A" / "seed0" / "recipe.yaml").write_text("")
+    _, err = verb("compare", tmp_path / "sweep", expect=5)
+    assert err.endswith("this sweep has not come to its end; the `remix sweep` that began it goes on\n")
+    _, err = verb("compare", tmp_path / "sweep", finished, expect=5)
+    assert err.endswith("a sweep, not a run; compare it alone, or name runs of it\n")
 
 
 @pytest.fixture

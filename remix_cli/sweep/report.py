@@ -11,6 +11,7 @@ import numpy as np
 from remix_cli.errors import ArtefactError
 from remix_cli.evaluate.compare import Evaluated, difference_of_protocols, load_evaluated, parts_of, scores_in_common
 from remix_cli.evaluate.statistics import Score, difference_over_seeds, over_seeds
+from remix_cli.folders import holds_runs
 from remix_cli.recipe.sweep import describe
 from remix_cli.sweep.run import FILE
 
@@ -33,11 +34,13 @@ class ArmReport:
 
 
 def is_sweep(path: Path) -> bool:
-    return (path / FILE).is_file()
+    return (path / FILE).is_file() or holds_runs(path)
 
 
 def sweep_report(folder: Path) -> dict[str, Any]:
     """{metric, seeds, reference, arms: [...], skipped: [...]}. Raises ArtefactError."""
+    if not (folder / FILE).is_file():
+        raise ArtefactError(f"{folder}: this sweep has not come to its end; the `remix sweep` that began it goes on")
     try:
         document = json.loads((folder / FILE).read_text(encoding="utf-8"))
         arms = {name: arm for name, arm in document["arms"].items() if arm["reports"]}
