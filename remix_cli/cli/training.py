@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from remix_cli.cli.common import AllowCode, Json, Overrides, RecipePath, app
 from remix_cli.errors import RecipeError
 from remix_cli.streams import outlive
+from remix_cli.terminal import Console
 
 
 @app.command()

@@ -11,13 +11,12 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from remix_cli.errors import DivergedError, Interrupted, RemixError, is_out_of_memory
 from remix_cli.packages import fetch_no_code
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.streams import outlive_both
+from remix_cli.terminal import Console
 
 WIDTH = 100  # of a log
 PATIENCE = 10.0  # seconds a worker whose parent is gone has to save
@@ -56,7 +55,7 @@ def train_run(recipe: Recipe) -> str | None:
     _check_ended()
     folder = RunFolder(Path(recipe.output_dir))
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
+    with folder.path.with_name(f"{folder.path.name}.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
         console = Console(file=log, width=WIDTH)
         try:
             train(recipe, console, resume=folder.recipe.is_file())
@@ -79,7 +78,7 @@ def score_run(recipe: Recipe, allow_code: bool) -> str | None:
     folder = RunFolder(Path(recipe.output_dir))
     if is_scored(recipe):
         return None
-    with folder.path.with_name(f"{folder.path.name}.log").open("a") as log:
+    with folder.path.with_name(f"{folder.path.name}.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
         try:
             evaluate(
                 load_run(folder.path),
