@@ -51,7 +51,7 @@ slow: setup
 	$(BIN)/python -m pytest -m slow
 
 sandbox: setup
-	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/test_sandbox.py
+	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/test_sandbox.py tests/test_sandbox_values.py
 
 agreement: setup model
 	$(BIN)/pip install --quiet --editable '.[lm-eval]'
