@@ -123,6 +123,13 @@ class Source(Strict):
         return self.model_copy(update=update)
 
     @property
+    def place(self) -> str:
+        """Where its rows come from, in short: the name of a file or folder, a hub id, or a reasoning-gym task."""
+        if self.path is None:
+            return self.reasoning_gym or ""
+        return os.path.basename(os.path.abspath(self.path)) if named_locally(self.path) else self.path
+
+    @property
     def label(self) -> str:
         return self.task or self.reasoning_gym or (self.format if self.format != "prompt_completion" else "data")
 
