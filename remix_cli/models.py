@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
+from remix_cli.adapter.patch import is_linear, set_module
 from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
@@ -92,7 +93,7 @@ def _keep_differentiable(base: nn.Module) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def skeleton(model: Model) -> Any:
@@ -101,6 +102,50 @@ def skeleton(model: Model) -> Any:
     code = model.trust_remote_code
     with torch.device("meta"), quiet():
         return _loading(model, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=code))
+
+
+class _Probe(nn.Module):
+    """Stands in a linear layer's place, as an adapted one would, and notes how it is used."""
+
+    def __init__(self, base: nn.Module, name: str, ranks: dict[str, int]):
+        super().__init__()
+        self.base, self.name, self.ranks = base, name, ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ranks.setdefault(self.name, x.dim())
+        return self.base(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            self.ranks[self.name] = 0
+        return super().__getattr__(name) if name == "base" else getattr(self.base, name)
+
+
+@torch.no_grad()
+def input_ranks(model: Any) -> dict[str, int]:
+    """Of a skeleton: how many dimensions the input of each linear layer has in a training pass over two rows, by name.
+
+    3 where rows, positions and width come apart; 2 where tokens come as one list, as those of shared experts do; 0
+    where the layer is not called, or its weight is read past it. Missing is what comes after an operation that needs
+    numbers, which a skeleton has none of.
+    """
+    if hasattr(model, "set_experts_implementation"):  # the others look at numbers
+        model.set_experts_implementation("batched_mm")
+    found: dict[str, int] = {}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    for name, module in linears.items():
+        set_module(model, name, _Probe(module, name, found))
+    model.train()
+    try:
+        with _one_sequence_a_row(), quiet():
+            model(input_ids=torch.zeros(2, 8, dtype=torch.long, device="meta"), use_cache=False)
+    except Exception:  # of whatever code a model brings: the rest shows in the first pass of training
+        return found
+    finally:
+        model.eval()
+        for name, module in linears.items():
+            set_module(model, name, module)
+    return dict.fromkeys(linears, 0) | found
 
 
 def _where(model: Model) -> dict[str, Any]:

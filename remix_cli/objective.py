@@ -204,9 +204,7 @@ def _control_variate(r: Rollouts, beta: float | Tensor) -> tuple[Tensor, Tensor,
     return mine - others, linear, share
 
 
-def _control_variate_from_top(
-    r: Rollouts, top: TopPass, beta: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _control_variate_from_top(r: Rollouts, top: TopPass, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with h of the top-k pass, which no sample's selection enters, for all samples and their baseline."""
     m, n, k = r.chosen.shape[0], r.logits.shape[-1], r.chosen.shape[-1]
     h = _selection_gradients(r)[0]  # (L, B, T, n)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import close
 from test_step import rows
 from tiny import fill_adapter, recipe_text, tiny_model, write_recipe
@@ -14,9 +15,11 @@ from remix_cli.adapter.layer import RoutedLinear
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
+from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import batch_losses
 from remix_cli.recipe import load_recipe
+from remix_cli.recipe.loader import dump
 from remix_cli.recipe.methods import METHODS, PROMPTS
 from remix_cli.recipe.schema import Router
 from remix_cli.runs import load_run
@@ -40,6 +43,33 @@ def small(method):
 
 def ids_of(count=3, length=7):
     return torch.randint(2, 60, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "router", "key", "reason"),
+    [
+        ({"method": "lora"}, {"selections": 4}, "selections", "adapter.method lora"),
+        ({"method": "lora"}, {"scope": "module"}, "scope", "adapter.method lora"),
+        ({"method": "dora"}, {"learning_rate": 0.1}, "learning_rate", "adapter.method dora"),
+        ({"method": "vblora"}, {"estimator": "rtg"}, "estimator", "adapter.method vblora"),
+        ({"method": "mixlora"}, {"lora_gradient": "one"}, "lora_gradient", "adapter.method mixlora"),
+        ({"method": "hydralora"}, {"balance": 0.1}, "balance", "adapter.method hydralora"),
+        ({}, {"balance": 5.0}, "balance", "adapter.method remix"),
+        ({}, {"fixed": True, "learning_rate": 0.1}, "learning_rate", "router.fixed"),
+        ({}, {"fixed": True, "selections": 4}, "selections", "router.fixed"),
+        ({}, {"estimator": "straight_through", "lora_gradient": "top", "selections": 4}, "selections", "draws none"),
+    ],
+)
+def test_what_a_method_does_not_read_of_the_router_is_refused(adapter, router, key, reason, tmp_path):
+    recipe = recipe_text("models/x", tmp_path / "rows.jsonl", tmp_path / "run") | {"adapter": adapter, "router": router}
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe))
+    (line,) = error.value.problems
+    assert f"router.{key}: is not read" in line
+    assert reason in line
+    recipe["router"] = {name: value for name, value in router.items() if name != key}
+    written = dump(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)))
+    assert key not in yaml.safe_load(written)["router"]
 
 
 @pytest.mark.parametrize("method", TRAINED)

@@ -10,6 +10,9 @@ from remix_cli.adapter.config import Method
 
 LINEARS = ("rank", "target_modules", "dropout")
 POOL = ("pool_size", "active", "omega", *LINEARS)
+SOFT_ROUTER = ("scope", "level", "learning_rate", "init_std", "unit_input", "max_grad_norm")
+SAMPLED_ROUTER = ("fixed", "selections", "estimator", "lora_gradient", *SOFT_ROUTER)
+ROUTER = (*SAMPLED_ROUTER, "balance")
 PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that put trained vectors in front of the sequence
 
 
@@ -17,6 +20,7 @@ PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that put trained vectors i
 class MethodFacts:
     summary: str
     settings: tuple[str, ...]  # keys of `adapter` that it reads
+    router_settings: tuple[str, ...] = ()  # keys of `router` that it reads
     learning_rate: float = 1e-3
     router: dict[str, Any] = field(default_factory=dict)  # defaults of the `router` group
     adapter: dict[str, Any] = field(default_factory=dict)  # defaults of the `adapter` group
@@ -27,16 +31,20 @@ class MethodFacts:
 AS_PUBLISHED = {"unit_input": False}
 
 METHODS: dict[Method, MethodFacts] = {
-    "remix": MethodFacts("k of n LoRAs with one constant weight, router by policy gradient (arXiv 2603.10160)", POOL),
+    "remix": MethodFacts(
+        "k of n LoRAs with one constant weight, router by policy gradient (arXiv 2603.10160)", POOL, SAMPLED_ROUTER
+    ),
     "mixlora": MethodFacts(
         "top k of n LoRAs by a renormalised softmax, with a load balance loss (arXiv 2404.15159)",
         POOL,
+        (*SOFT_ROUTER, "balance"),
         router=AS_PUBLISHED | {"balance": 0.01},
         soft=True,
     ),
     "hydralora": MethodFacts(
         "n matrices B for one shared A, all weighted by a softmax (arXiv 2404.19245)",
         tuple(key for key in POOL if key != "active"),
+        SOFT_ROUTER,
         router=AS_PUBLISHED | {"scope": "module"},
         soft=True,
     ),
@@ -58,6 +66,7 @@ METHODS: dict[Method, MethodFacts] = {
     "vblora": MethodFacts(
         "LoRAs put together from a shared bank of vectors (arXiv 2405.15179); the router group's rate is its logits'",
         (*LINEARS, "vectors", "vector_length"),
+        ("learning_rate", "max_grad_norm"),
         router={"learning_rate": 1e-2},
         peft=True,
     ),
@@ -76,6 +85,20 @@ METHODS: dict[Method, MethodFacts] = {
     "p_tuning": MethodFacts("the same, made by a small network (arXiv 2103.10385)", ("virtual_tokens",), peft=True),
     "none": MethodFacts("the base model: zero-shot, or few-shot with `shots` of an evaluation task", ()),
 }
+
+
+def unread_of_router(method: str, fixed: Any, estimator: Any, lora_gradient: Any) -> dict[str, str]:
+    """Keys of the `router` group that a run with these settings does not read, each with the reason."""
+    facts = METHODS[method]  # type: ignore[index]
+    unread = {key: f"does nothing for adapter.method {method}" for key in ROUTER if key not in facts.router_settings}
+    if "fixed" in unread:
+        return unread
+    if fixed is True:
+        trained = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
+        return unread | dict.fromkeys(trained, "says how the router is trained, and router.fixed is true")
+    if estimator == "straight_through" and lora_gradient == "top":
+        unread["selections"] = "counts samples, and straight_through with lora_gradient: top draws none"
+    return unread
 
 
 def fill_defaults(values: Any) -> Any:

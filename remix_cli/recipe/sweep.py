@@ -19,7 +19,9 @@ from pydantic import Field, ValidationError
 
 from remix_cli.errors import RecipeError
 from remix_cli.recipe.loader import RawRecipe, build, models_in, read_raw, set_value
-from remix_cli.recipe.schema import Positive, Recipe, Seed, Strict
+from remix_cli.recipe.methods import METHODS, unread_of_router
+from remix_cli.recipe.schema import Recipe
+from remix_cli.recipe.sources import Positive, Seed, Strict
 
 RANGE = "log_uniform"
 
@@ -100,6 +102,7 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
             except ValueError as error:
                 problems[f"sweep.arms.{arm}: {error}"] = None
         own = set(changes)
+        _leave_to_others(one.values, own)
         try:
             points[arm] = _points(one, arm, own, group, Path(str(root)))
         except RecipeError as error:
@@ -113,6 +116,18 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     first = next(iter(points.values()))[0].recipe
     metric = group.metric or first.train.metric_for_best_model
     return Sweep(Path(str(root)), group.seeds, metric, list(group.arms), points)
+
+
+def _leave_to_others(values: dict[str, Any], own: set[str]) -> None:
+    """Take out the shared settings of the router that this arm has no use for; what the arm itself sets stays."""
+    router, adapter = values.get("router"), values.get("adapter", {})
+    method = adapter.get("method", "remix") if isinstance(adapter, dict) else None
+    if not isinstance(router, dict) or method not in METHODS or "router" in own:
+        return
+    unread = unread_of_router(method, router.get("fixed"), router.get("estimator"), router.get("lora_gradient"))
+    for key in unread:
+        if f"router.{key}" not in own:
+            router.pop(key, None)
 
 
 def _matching(arms: list[str], only: str | None) -> list[str]:

@@ -25,7 +25,8 @@ def make_schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
     """The factor on both groups' learning rates at each step, counted from 0: a function, so nothing to restore.
 
     The four curves are those of transformers.get_scheduler. Its module imports whatever is installed of peft,
-    bitsandbytes and accelerate, and bitsandbytes asks the hub for kernels; so they are written out.
+    bitsandbytes and accelerate, and bitsandbytes asks the hub for kernels; so they are written out. One departure:
+    the first step of a warm-up has the rate of its second there, because a step at rate 0 trains nothing.
     """
     kind = recipe.train.lr_scheduler_type
     warmup = math.ceil(recipe.train.warmup_ratio * steps)
@@ -34,7 +35,7 @@ def make_schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
         if kind == "constant":
             return 1.0
         if step < warmup:
-            return step / warmup
+            return (step + 1) / warmup
         if kind == "constant_with_warmup":
             return 1.0
         progress = (step - warmup) / max(1, steps - warmup)

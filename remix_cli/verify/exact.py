@@ -93,9 +93,7 @@ class Enumeration:
         """Gradients at the logits of all trajectories, (J, L, B, T, n), to the routers' parameters, flat."""
         return torch.einsum("jlbtn,jlbtd->lnd", slopes, self.all.directions).flatten()
 
-    def mean_estimate(
-        self, estimator: str, beta: float = 0.0, one_backward: bool = False, top: bool = False
-    ) -> Tensor:
+    def mean_estimate(self, estimator: str, beta: float = 0.0, one_backward: bool = False, top: bool = False) -> Tensor:
         """E over all J x J pairs of the estimator with M = 2, flat; `top`: with a pass under the top k beside them.
 
         Without `one_backward` the two samples play the same part, so each unordered pair is worked out once.
@@ -107,7 +105,9 @@ class Enumeration:
         slopes = torch.zeros_like(self.all.logits)
 
         def pair(logits: Tensor, losses: Tensor, chosen: Tensor, h: Tensor) -> Tensor:
-            return self.bed.surrogate(logits, Rollout(losses, logits, chosen, h, h), estimator, beta, one_backward, beside)
+            return self.bed.surrogate(
+                logits, Rollout(losses, logits, chosen, h, h), estimator, beta, one_backward, beside
+            )
 
         each = vmap(grad(pair))
         for index in pairs.split(CHUNK):  # (C, 2)
