@@ -14,6 +14,9 @@ from remix_cli.adapter import kernel, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.product import gates_of, pool_linear
 from remix_cli.adapter.trace import Decision, RoutingState, Trace, Weighting
+from remix_cli.errors import RecipeError
+
+ONE_LIST = "is given the tokens of all rows as one list (as experts are), in which no router can follow a row"
 
 
 class BlockPass:
@@ -91,8 +94,10 @@ class Router(nn.Module):
         """What the block's pools are weighted by at each position, following the current trace's mode.
 
         With `level: sequence` one weighting for the sequence: the first forward pass under a trace decides for all
-        later ones.
+        later ones. Raises RecipeError if x is no (B, T, D).
         """
+        if x.dim() != 3:
+            raise RecipeError(f"adapter.target_modules: {self.name} {ONE_LIST}")
         trace = self.state.trace or Trace(record=False)
         if self.name in trace.kept:
             return trace.kept[self.name]

@@ -1,7 +1,7 @@
 """Put a routed adapter on a model and take it off again."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -27,18 +27,23 @@ def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
-    linears = [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
+    linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head]
     found: set[str] = set()
     for pattern in patterns:
         hits = {n for n in linears if n == pattern or n.endswith(f".{pattern}") or _full_match(pattern, n)}
         if not hits:
-            have = ", ".join(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in linears))
+            have = ", ".join(last_names(linears)) or "no nn.Linear at all"
             raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")
         found |= hits
     return [name for name in linears if name in found]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def last_names(names: Iterable[str]) -> list[str]:
+    """What users call modules: `up_proj` of `model.layers.0.mlp.up_proj`, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def is_linear(module: nn.Module) -> bool:
     """nn.Linear and what quantisation libraries put in its place."""
     return isinstance(module, nn.Linear) or (
         hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
@@ -146,7 +151,7 @@ class Adapter:
 
     def _swap(self, base: bool) -> None:
         for name, linear in self.linears.items():
-            _set_module(self.model, name, linear.base_layer if base else linear)
+            set_module(self.model, name, linear.base_layer if base else linear)
 
     def remove(self) -> None:
         """Restore the model as it was before `apply_adapter`."""
@@ -177,7 +182,7 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
             router.local = router.local and last_layer is not None and _is_local(name, last_layer)
         linear = RoutedLinear(base, config, router, adapter.state)
         adapter.linears[name] = linear
-        _set_module(model, name, linear)
+        set_module(model, name, linear)
     generator = torch.Generator().manual_seed(seed)
     parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
     for part in parts:
@@ -237,7 +242,7 @@ def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
     ]
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from remix_cli.adapter.patch import Adapter, TargetError
+from remix_cli.adapter.layer import ONE_LIST
+from remix_cli.adapter.patch import Adapter, TargetError, last_names
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError
 from remix_cli.methods.apply import apply_method
-from remix_cli.models import skeleton
+from remix_cli.models import input_ranks, skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
@@ -46,6 +47,7 @@ def check_recipe(recipe: Recipe) -> Adapter:
                 f"data.max_length: {recipe.data.max_length}{also}, but the model reads at most {limit} tokens"
             )
         adapter = apply_method(model, recipe.adapter_config(), seed=recipe.seed)
+        problems += _check_inputs(adapter)
     except RecipeError as error:
         problems += error.problems
     except TargetError as error:
@@ -53,6 +55,26 @@ def check_recipe(recipe: Recipe) -> Adapter:
     if problems:
         raise RecipeError(*problems)
     return adapter
+
+
+def _check_inputs(adapter: Adapter) -> list[str]:
+    """Problems with how the model uses its targets: a LoRA needs to be called, a router to see rows and positions."""
+    if not adapter.linears:
+        return []
+    model: Any = adapter.model
+    with adapter.disabled():
+        ranks = input_ranks(model)
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        head = next((name for name, module in model.named_modules() if module is output), None)
+    needed = (3,) if adapter.routers else (2, 3)
+    unfit = [name for name, rank in ranks.items() if rank not in needed]
+    bad = next((name for name in unfit if name in adapter.linears), None)
+    if bad is None:
+        return []
+    could = [name for name in last_names(ranks) if name not in last_names([*unfit, str(head)])]
+    uncalled = "is not called as a layer in training: its weight is read directly, or not at all"
+    what = ONE_LIST if ranks[bad] else uncalled
+    return [f"adapter.target_modules: {bad} {what}; {adapter.config.method} can adapt: {', '.join(could) or 'nothing'}"]
 
 
 def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -1,0 +1,123 @@
+"""Whatever passes the checks before training also takes a step, whatever the architecture."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import recipe_text, write_rows
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from remix_cli.data.batches import collate
+from remix_cli.data.encode import EncodedRow
+from remix_cli.errors import RecipeError
+from remix_cli.methods.apply import apply_method
+from remix_cli.recipe import Recipe
+from remix_cli.train.prepare import check_recipe
+from remix_cli.train.step import accumulate_gradients
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+GATES, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
+ABSENT, LISTED, UNCALLED = "no linear layer matches", "as one list", "is not called as a layer"
+CASES = [
+    ("llama", GATES, None),
+    ("gemma3_text", GATES, None),
+    ("qwen3_5_text", GATES, None),
+    ("glm4_moe", GATES, None),
+    ("jamba", GATES, None),
+    ("recurrent_gemma", GATES, None),
+    ("qwen2_moe", GATES, LISTED),
+    ("qwen2_moe", ATTENTION, None),
+    ("qwen3_next", GATES, LISTED),
+    ("qwen3_next", ["in_proj_qkvz", "out_proj"], None),
+    ("qwen3_5_moe_text", GATES, LISTED),
+    ("ernie4_5_moe", GATES, LISTED),
+    ("llama4_text", GATES, LISTED),
+    ("llama4_text", ATTENTION, None),
+    ("mixtral", GATES, ABSENT),
+    ("mixtral", ATTENTION, None),
+    ("gpt_oss", GATES, ABSENT),
+    ("gpt_oss", ATTENTION, None),
+    ("phimoe", ATTENTION, None),
+    ("olmoe", ATTENTION, None),
+    ("mamba", GATES, ABSENT),
+    ("mamba", ["in_proj"], None),
+    ("mamba", ["in_proj", "out_proj"], UNCALLED),
+    ("gpt2", GATES, ABSENT),
+]
+
+
+def recipe(folder, family, targets, scope="block") -> Recipe:
+    config = CONFIG_MAPPING[family](**(MAMBA if family == "mamba" else SHAPE))
+    config.save_pretrained(folder)
+    rows = write_rows(folder / "rows.jsonl", 4)
+    text = recipe_text(folder, rows, folder / "out", router={"scope": scope}, adapter={"target_modules": targets})
+    return Recipe.model_validate(text)
+
+
+def adapting(wanted: Recipe, **changes) -> Recipe:
+    return wanted.model_copy(update={"adapter": wanted.adapter.model_copy(update=changes)})
+
+
+def step(wanted: Recipe) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(wanted.model.name_or_path)
+    model = AutoModelForCausalLM.from_config(config).float().requires_grad_(False).train()
+    adapter = apply_method(model, wanted.adapter_config(), seed=0)
+    batch = collate([EncodedRow(row, row > 6, "t") for row in (np.arange(3, 15), np.arange(5, 13))])
+    accumulate_gradients(
+        model,
+        adapter,
+        batch,
+        wanted.router,
+        targets_in_step=float(len(batch.targets)),
+        seed=(0, 0),
+        beta=0.0,
+        backward=lambda loss: loss.backward(),
+        loss_scale=1.0,
+        dropout_seed=0,
+    )
+    assert all(p.grad is not None for p in adapter.lora_parameters().values())
+
+
+@pytest.mark.parametrize("scope", ["block", "module"])
+@pytest.mark.parametrize(("family", "targets", "refused"), CASES)
+def test_what_the_checks_pass_takes_a_step(family, targets, refused, scope, tmp_path):
+    wanted = recipe(tmp_path, family, targets, scope)
+    if refused is None:
+        check_recipe(wanted)
+        step(wanted)
+        return
+    with pytest.raises(RecipeError, match=refused) as error:
+        check_recipe(wanted)
+    assert len(error.value.problems) == 1
+    if refused == LISTED:  # a skeleton of unusual code may not tell; then the first pass does
+        with pytest.raises(RecipeError, match=refused):
+            step(wanted)
+    if refused != ABSENT:  # what the message offers is true
+        could = str(error.value).partition("remix can adapt: ")[2].split(", ")
+        check_recipe(adapting(wanted, target_modules=could))
+        step(adapting(wanted, target_modules=could))
+
+
+def test_a_method_without_a_router_adapts_shared_experts(tmp_path):
+    wanted = adapting(recipe(tmp_path, "qwen2_moe", GATES), method="rslora")
+    check_recipe(wanted)
+    step(wanted)
+    with pytest.raises(RecipeError, match=UNCALLED):
+        check_recipe(adapting(recipe(tmp_path, "mamba", ["out_proj"]), method="rslora"))
