@@ -1,6 +1,7 @@
 """The tasks of `remix eval`: what is asked, how answers are read, and that nothing depends on batches."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -139,7 +140,8 @@ def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finis
         patch.setattr(scorer, "run", stops)
         with pytest.raises(KeyboardInterrupt):
             run.evaluate(subject, [one], settings, _silent)
-    partial = finished / "eval" / f"adapter-{task}.partial.jsonl"
+    (label,) = run.result_labels(subject.recipe, [one])
+    partial = finished / "eval" / f"adapter-{label}.partial.jsonl"
     partial.write_bytes(partial.read_bytes() + b'{"item": 3, "torn')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "run", lambda self, todo: (asked.append(a[0]) or a for a in plain(self, todo)))
@@ -149,7 +151,7 @@ def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finis
     (result,) = report["results"]
     assert result["asked"] == 2
     assert result["count"] == 4
-    lines = [json.loads(line) for line in (finished / "eval" / f"adapter-{task}.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (finished / "eval" / f"adapter-{label}.jsonl").read_text().splitlines()]
     assert [line["item"] for line in lines] == [0, 1, 2, 3]
     assert all(line["prompt"] for line in lines)
     for name, value in result["scores"].items():
@@ -273,7 +275,7 @@ def test_compare_is_paired_and_refuses_what_was_not_asked_the_same(verb, finishe
     assert "skipped nll" in out
     assert "gsm8k" in out
     assert "two runs or more" in verb("compare", finished, expect=2)[1]
-    assert "not evaluated" in verb("compare", finished, finished / "nothing", expect=5)[1]
+    assert "no such run folder" in verb("compare", finished, finished / "nothing", expect=5)[1]
 
 
 def test_X11_a_killed_evaluation_counts_every_item_once(finished, tmp_path):
@@ -331,13 +333,37 @@ def test_answers_of_an_interrupted_evaluation_that_were_changed_are_asked_again(
     assert "digest" not in final[0]
 
 
+def test_another_data_set_is_scored_beside_the_runs_own_rows_and_replaces_nothing(verb, finished, tmp_path):
+    from tiny import write_rows
+
+    folder = shutil.copytree(finished, tmp_path / "run")
+    verb("eval", folder, "--task", "nll")
+    own = json.loads((folder / "eval" / "adapter.json").read_text())["results"][0]
+    answers = (folder / "eval" / "adapter-nll.jsonl").read_bytes()
+    other = write_rows(tmp_path / "test.jsonl", 5, seed=9)
+    verb("eval", folder, "--task", "nll", "--data", other)
+    (tmp_path / "elsewhere").mkdir()
+    third = write_rows(tmp_path / "elsewhere" / "test.jsonl", 6, seed=10)
+    out, _ = verb("eval", folder, "--task", "nll", "--data", third)
+    results = {r["task"]: r for r in json.loads((folder / "eval" / "adapter.json").read_text())["results"]}
+    assert results["nll"] == own
+    assert (folder / "eval" / "adapter-nll.jsonl").read_bytes() == answers
+    assert results["nll@test"]["count"] == 5
+    (same_name,) = set(results) - {"nll", "nll@test"} - {t for t in results if not t.startswith("nll")}
+    assert same_name.startswith("nll@test-")
+    assert results[same_name]["count"] == 6
+    assert same_name in out
+    verb("eval", folder, "--task", "nll", "--data", other, "--base")
+    assert "nll@test" in verb("compare", folder / "eval" / "base.json", folder)[0]
+
+
 def test_a_model_folder_is_evaluated_like_the_base_of_a_run(verb, finished, stage, tmp_path):
     import shutil
 
     model = shutil.copytree(stage[0], tmp_path / "model")
     verb("eval", model, "--task", "gsm8k", "--data", stage[1], "--limit", 5)
     verb("eval", finished, "--task", "gsm8k", "--data", stage[1], "--limit", 5, "--base")
-    theirs, ours = (f / "eval" / n for f, n in ((model, "model-gsm8k.jsonl"), (finished, "base-gsm8k.jsonl")))
+    theirs, ours = (f / "eval" / n for f, n in ((model, "model-gsm8k@rows.jsonl"), (finished, "base-gsm8k@rows.jsonl")))
     assert [json.loads(a)["prompt"] for a in theirs.read_text().splitlines()] == [
         json.loads(b)["prompt"] for b in ours.read_text().splitlines()
     ]

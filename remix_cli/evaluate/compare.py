@@ -37,11 +37,26 @@ class Evaluated:
     summary: dict[str, Any]
 
     read: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # lines by task
+    own_name: dict[str, str] = field(default_factory=dict)  # of a task that the first report calls otherwise
+
+    def result(self, task: str) -> dict[str, Any] | None:
+        """The result of a task under the first report's name for it."""
+        name = self.own_name.get(task, task)
+        return next((r for r in self.report["results"] if r["task"] == name), None)
 
     def lines(self, task: str) -> list[dict[str, Any]]:
         if task not in self.read:
-            self.read[task] = self._read(task)
+            self.read[task] = self._read(self.own_name.get(task, task))
         return self.read[task]
+
+    def match(self, first: "Evaluated") -> None:
+        """Find the results that answer what the first report's did, whatever they are called: a model folder has no
+        recipe that says which rows are its own."""
+        for theirs in first.report["results"]:
+            candidates = [r for r in self.report["results"] if not difference_of_protocols(theirs, r)]
+            names = [r["task"] for r in candidates]
+            if names and theirs["task"] not in names:
+                self.own_name[theirs["task"]] = names[0]
 
     def _read(self, task: str) -> list[dict[str, Any]]:
         path = self.folder / f"{self.report['model']}-{task}.jsonl"
@@ -76,10 +91,13 @@ def compare(paths: list[Path]) -> dict[str, Any]:
     if len(paths) < 2:
         raise RecipeError("compare needs two runs or more")
     runs = [load_evaluated(path) for path in paths]
-    results = [{r["task"]: r for r in run.report["results"]} for run in runs]
-    tasks = [task for task in results[0] if all(task in found for found in results)]
+    for run in runs[1:]:
+        run.match(runs[0])
+    asked = [r["task"] for r in runs[0].report["results"]]
+    results = [{task: r for task in asked if (r := run.result(task)) is not None} for run in runs]
+    tasks = [task for task in asked if all(task in found for found in results)]
     if not tasks:
-        had = "; ".join(f"{run.label}: {', '.join(found)}" for run, found in zip(runs, results, strict=True))
+        had = "; ".join(f"{run.label}: {', '.join(r['task'] for r in run.report['results'])}" for run in runs)
         raise RecipeError(f"no task was evaluated in all of them ({had})")
     skipped = []
     for task in list(tasks):
@@ -128,7 +146,8 @@ def scores_in_common(results: list[dict[str, Any]]) -> list[str]:
 
 def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
     """(2, S) numerators and denominators of the score; the samples of one problem are one item."""
-    result = next(r for r in run.report["results"] if r["task"] == task)
+    result = run.result(task)
+    assert result is not None  # who asks has found it there
     samples = result["protocol"].get("samples", 1)
     try:
         parts = parts_of_lines(run.lines(task), score, samples)

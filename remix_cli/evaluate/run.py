@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ import remix_cli
 from remix_cli.errors import RecipeError
 from remix_cli.evaluate.results import Lines, open_lines
 from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
-from remix_cli.recipe import Task
+from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.schema import labelled
 from remix_cli.runs import LoadedRun
 from remix_cli.sandbox import outside as sandbox
@@ -37,7 +38,15 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
             scope.enter_context(run.adapter.disabled())
         elif settings.active is not None:
             scope.enter_context(run.adapter.activating(settings.active))
-        scorers = {label: SCORERS[task.task](run, task, settings) for label, task in labelled(tasks)}
+        target = run.folder.evaluations / f"{name}.json"
+        kept = _kept_data(target)
+        scorers = {}
+        for label, task in zip(result_labels(run.recipe, tasks), tasks, strict=True):
+            scorer = SCORERS[task.task](run, task, settings)
+            data = scorer.stamp()["data"]
+            if OTHER_DATA in label and kept.get(label, data) != data:  # another file of the same name
+                label = f"{label}-{data[:6]}"
+            scorers[label] = scorer
         finished: list[Lines] = []
         results = []
         for label, scorer in scorers.items():
@@ -45,12 +54,43 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
             results.append(_score(label, scorer, lines, stamp, progress) | {"task_digest": task_digest(scorer.task)})
             finished.append(lines)
-        target = run.folder.evaluations / f"{name}.json"
         report = {"model": name, "results": results + _other_results(target, results)}
         write_json(target, report)
         for lines in finished:  # only now: until here an interruption must find them
             lines.publish()
     return report | {"results": results, "file": str(target)}
+
+
+OTHER_DATA = "@"  # parts a task's name from that of a data set which is not the recipe's
+
+
+def result_labels(recipe: Recipe, tasks: list[Task]) -> list[str]:
+    """What the results of `tasks` are called: as the recipe labels them, and on other rows `gsm8k@rows`.
+
+    So the score of another data set stands beside the run's own, never in its place.
+    """
+    own = labelled(recipe.eval.tasks)
+    labels: list[str] = []
+    for task in tasks:
+        same = (name for name, known in own if (known.task, known.source) == (task.task, task.source))
+        label = next((name for name in same if name not in labels), None)
+        if label is None:
+            sources = [known.source for _, known in own if known.task == task.task]
+            elsewhere = task.source is not None and task.source not in sources
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(task.source.place).stem)[:80] if task.source else ""
+            label = f"{task.task}{OTHER_DATA}{name}" if elsewhere else task.task
+        while label in labels:
+            label += "-again"
+        labels.append(label)
+    return labels
+
+
+def _kept_data(target: Path) -> dict[str, str]:
+    """The data of each result that the report already holds."""
+    try:
+        return {r["task"]: r["protocol"]["data"] for r in json.loads(target.read_text(encoding="utf-8"))["results"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _other_results(target: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
