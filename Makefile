@@ -36,8 +36,9 @@ demo: setup model
 	$(BIN)/remix eval $(RUN)
 	$(BIN)/remix route-stats $(RUN)
 
+# two processes of one thread each; a file's tests share fixtures, so they stay together
 test: setup model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # 2,000 kills, every file-changing call killed and refused, 200 signals: about twenty minutes on one core
 kills: setup
