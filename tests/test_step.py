@@ -9,9 +9,10 @@ from remix_cli.adapter import layer, routing
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter, apply_adapter, compile_unadapted
 from remix_cli.adapter.product import gates_of
-from remix_cli.adapter.trace import Weighting
+from remix_cli.adapter.trace import Trace, Weighting
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
+from remix_cli.models import batch_losses
 from remix_cli.recipe.schema import Router
 from remix_cli.train import step as step_module
 from remix_cli.train.step import accumulate_gradients
@@ -70,7 +71,7 @@ def same(a, b, relative=1e-5):
 
 
 @pytest.mark.parametrize("estimator", ["rtg", "control_variate", "straight_through"])
-@pytest.mark.parametrize("gradient", ["mean", "one"])
+@pytest.mark.parametrize("gradient", ["mean", "one", "top"])
 def test_accumulation_changes_nothing(estimator, gradient):
     router = Router(estimator=estimator, selections=3, lora_gradient=gradient)
     assert same(gradients(router, cuts=(2, 2)), gradients(router))
@@ -140,6 +141,43 @@ def test_straight_through_is_the_gradient_through_inclusion_probabilities(monkey
     monkeypatch.setattr(layer.Router, "forward", forward)
     (step_module.batch_losses(model, batch).sum() / len(batch.targets)).backward()
     assert all(close(ours[name], p.grad, 1e-5) for name, p in adapter.parameters().items())
+
+
+def test_a_fixed_router_trains_the_loras_under_the_top_k_in_one_pass_and_never_moves():
+    model, adapter = build()
+    batch = collate(rows(), 0)
+    found = gradients(Router(fixed=True))
+    assert all("lora" in name for name in found)
+    with adapter.tracing(Trace(prompt=batch.prompt)):  # no noise: the top k
+        (batch_losses(model, batch).sum() / len(batch.targets)).backward()
+    assert same(found, {name: p.grad for name, p in adapter.lora_parameters().items()})
+
+
+@pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate", "straight_through"])
+def test_with_a_pass_under_the_top_k_the_loras_learn_from_it_alone(estimator):
+    """Whatever is sampled beside it moves the router only."""
+    found = gradients(Router(estimator=estimator, selections=1, lora_gradient="top"))
+    fixed = gradients(Router(fixed=True))
+    assert same({name: found[name] for name in fixed}, fixed)
+    routers = [name for name in found if name.endswith("router")]
+    assert routers
+    assert all(found[name].abs().max() > 0 for name in routers)
+
+
+def test_straight_through_from_the_top_k_is_h_times_the_slope_of_the_inclusion_probabilities():
+    model, adapter = build()
+    batch = collate(rows(), 0)
+    trace = Trace(selection_grad=True, prompt=batch.prompt)
+    with adapter.tracing(trace):
+        (batch_losses(model, batch).sum() / len(batch.targets)).backward()
+    found = gradients(Router(estimator="straight_through", lora_gradient="top"))
+    for name, router in adapter.routers.items():
+        decision = trace.decisions[name]
+        logits = (decision.inputs @ router.weight.T) / decision.length
+        h = decision.weights.grad * adapter.config.scale * batch.mask.unsqueeze(-1)
+        pi = routing.inclusion_probabilities(logits, adapter.config.active)
+        (expected,) = torch.autograd.grad((h * pi).sum(), router.weight)
+        assert close(found[f"{name}.router"], expected, 1e-4)
 
 
 def test_one_selection_gives_the_lora_gradient_of_that_selection():

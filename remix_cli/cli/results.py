@@ -113,7 +113,7 @@ def compare(
         if len(runs) > 1 or not os.path.exists(run):  # one alone may be a sweep
             report_file(run)
     from remix_cli.sweep.report import is_sweep, sweep_report
-    from remix_cli.sweep.tables import sweep_tables
+    from remix_cli.sweep.tables import sweep_notes, sweep_tables
 
     if len(runs) == 1 and is_sweep(runs[0]):
         report = sweep_report(runs[0])
@@ -123,6 +123,8 @@ def compare(
         for table in sweep_tables(report):
             Console().print(table)
             print()
+        for line in sweep_notes(report):
+            Console().print(line, highlight=False, soft_wrap=True)
         for line in report["skipped"]:
             Console().print(f"skipped {line}", highlight=False)
         return

@@ -104,7 +104,7 @@ def sweep(
         return
     from remix_cli.sweep.report import sweep_report
     from remix_cli.sweep.run import run_sweep
-    from remix_cli.sweep.tables import sweep_tables
+    from remix_cli.sweep.tables import sweep_notes, sweep_tables
 
     run_sweep(plan, processes, lambda line: console.print(line, highlight=False, soft_wrap=True), allow_code)
     found = sweep_report(plan.folder)
@@ -114,6 +114,9 @@ def sweep(
     for table in sweep_tables(found):
         console.print()
         console.print(table)
+    console.print()
+    for line in sweep_notes(found):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"\nagain, without training: remix compare {plan.folder}", highlight=False, soft_wrap=True)
 
 

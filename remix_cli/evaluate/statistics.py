@@ -88,21 +88,52 @@ def student(freedom: float) -> float:
     return _NORMAL + (_NORMAL**3 + _NORMAL) / (4 * freedom)
 
 
+def seeds_to_settle(difference: Score, seeds: int, limit: int = 1000) -> int | None:
+    """About how many paired seeds would separate a difference of this size from 0, if its spread stays what it is.
+
+    None if it is separated already, or if not even `limit` would do. `difference` is over `seeds` of them.
+    """
+    half = (difference.high - difference.low) / 2
+    if seeds < 2 or not half or abs(difference.value) > half:
+        return None
+    deviation = half / student(seeds - 1) * math.sqrt(seeds)
+    for count in range(seeds + 1, limit + 1):
+        if student(count - 1) * deviation / math.sqrt(count) < abs(difference.value):
+            return count
+    return None
+
+
+FEW = 30  # items below which a mean over them decides little
+
+
+def too_few(count: int) -> str:
+    """What to say of a choice that rests on so many rows; empty if they are enough to say nothing."""
+    if count >= FEW:
+        return ""
+    if not count:
+        return "none, so nothing chooses best/ or between settings; set data.validation_fraction or data.validation"
+    return f"{count} only; what is chosen by them is chosen by chance: give more ({FEW} at least, hundreds are better)"
+
+
 def over_seeds(values: list[float], share: bool) -> Score:
     """The mean of one score over runs that differ in their seed; Student's interval, unbounded for a single run."""
     centre = float(np.mean(values))
     if len(values) < 2:
         return Score(centre, -math.inf, math.inf, 1, share)
     half = student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Score(centre, centre - half, centre + half, len(values), share)
+    low, high = centre - half, centre + half
+    if share:  # no proportion lies outside of these, whatever few runs say
+        low, high = max(0.0, low), min(1.0, high)
+    return Score(centre, low, high, len(values), share)
 
 
-def difference_over_seeds(first: np.ndarray, second: np.ndarray, share: bool) -> Score:
+def difference_over_seeds(first: np.ndarray, second: np.ndarray, share: bool, paired: bool = False) -> Score:
     """Second minus first, each (seeds, 2, S): numerators and denominators of the same S items under each seed.
 
     The interval knows both that the test set is a sample and that a training run is one: the variance of the means'
     difference over resampled items (the same for both), plus each side's variance over its seeds, with Student's t at
     Welch and Satterthwaite's degrees of freedom. A side of a single run adds nothing: then it is about items only.
+    `paired`: the runs of one place share their seed, so it is the variance of their differences that counts.
     """
     parts = [runs.sum(-1) for runs in (first, second)]  # (seeds, 2)
     scores = [part[:, 0] / part[:, 1] for part in parts]  # (seeds,)
@@ -110,9 +141,10 @@ def difference_over_seeds(first: np.ndarray, second: np.ndarray, share: bool) ->
     for runs in (first, second):
         sums = _resampled(runs.reshape(-1, runs.shape[-1])).reshape(len(runs), 2, -1)  # (seeds, 2, RESAMPLES)
         drawn.append((sums[:, 0] / sums[:, 1]).mean(0))
-    seeds = [float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else 0.0 for x in scores]
+    varying = [scores[1] - scores[0]] if paired else scores
+    seeds = [float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else 0.0 for x in varying]
     variance = float(np.var(drawn[1] - drawn[0])) + sum(seeds)
-    spread = sum(v**2 / (len(x) - 1) for v, x in zip(seeds, scores, strict=True) if len(x) > 1)
+    spread = sum(v**2 / (len(x) - 1) for v, x in zip(seeds, varying, strict=True) if len(x) > 1)
     half = student(variance**2 / spread if spread else math.inf) * math.sqrt(variance)
     value = float(scores[1].mean() - scores[0].mean())
     return Score(value, value - half, value + half, first.shape[-1], share)

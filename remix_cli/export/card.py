@@ -91,8 +91,13 @@ def _method(run: LoadedRun) -> list[str]:
         f"- method: ReMix ([arXiv 2603.10160](https://arxiv.org/abs/2603.10160)), remix {remix_cli.__version__}: "
         f"{c.active} of {c.pool_size} LoRAs of rank {c.rank} for each {'token' if c.level == 'token' else 'sequence'}, "
         f"each weighted by omega = {c.scale:.6g}, on {', '.join(c.target_modules)}; one router per {c.scope}",
-        f"- router: {run.recipe.router.estimator}, M = {run.recipe.router.selections}",
+        f"- router: {_router(run)}",
     ]
+
+
+def _router(run: LoadedRun) -> str:
+    router = run.recipe.router
+    return "fixed, the top k of its random start" if router.fixed else f"{router.estimator}, M = {router.selections}"
 
 
 def _licence(base: str) -> str | None:

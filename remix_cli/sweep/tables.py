@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from remix_cli.evaluate.statistics import too_few
 from remix_cli.evaluate.tables import number, plain_table
 
 
@@ -15,9 +16,12 @@ def sweep_tables(report: dict[str, Any]) -> list[Table]:
         costs.add_column(column, justify="left" if column in ("arm", "setting") else "right", overflow="fold")
     for arm in report["arms"]:
         held = "-" if arm["validation"] is None else f"{arm['validation']:.4f}"
+        shown = arm["setting"]
+        for setting in arm["edges"]:
+            shown = shown.replace(setting, f"{setting} (edge)")
         costs.add_row(
             arm["arm"],
-            arm["setting"].replace(", ", "\n") or "-",
+            shown.replace(", ", "\n") or "-",
             held,
             f"{arm['trained_parameters']:,}",
             f"{arm['active_parameters']:,}",
@@ -35,6 +39,24 @@ def sweep_tables(report: dict[str, Any]) -> list[Table]:
                 table.add_row(*_scores(arm, name))
         tables.append(table)
     return tables
+
+
+def sweep_notes(report: dict[str, Any]) -> list[str]:
+    """The verdicts in words, and what to mind about them."""
+    lines = []
+    for name in dict.fromkeys(name for arm in report["arms"] for name in arm["verdicts"]):
+        lines.append(f"{name}, against {report['reference']}:")
+        lines += [f"  {arm['arm']}: {arm['verdicts'][name]}" for arm in report["arms"] if name in arm["verdicts"]]
+    for arm in report["arms"]:
+        if arm["edges"]:
+            lines.append(
+                f"{arm['arm']}: the best {', '.join(arm['edges'])} lies at an edge of what was tried; try beyond it"
+            )
+    rows = next((arm["held_out_rows"] for arm in report["arms"] if arm["held_out_rows"] is not None), None)
+    if rows is not None:
+        few = too_few(rows)
+        lines.append(f"settings chosen by {rows} held-out rows" + (f": {few}" if few else ""))
+    return lines
 
 
 def _scores(arm: dict[str, Any], name: str) -> list[str]:

@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from remix_cli.data.splits import TrainingData
-from remix_cli.objective import ESTIMATORS
+from remix_cli.evaluate.statistics import too_few
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import METHODS
 from remix_cli.stats.parameters import ParameterCounts
+from remix_cli.train.step import describe_router
 
 SHOWN = ("flexible", "letter", "text_norm", "score")  # of the tasks scored during training
 
@@ -62,8 +63,10 @@ class TrainingConsole:
             f"adapter   {counts.describe()}",
         ]
         if recipe.adapter_config().samples:
-            estimator = ESTIMATORS[recipe.router.estimator]
-            lines.append(f"router    {estimator.name}, M = {recipe.router.selections}: {estimator.summary}")
+            lines.append(f"router    {describe_router(recipe.router)}")
+        few = too_few(len(data.validation.rows))
+        if few:
+            lines.append(f"warning   held-out rows: {few}")
         for line in [*lines, f"steps     {step} -> {total}, {data.plan.rows_per_step} rows each"]:
             self.line(line)
 

@@ -26,7 +26,7 @@ class Evaluation:
                 self.scorers[label] = SCORERS[task.task](subject, task, settings)
 
     def measure(self, advance: Callable[[int], None]) -> dict[str, Any]:
-        """`eval_loss`, `eval_tokens`, and `<task>/<score>` for each task. `advance` hears of rows done."""
+        """`eval_loss`, `eval_tokens`, `eval_rows`, and `<task>/<score>` for each task. `advance` hears of rows done."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.subject.recipe.train.per_device_eval_batch_size
         rows = self.rows[rank::world]
@@ -34,7 +34,11 @@ class Evaluation:
         mine = row_losses(self.subject.model, self.subject.adapter, rows + self.rows[:idle], size, advance)[: len(rows)]
         sums = torch.tensor([[sum(r.nats for r in mine), sum(r.tokens for r in mine)]], dtype=torch.float64)
         nats, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")[0].tolist()
-        found: dict[str, Any] = {"eval_loss": nats / tokens, "eval_tokens": int(tokens)}
+        found: dict[str, Any] = {
+            "eval_loss": nats / tokens,
+            "eval_tokens": int(tokens),
+            "eval_rows": len(self.rows),
+        }
         self.subject.model.eval()
         for label, scorer in self.scorers.items():
             lines: list[tuple[int, dict[str, Any]]] = []

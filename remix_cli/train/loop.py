@@ -243,7 +243,7 @@ class _Run:
         return results, tokens
 
     def _estimator_record(self, variance: float, routing: StepRouting) -> dict[str, float]:
-        if not self.adapter.config.samples:
+        if not self.adapter.config.samples or self.recipe.router.fixed:
             return {}
         beta = self.coefficient.beta
         return {"advantage_variance": variance / float(routing.decisions), "control_variate_beta": beta}

@@ -9,12 +9,13 @@ from rich.text import Text
 from remix_cli.cross_entropy import CHUNK
 from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import load_data
+from remix_cli.evaluate.statistics import too_few
 from remix_cli.models import load_tokenizer
-from remix_cli.objective import ESTIMATORS
 from remix_cli.recipe import Recipe
 from remix_cli.stats.parameters import ParameterCounts, count_parameters
 from remix_cli.stats.tables import parameter_table
 from remix_cli.train.prepare import check_recipe
+from remix_cli.train.step import Passes, describe_router
 
 GIB = 2**30
 
@@ -25,6 +26,7 @@ class Preview:
     tokens: list[tuple[str, bool]]  # one row, token by token, with what is supervised
     train: str
     validation: str
+    held_out: int  # rows
     steps: int
     counts: ParameterCounts
     memory: dict[str, float]  # GiB by what it is for
@@ -33,6 +35,7 @@ class Preview:
         return {
             "train": self.train,
             "validation": self.validation,
+            "held_out_rows": self.held_out,
             "steps": self.steps,
             "parameters": self.counts.to_dict(),
             "memory_gib": self.memory,
@@ -55,6 +58,7 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
         tokens,
         data.train.describe(),
         data.validation.describe(),
+        len(data.validation.rows),
         data.total_steps(recipe),
         counts,
         memory,
@@ -89,10 +93,10 @@ def estimate_memory(
         activations = tokens * layers * kept * size
     logits = tokens * config.vocab_size * 2 * size + 3 * CHUNK * 4
     inputs = layers * tokens * hidden * size  # of the routers, for one selection
-    m = recipe.router.selections if recipe.adapter_config().samples else 1
+    passes = Passes.of(recipe.router, recipe.adapter_config().samples)
     # A pass with gradient keeps them anyway; those of other passes outlive its activations.
-    before = (m if recipe.router.lora_gradient == "mean" else 1) - 1
-    traces = max(before * inputs, m * inputs - activations - logits)
+    before = passes.with_gradient - 1
+    traces = max(before * inputs, passes.total * inputs - activations - logits)
     base = counts.base
     if recipe.train.shard_base and processes > 1:  # embeddings and output layer stay gathered, two layers come and go
         outer = (1 if getattr(config, "tie_word_embeddings", False) else 2) * config.vocab_size * hidden
@@ -111,13 +115,12 @@ def print_preview(p: Preview, console: Console) -> None:
     """Plain words first; supervised text is marked by brackets as well as by style."""
     console.print(f"train     {p.train}", highlight=False)
     console.print(f"held out  {p.validation}", highlight=False)
-    estimator = ESTIMATORS[p.recipe.router.estimator]
+    few = too_few(p.held_out)
+    if few:
+        console.print(f"warning   held-out rows: {few}", highlight=False, soft_wrap=True)
     console.print(f"steps     {p.steps}", highlight=False)
     if p.recipe.adapter_config().samples:
-        console.print(
-            f"router    {estimator.name}, M = {p.recipe.router.selections}: {estimator.summary}",
-            highlight=False,
-        )
+        console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
     console.print("\nOne row as the model sees it; what it learns stands in «»:", highlight=False)
     text = Text()
     for piece, learnt in p.tokens:

@@ -91,7 +91,7 @@ def summarise(
 ) -> dict[str, Any]:
     """What summary.json holds."""
     estimator = ESTIMATORS[recipe.router.estimator]
-    samples = recipe.adapter_config().samples
+    trains = recipe.adapter_config().samples and not recipe.router.fixed
     return {
         "method": recipe.adapter.method,
         "steps": state.step,
@@ -100,7 +100,7 @@ def summarise(
         "seconds": round(state.seconds, 3),
         "tokens": state.tokens,
         "parameters": counts.to_dict(),
-        "estimator": {"name": estimator.name, "unbiased": estimator.unbiased} if samples else None,
+        "estimator": {"name": estimator.name, "unbiased": estimator.unbiased} if trains else None,
         "peak_memory_gib": round(peak_memory(device), 3),
         "processes": processes,
         "device": _device_name(device),

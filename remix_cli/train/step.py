@@ -64,6 +64,17 @@ class Passes:
         return cls(0, router.selections, router.selections if router.lora_gradient == "mean" else 1, False)
 
 
+def describe_router(router: RouterRecipe) -> str:
+    """How the router of a method that samples is trained, in a line."""
+    if router.fixed:
+        return "fixed: the top k of its random start, in training too; one pass a batch"
+    estimator = ESTIMATORS[router.estimator]
+    passes = Passes.of(router, samples=True)
+    sampled = f", M = {passes.samples}" if passes.samples else ""
+    beside = "; the LoRAs learn from a pass under the top k" if passes.top else ""
+    return f"{estimator.name}{sampled}: {estimator.summary}{beside}"
+
+
 def accumulate_gradients(
     model: nn.Module,
     adapter: Adapter,
