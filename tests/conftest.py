@@ -8,8 +8,8 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads would only wait for each other
-    os.environ["OMP_NUM_THREADS"] = "1"
+# models this small gain nothing from threads, which spin while another process has the core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
