@@ -151,6 +151,10 @@ def route_stats(
     ] = None,
     limit: Limit = None,
     history: Annotated[bool, typer.Option("--history", help="Routing over the steps of training, no model.")] = False,
+    headroom: Annotated[
+        bool,
+        typer.Option("--headroom", help="What routing by token is worth, and what a better choice could gain."),
+    ] = False,
     compare_with: Annotated[
         Path | None, typer.Option("--compare", metavar="RUN", help="Beside another run, on this run's rows.")
     ] = None,
@@ -179,6 +183,15 @@ def route_stats(
     from remix_cli.stats import view
 
     console = Console(stderr=as_json)
+    if headroom:
+        others = {"--history": history, "--compare": compare_with, "--plot": plot, "--trace": trace, "--html": page}
+        wrong = next(
+            (flag for flag, value in (others | {"--fail-on-collapse": fail_on_collapse}).items() if value), None
+        )
+        if wrong:
+            raise RecipeError(f"{wrong}: cannot be combined with --headroom; ask for one after the other")
+        _headroom(run, data, limit, best, any_base, as_json, console)
+        return
     if history:
         runs = [run] if compare_with is None else [run, compare_with]
         shown = view.history(runs, plot, console.width)
@@ -193,3 +206,30 @@ def route_stats(
     if fail_on_collapse and not shown.healthy:
         print(f"error: {shown.document['verdict']}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _headroom(
+    run: Path, data: str | None, limit: int | None, best: bool, any_base: bool, as_json: bool, console: Console
+) -> None:
+    from remix_cli.data.chunks import start_size
+    from remix_cli.evaluate import headroom
+    from remix_cli.evaluate.tables import headroom_table
+    from remix_cli.runs import load_run
+    from remix_cli.stats import view
+    from remix_cli.storage import write_json
+
+    loaded = load_run(run, best=best, any_base=any_base)
+    config = loaded.adapter.config
+    if not config.samples:
+        raise RecipeError(f"{run}: {config.method}, {config.active} of {config.pool_size}: no choice to compare with")
+    rows = view.rows_to_look_at(loaded, data, limit or headroom.ROWS)
+    size = start_size(loaded.recipe.eval.batch_size, loaded.device)
+    with Bars() as bars:
+        choices = headroom.headroom(loaded, rows, size, bars.start("headroom", headroom.PASSES * len(rows)).advance)
+    document = headroom.headroom_document(choices, len(rows))
+    write_json(loaded.folder.statistics / f"headroom-{loaded.which}.json", document)
+    if as_json:
+        print(json.dumps(document))
+        return
+    console.print(headroom_table(document))
+    console.print(f"\n{document['verdict']}", highlight=False)

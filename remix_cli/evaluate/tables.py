@@ -80,6 +80,21 @@ def comparison_tables(found: dict[str, Any]) -> list[Table]:
     return [runs, scores]
 
 
+def headroom_table(document: dict[str, Any]) -> Table:
+    """The losses of a headroom report, and how far each is from the top k's."""
+    table = plain_table(f"Held-out loss by how the LoRAs are chosen ({document['rows']} rows, nats a token)")
+    for column in ("choice", "loss", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column == "choice" else "right")
+    for row in document["choices"]:
+        difference, interval = "", ""
+        if row["difference"] is not None:
+            value, low, high = (row["difference"][key] for key in ("value", "low", "high"))
+            difference = number(value, share=False, sign=True)
+            interval = f"{number(low, share=False, sign=True)} to {number(high, share=False, sign=True)}"
+        table.add_row(row["choice"], number(row["loss"]["value"], share=False), difference, interval)
+    return table
+
+
 def plain_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, pad_edge=False)
 

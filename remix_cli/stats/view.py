@@ -65,7 +65,7 @@ def routing(run: Path, request: Request, progress: Callable[[str, int], Any], wi
     """Statistics of one run, or of two on the same rows. Raises DataError, ArtefactError, RecipeError."""
     _check_routed(run, *([request.compare_with] if request.compare_with else []))
     loaded = load_run(run, best=request.best, any_base=request.any_base)
-    rows = _rows(loaded, request)
+    rows = rows_to_look_at(loaded, request.data, request.limit)
     result, healthy = _measured(loaded, rows, progress)
     parts: list[Any] = [result["verdict"], "", heat_map(result, width), "", routing_table(result)]
     parts += [routing_legend(result), ""]
@@ -101,13 +101,14 @@ def _measured(
     return result, healthy
 
 
-def _rows(loaded: LoadedRun, request: Request) -> list[EncodedRow]:
+def rows_to_look_at(loaded: LoadedRun, data: str | None, limit: int | None) -> list[EncodedRow]:
+    """The recipe's held-out rows, or those of the file `data`, at most `limit`. Raises DataError."""
     recipe = loaded.recipe
-    if request.data is None:
+    if data is None:
         examples = split_examples(recipe)[2]
     else:
-        examples = load_examples([recipe.data.train[0].at(request.data)])[0]
-    rows = loaded.encoder.encode_rows(evenly(examples, request.limit)).rows
+        examples = load_examples([recipe.data.train[0].at(data)])[0]
+    rows = loaded.encoder.encode_rows(evenly(examples, limit)).rows
     if not rows:
         raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
     return rows
