@@ -90,4 +90,4 @@ def test_the_verb_writes_a_report_and_refuses_what_has_no_choice(verb, finished,
 def test_the_document_is_json(run, rows):
     choices = headroom(run, rows[:3], 4, lambda _: None)
     document = json.loads(json.dumps(headroom_document(choices, 3)))
-    assert [c["choice"] for c in document["choices"]][0] == "the top k"
+    assert document["choices"][0]["choice"] == "the top k"

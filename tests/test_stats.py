@@ -244,7 +244,7 @@ def test_route_stats_compares_and_shows_history(verb, finished, tmp_path):
     found = json.loads(verb("route-stats", finished, "--history", "--json")[0])["runs"][0]
     assert found["steps"] == [1, 2, 3, 4]
     assert found["values"]["ess_weights"] == pytest.approx([2.0] * 4)
-    assert "cannot be read" in verb("route-stats", tmp_path, "--history", expect=5)[1]
+    assert "not a run folder" in verb("route-stats", tmp_path, "--history", expect=5)[1]
 
 
 def test_route_stats_fails_on_collapse(verb, finished, monkeypatch):

@@ -109,7 +109,8 @@ def headroom_verdict(choices: list[Choice]) -> str:
     """What the figures mean, in words."""
     by_name = {choice.name: choice.difference for choice in choices}
     shuffled, best = by_name["another token's set"], by_name[f"best of {DRAWS} draws, all blocks"]
-    assert shuffled is not None and best is not None
+    assert shuffled is not None
+    assert best is not None
     if shuffled.low > 0:
         carries = (
             f"Which LoRAs serve which token matters here: with sets shuffled among tokens the loss is "
