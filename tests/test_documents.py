@@ -161,3 +161,46 @@ def test_the_synthetic_study_writes_a_sweep_that_loads(tmp_path, monkeypatch, ca
     sweep = load_sweep(Path(given["recipe"]), [], given["only"])
     assert {name: len(points) for name, points in sweep.points.items()} == {"rtg-M2": 4}
     assert sum(1 for _ in (tmp_path / "train.jsonl").open()) == 4000
+
+
+def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, monkeypatch):
+    """Arms alike end alike; a fixed router keeps its choices, one that learns does not; everyone learns something."""
+    rows = [json.loads(line) for line in Path(stage[1]).read_text(encoding="utf-8").splitlines()]
+    pairs = [{"prompt": r["question"], "completion": r["answer"], "task": "sums"} for r in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe = recipe_text(stage[0], tmp_path / "rows.jsonl", tmp_path / "run")
+    recipe["data"]["train"] = [{"path": str(tmp_path / "rows.jsonl"), "task": "sums"}]
+    recipe["train"] |= {"learning_rate": 0.05, "max_steps": 6}
+    small = {"pool_size": 4, "active": 2, "rank": 2}
+    arms = {
+        "fixed": small,
+        "the same": small,
+        "narrow": {"pool_size": 2, "active": 1, "rank": 2, "centre": True},
+        "known": small | {"oracle": True},
+        "straight": small | {"estimator": "straight_through", "router_learning_rate": 0.3},
+        "rtg": small | {"estimator": "rtg", "router_learning_rate": 0.3, "start": 0.5},
+        "one": small | {"estimator": "control_variate", "selections": 1, "level": "sequence", "running_mean": 1.0},
+    }
+    (tmp_path / "arms.json").write_text(json.dumps(arms))
+    names = ("recipe.yaml", "arms.json", "rows.jsonl", "out.jsonl")
+    write_recipe(tmp_path / "recipe.yaml", recipe)
+    monkeypatch.setattr(sys, "argv", ["screen_routers.py", *(str(tmp_path / name) for name in names), "--at-once", "7"])
+    runpy.run_path("scripts/screen_routers.py", run_name="__main__")
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    found = {line["arm"]: line for line in map(json.loads, lines)}
+    assert found.keys() == arms.keys()
+    assert found["fixed"]["test"] == found["the same"]["test"]
+    assert found["fixed"]["kept"] == found["narrow"]["kept"] == 1
+    assert found["straight"]["kept"] < 1
+    assert found["rtg"]["kept"] < 1
+    assert all(line["test"]["loss"] < 4.1 for line in found.values())  # from 4.16
+
+
+def test_rows_of_many_skills_are_split_without_overlap(tmp_path):
+    make = runpy.run_path("scripts/make_skills.py")
+    make["main"](tmp_path, ["chain_sum", "coin_flip"], train=8, test=3)
+    test = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    train = [json.loads(line) for line in (tmp_path / "train" / "chain_sum.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in test] == ["chain_sum"] * 3 + ["coin_flip"] * 3
+    assert len(train) == 8
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
