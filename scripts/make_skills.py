@@ -11,13 +11,17 @@ from pathlib import Path
 
 import reasoning_gym
 
-SKILLS = """
-base_conversion basic_arithmetic binary_alternation bitwise_arithmetic caesar_cipher calendar_arithmetic chain_sum
-coin_flip complex_arithmetic count_bits decimal_chain_sum dice family_relationships fraction_simplification gcd
-isomorphic_strings knights_knaves lcm leg_counting letter_counting letter_jumble number_filtering number_format
-number_sequence palindrome_generation prime_factorization products ransom_note sentence_reordering simple_equations
-simple_geometry spell_backward syllogism time_intervals word_sequence_reversal word_sorting
-""".split()
+# fmt: off
+SKILLS = [
+    "base_conversion", "basic_arithmetic", "binary_alternation", "bitwise_arithmetic", "caesar_cipher",
+    "calendar_arithmetic", "chain_sum", "coin_flip", "complex_arithmetic", "count_bits", "decimal_chain_sum",
+    "dice", "family_relationships", "fraction_simplification", "gcd", "isomorphic_strings", "knights_knaves",
+    "lcm", "leg_counting", "letter_counting", "letter_jumble", "number_filtering", "number_format",
+    "number_sequence", "palindrome_generation", "prime_factorization", "products", "ransom_note",
+    "sentence_reordering", "simple_equations", "simple_geometry", "spell_backward", "syllogism",
+    "time_intervals", "word_sequence_reversal", "word_sorting",
+]
+# fmt: on
 TRAIN, TEST, SEED = 1200, 60, 7
 LONGEST = {"question": 600, "answer": 160}  # characters
 
