@@ -5,8 +5,8 @@
 36 skills, up to 1,200 rows each to train on (some have fewer that differ) and 60 to test; seed 7.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import reasoning_gym
@@ -56,4 +56,6 @@ def main(target: Path, skills: list[str] = SKILLS, train: int = TRAIN, test: int
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)
