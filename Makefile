@@ -1,5 +1,6 @@
 # make demo   set everything up, fetch the demo model, train, evaluate, show the routing
 # make test   the tests, after the same set-up
+# make portable   the same tests as a CPU without AVX-512 runs them
 # make kills      the tests of durability at length
 # make slow      several processes at length
 # make sandbox    hostile programs, and all canonical solutions of HumanEval with busy cores
@@ -10,11 +11,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= data
+KILLS ?= 2000
+SIGNALS ?= 200
 MODEL := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup model demo test kills slow sandbox agreement lint types check bench clean
+.PHONY: setup model demo test portable kills slow sandbox agreement lint types check bench clean
 
 setup: $(VENV)/.done
 
@@ -40,12 +43,16 @@ demo: setup model
 test: setup model
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# 2,000 kills, every file-changing call killed and refused, 200 signals: about twenty minutes on one core
+# the same tests as a CPU without AVX-512 runs them
+portable: setup model
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# kills, every file-changing call killed and refused, signals: about twenty minutes on one core
 kills: setup
-	$(BIN)/python tests/faultlab.py kills 2000
+	$(BIN)/python tests/faultlab.py kills $(KILLS)
 	$(BIN)/python tests/faultlab.py points
 	$(BIN)/python tests/faultlab.py errors
-	$(BIN)/python tests/faultlab.py signals 200
+	$(BIN)/python tests/faultlab.py signals $(SIGNALS)
 
 # launches of several processes, for every estimator: about three minutes
 slow: setup
