@@ -139,7 +139,7 @@ RESULT: Kinds = {"task": str, "count": int, "scores": dict, "intervals": dict, "
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report of `remix eval`, {"model", "results": [...]}. Raises ArtefactError."""
+    """A report of `remix eval`, {"model", "results": [...]}, of the adapter beside it. Raises ArtefactError."""
     mend = "not a report of `remix eval`, or damaged; evaluate again"
     report = _check_kinds(path, _read_object(path), {"model": str, "results": list}, mend)
     for result in report["results"]:
@@ -148,7 +148,20 @@ def read_report(path: Path) -> dict[str, Any]:
             interval = result["intervals"].get(score)
             if not isinstance(value, int | float) or not isinstance(interval, list) or len(interval) != 2:
                 raise ArtefactError(f"{path}: no {score} of {result['task']} with its interval; {mend}")
+    _check_adapter(path, report)
     return report
+
+
+def _check_adapter(path: Path, report: dict[str, Any]) -> None:
+    """Raises ArtefactError if the run now holds another adapter than was scored: the run was overwritten meanwhile,
+    `best/` was replaced, or the report is another run's."""
+    which = report["model"].partition("-")[0]
+    weights = path.parent.parent / which / CONFIG_FILE
+    if which not in ("adapter", "best") or not weights.is_file():
+        return
+    now = str(_read_object(weights).get("weights_sha256"))[:16]
+    if any(result["protocol"].get("adapter") != now for result in report["results"]):
+        raise ArtefactError(f"{path}: scores of another adapter than {weights.parent} now holds; evaluate again")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

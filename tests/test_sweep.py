@@ -223,6 +223,40 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
 
 
+def test_an_arm_that_the_file_has_changed_is_refused_and_kept_out_of_the_table(stage, tmp_path, verb, monkeypatch):
+    in_this_process(monkeypatch)
+    arms = {"A": {"adapter.rank": 2}, "B": {"adapter.rank": 3}}
+    path = sweep_file(stage, tmp_path, {"arms": arms})
+    verb("sweep", path)
+    path = sweep_file(stage, tmp_path, {"arms": arms | {"B": {"adapter.rank": 4}}})
+    _, err = verb("sweep", path, expect=2)  # before anything is trained
+    assert "sweep.arms.B: adapter.rank: 4, but " in err
+    out, _ = verb("sweep", path, "--only", "A")
+    assert "B: was run before with other settings than the file now has" in out
+    assert list(json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]) == ["A"]
+
+
+def test_a_part_of_the_answers_is_no_answer(stage, tmp_path, verb, monkeypatch):
+    """What `remix eval` left of fewer rows, or of another adapter, is neither averaged nor taken for the score."""
+    in_this_process(monkeypatch)
+    path = sweep_file(stage, tmp_path, {"seeds": [0, 1]})
+    verb("sweep", path)
+    arm = tmp_path / "out" / "run"
+    whole = json.loads(verb("compare", tmp_path / "out", "--json")[0])
+    verb("eval", arm / "seed1", "--limit", 1)
+    found = json.loads(verb("compare", tmp_path / "out", "--json")[0])
+    assert found["arms"][0]["scores"] == {}
+    assert found["skipped"] == ["nll: the runs of run were not asked the same (other data, other prompts); no mean"]
+    verb("sweep", path)  # asks again
+    assert json.loads(verb("compare", tmp_path / "out", "--json")[0])["arms"] == whole["arms"]
+    for file in (arm / "seed0" / "eval").iterdir():
+        (arm / "seed1" / "eval" / file.name).write_bytes(file.read_bytes())
+    _, err = verb("compare", tmp_path / "out", expect=5)
+    assert err.endswith("scores of another adapter than " + f"{arm / 'seed1' / 'adapter'} now holds; evaluate again\n")
+    verb("sweep", path)
+    assert json.loads(verb("compare", tmp_path / "out", "--json")[0])["arms"] == whole["arms"]
+
+
 def failing(monkeypatch, problems):
     """The runs at rate 0.02 end with these problems, one after the other, and then well."""
     real, left = work.train_run, list(problems)

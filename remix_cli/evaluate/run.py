@@ -52,7 +52,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         for label, scorer in scorers.items():
             stamp = scorer.stamp() | _model(run, settings)
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
-            results.append(_score(label, scorer, lines, stamp, progress) | {"task_digest": task_digest(scorer.task)})
+            results.append(_score(label, scorer, lines, stamp, progress) | {"task_digest": task_digest(_asked(scorer))})
             finished.append(lines)
         report = {"model": name, "results": results + _other_results(target, results)}
         write_json(target, report)
@@ -134,6 +134,11 @@ def _score(label: str, scorer: Scorer, lines: Lines, stamp: dict[str, Any], prog
 def task_digest(task: Task) -> str:
     """A hash of the task as the recipe has it, so that a sweep knows whether a result answers it."""
     return hashlib.sha256(task.model_dump_json().encode()).hexdigest()[:16]
+
+
+def _asked(scorer: Scorer) -> Task:
+    """The task as it was asked, `--limit` included."""
+    return scorer.task.model_copy(update={"limit": scorer.limit})
 
 
 def check_code(tasks: list[Task], settings: Settings) -> None:

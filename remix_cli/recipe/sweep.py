@@ -11,7 +11,7 @@ import math
 import random
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +66,7 @@ class Sweep:
     metric: str
     arms: list[str]  # all of the file, in its order; the first is the reference
     points: dict[str, list[Point]]
+    others: dict[str, list[Point]] = field(default_factory=dict)  # of the arms that `--only` leaves out
 
     def under(self, point: Point, seed: int) -> Point:
         """The same setting under another seed."""
@@ -75,7 +76,7 @@ class Sweep:
 
 
 def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: str | None = None) -> Sweep:
-    """Every recipe of the sweep, or of the arms whose whole name matches the expression `only`, checked.
+    """Every recipe of the sweep, checked; to be run are the arms whose whole name matches the expression `only`.
 
     Raises RecipeError with all problems, each once.
     """
@@ -90,8 +91,9 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     problems: dict[str, None] = {}
     if isinstance(raw.values.get("seed"), list):
         problems["seed: a sweep's seeds are sweep.seeds; a list of seeds is no axis"] = None
-    points: dict[str, list[Point]] = {}
-    for arm in _matching(list(group.arms), only):
+    every: dict[str, list[Point]] = {}
+    matching = _matching(list(group.arms), only)
+    for arm in group.arms:
         changes = group.arms[arm]
         one = copy.deepcopy(raw)
         for dotted, value in changes.items():
@@ -104,7 +106,7 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
         own = set(changes)
         _leave_to_others(one.values, own)
         try:
-            points[arm] = _points(one, arm, own, group, Path(str(root)))
+            every[arm] = _points(one, arm, own, group, Path(str(root)))
         except RecipeError as error:
             problems |= dict.fromkeys(error.problems)
     slugs = [slug(arm) for arm in group.arms]
@@ -113,9 +115,10 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
             problems[f"sweep.arms.{arm}: another arm's folder would have the same name, {slug(arm)}"] = None
     if problems:
         raise RecipeError(*problems)
+    points = {arm: every.pop(arm) for arm in matching}
     first = next(iter(points.values()))[0].recipe
     metric = group.metric or first.train.metric_for_best_model
-    return Sweep(Path(str(root)), group.seeds, metric, list(group.arms), points)
+    return Sweep(Path(str(root)), group.seeds, metric, list(group.arms), points, every)
 
 
 def _leave_to_others(values: dict[str, Any], own: set[str]) -> None:

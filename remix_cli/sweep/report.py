@@ -81,6 +81,10 @@ def _arm(
     scores: dict[str, Score] = {}
     differences: dict[str, Score] = {}
     for task, first in results[0].items():
+        why = next((why for found in results if (why := _why(first, found.get(task)))), "")
+        if why:
+            skipped.append(f"{task}: the runs of {name} were not asked the same ({why}); no mean")
+            continue
         for score in scores_in_common([found[task] for found in results if task in found]):
             values = [found[task]["scores"][score] for found in results if task in found]
             scores[f"{task} {score}"] = over_seeds(values, score in first["shares"])

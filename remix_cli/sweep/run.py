@@ -24,7 +24,7 @@ from typing import Any
 from remix_cli.errors import Interrupted, RecipeError, RemixError
 from remix_cli.evaluate.run import check_code
 from remix_cli.evaluate.tasks import Settings
-from remix_cli.recipe import Recipe
+from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import SCORES, tasks_while_training
 from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
@@ -32,6 +32,7 @@ from remix_cli.storage import lock_folder, write_json
 from remix_cli.sweep.work import DIVERGED, NO_MEMORY, is_scored, report_file, score_run, set_up, train_run
 from remix_cli.train.evaluation import cost
 from remix_cli.train.prepare import check_recipe
+from remix_cli.train.resume import check_same_recipe
 
 FILE = "sweep.json"
 Say = Callable[[str], None]
@@ -66,10 +67,13 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
         except RecipeError as error:
             raise RecipeError(*(f"sweep.arms.{arm}: {problem}" for problem in error.problems)) from None
         check_code(points[0].recipe.eval.tasks, Settings(allow_code=allow_code))
+    changed = [problem for points in sweep.points.values() for point in points for problem in _changed(sweep, point)]
+    if changed:
+        raise RecipeError(*changed)
     with lock_folder(sweep.folder):
         done = _Sweep(sweep, say, allow_code).run(processes)
         document = done.document()
-        known = _other_arms(sweep) | document["arms"]
+        known = _other_arms(sweep, say) | document["arms"]
         document["arms"] = {name: known[name] for name in sweep.arms if name in known}
         write_json(sweep.folder / FILE, document)
     if done.failures:
@@ -77,12 +81,38 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     return sweep.folder / FILE
 
 
-def _other_arms(sweep: Sweep) -> dict[str, Any]:
-    """What an earlier command with the same metric and seeds has left of arms that this one did not run."""
+def _changed(sweep: Sweep, point: Point) -> list[str]:
+    """How runs of the point, where there are some, were begun otherwise than the file now says: a line for each."""
+    problems = []
+    for recipe in (sweep.under(point, seed).recipe for seed in sweep.seeds):
+        folder = RunFolder(Path(recipe.output_dir))
+        if folder.recipe.is_file():
+            try:
+                check_same_recipe(recipe, load_recipe(folder.recipe), folder)
+            except RecipeError as error:
+                problems.append(f"sweep.arms.{point.arm}: {'; '.join(error.problems)}")
+    return problems
+
+
+def _other_arms(sweep: Sweep, say: Say) -> dict[str, Any]:
+    """What an earlier command with the same metric and seeds has left of arms that this one did not run.
+
+    An arm that the file has changed since is none of them: its runs answer another question.
+    """
     try:
         earlier = json.loads((sweep.folder / FILE).read_text(encoding="utf-8"))
-        same = earlier["metric"] == sweep.metric and earlier["seeds"] == sweep.seeds
-        return earlier["arms"] if same else {}
+        if earlier["metric"] != sweep.metric or earlier["seeds"] != sweep.seeds:
+            return {}
+        kept = {}
+        for name, points in sweep.others.items():
+            if name not in earlier["arms"]:
+                continue
+            runs = {str(sweep.folder / one["run"]) for one in earlier["arms"][name]["searched"]}
+            if runs != {str(point.folder) for point in points} or any(_changed(sweep, point) for point in points):
+                say(f"{name}: was run before with other settings than the file now has, so it is not in the table")
+                continue
+            kept[name] = earlier["arms"][name]
+        return kept
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -1,7 +1,6 @@
 """What a worker process of a sweep does. Imports nothing heavy before the worker knows its GPU."""
 
 import gc
-import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from remix_cli.errors import DivergedError, Interrupted, RemixError, is_out_of_memory
+from remix_cli.errors import ArtefactError, DivergedError, Interrupted, RemixError, is_out_of_memory
+from remix_cli.folders import read_report
 from remix_cli.packages import fetch_no_code
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
@@ -109,11 +109,10 @@ def is_scored(recipe: Recipe) -> bool:
 
 
 def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
-    """Results by task of a report; none if there is none."""
+    """Results by task of a report; none if there is none of the adapter that is there now."""
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        return {result["task"]: result for result in report["results"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {result["task"]: result for result in read_report(file)["results"]}
+    except ArtefactError:
         return {}
 
 
