@@ -150,7 +150,7 @@ def budget(
 def verify_estimator(as_json: Json = False) -> None:
     """Prove the router's gradient: exact bias by enumeration, variance relative to the paper's.
 
-    Under two minutes on two cores. Exits 1 if an estimator that claims to be unbiased is not.
+    Two to four minutes on two cores. Exits 1 if an estimator that claims to be unbiased is not.
     """
     from dataclasses import asdict
 

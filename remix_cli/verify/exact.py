@@ -150,8 +150,8 @@ def exact_biases(k: int = 2) -> list[Bias]:
         ("control_variate, beta = 1", sets, "control_variate", {"beta": 1.0}),
         ("control_variate, one backward", orders, "control_variate", {"beta": 0.5, "one_backward": True}),
         ("rtg, by sequence", whole, "rtg", {}),
-        ("rtg, LoRAs from the top k", sets, "rtg", {"top": True}),
-        ("control_variate, LoRAs from the top k", sets, "control_variate", {"beta": 0.7, "top": True}),
+        ("rtg, top k beside", sets, "rtg", {"top": True}),
+        ("control_variate, top k beside", sets, "control_variate", {"beta": 0.7, "top": True}),
     ]
     found = []
     for arm, enumeration, name, options in arms:
@@ -160,7 +160,7 @@ def exact_biases(k: int = 2) -> list[Bias]:
         found.append(Bias(arm, name, ESTIMATORS[name].unbiased, bias, pairs))
     for name in ("rtg", "control_variate"):
         bias = sets.relative_bias(sets.mean_of_one(name, beta=0.7))
-        arm = f"{name}, M = 1, LoRAs from the top k"
+        arm = f"{name}, M = 1, top k beside"
         found.append(Bias(arm, name, ESTIMATORS[name].unbiased, bias, len(sets.trajectories)))
     bias = sets.relative_bias(sets.mean_straight_through())
     name = "straight_through"

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_cli.objective import Coefficient, Rollouts, router_surrogate
+from remix_cli.objective import Coefficient, Rollouts, TopPass, router_surrogate
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
-ARMS = {  # arm -> (estimator, one_backward)
-    "paper": ("paper", False),
-    "rtg": ("rtg", False),
-    "control_variate": ("control_variate", False),
-    "control_variate, one backward": ("control_variate", True),
+ARMS = {  # arm -> (estimator, where h comes from: every sample, the first, or a pass under the top k)
+    "paper": ("paper", "all"),
+    "rtg": ("rtg", "all"),
+    "control_variate": ("control_variate", "all"),
+    "control_variate, one backward": ("control_variate", "first"),
+    "rtg, top k beside": ("rtg", "top"),
+    "control_variate, top k beside": ("control_variate", "top"),
 }
 WARM_UP = 8  # groups that only fit the control variate's coefficient
 
@@ -40,21 +42,21 @@ def sample_rollouts(bed: Testbed, count: int, seed: int) -> Rollout:
     return stack([bed.rollout(x) for x in noise])
 
 
-def estimates(bed: Testbed, rollouts: Rollout, m: int, arm: str) -> Tensor:
+def estimates(bed: Testbed, drawn: Rollout, m: int, arm: str) -> Tensor:
     """One gradient estimate for each disjoint group of m rollouts, (groups, parameters)."""
-    estimator, one_backward = ARMS[arm]
+    estimator, source = ARMS[arm]
+    top = bed.top_rollout() if source == "top" else None
+    beside = TopPass(top.logits, top.chosen, top.losses) if top else None
     coefficient = Coefficient()
     found = []
-    for index in torch.arange(len(rollouts.losses)).split(m):
+    for index in torch.arange(len(drawn.losses)).split(m):
         if len(index) < m:
             break
-        r = rollouts[index]
+        r = drawn[index]
         logits = r.logits.clone().requires_grad_()
-        surrogate, diagnostics = router_surrogate(
-            estimator,
-            Rollouts(logits, r.chosen, r.losses, bed.local, bed.mask, r.h[:1] if one_backward else r.h),
-            coefficient.beta,
-        )
+        h = {"all": r.h, "first": r.h[:1], "top": top.h[None] if top else None}[source]
+        rollouts = Rollouts(logits, r.chosen, r.losses, bed.local, bed.mask, h, beside)
+        surrogate, diagnostics = router_surrogate(estimator, rollouts, coefficient.beta)
         if diagnostics.fit is not None:
             coefficient.update(diagnostics.fit)
         (slopes,) = torch.autograd.grad(surrogate, logits)
