@@ -80,7 +80,8 @@ def publish_folder(target: Path, needed: int | None = None, *, replace: bool = F
             _put(scratch, target, replace=replace)
             _sync(target.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            remove(scratch)
         if held is not None:
             os.close(held)
 
@@ -98,7 +99,7 @@ def _make_scratch(target: Path) -> tuple[Path, int | None]:
 
 def _put(scratch: Path, target: Path, *, replace: bool) -> None:
     """Give `scratch` the name `target`; what was replaced has the name of `scratch` then. Raises RecipeError."""
-    if not replace or not target.exists():
+    if not replace or not os.path.lexists(target):
         try:
             if not _rename(scratch, target, NO_REPLACE):
                 target.mkdir()  # whoever makes it owns the name: a rename replaces an empty folder and nothing else
@@ -111,7 +112,7 @@ def _put(scratch: Path, target: Path, *, replace: bool) -> None:
         retired = scratch.with_name(scratch.name + ".old")
         target.rename(retired)  # after a crash between these two `recover` puts the old one back
         scratch.rename(target)
-        shutil.rmtree(retired)
+        remove(retired)
 
 
 NO_REPLACE, EXCHANGE = 1, 2  # of Linux's renameat2
@@ -183,10 +184,16 @@ def recover(folder: Path) -> None:
             assert name is not None
             if path.name.endswith(".old") and not (folder / name).exists():
                 path.rename(folder / name)
-            elif path.is_dir():
-                shutil.rmtree(path)
             else:
-                path.unlink()
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link, which may lead to another disk: what it leads to stays. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_whole(folder: Path, read: Callable[[Path], T]) -> T:

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import close
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import recipe_text, write_rows, write_tiny_model
+from tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 
 from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import load_recipe
@@ -213,6 +213,81 @@ def test_metrics_that_cannot_be_read_are_told_by_name(stage, monkeypatch, tmp_pa
         metrics.write_bytes(lines[0] + (b"\xff\n" if damage == "not UTF-8" else lines[1][:9] + b"\n") + lines[2])
     with pytest.raises(ArtefactError, match=r"metrics.jsonl.*move (it|the file) away"):
         run(recipe_for(stage, folder), resume=True)
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_a_complete_run_without_its_adapter_is_not_called_complete(stage, whole, monkeypatch, tmp_path, damage, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stage[2] / "whole", folder)
+    weights = folder / "adapter" / "adapter.safetensors"
+    if damage == "gone":
+        shutil.rmtree(folder / "adapter")
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    loop.train(recipe_for(stage, folder), Console(), resume=True)
+    assert "; taken from the last checkpoint" in " ".join(capsys.readouterr().out.split())
+    assert outcome(folder) == whole
+
+
+def test_other_held_out_rows_are_refused_when_a_run_is_resumed(stage, monkeypatch, tmp_path):
+    """Its best adapter would be chosen by losses that do not compare."""
+    held = write_rows(tmp_path / "held.jsonl", 9, seed=3)
+    values = recipe_text(stage[0], stage[1], tmp_path / "run")
+    del values["data"]["validation_fraction"]
+    values["data"] |= {"validation": [{"path": str(held), "format": "gsm8k"}], "allow_overlap": True}
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", values))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            run(recipe)
+    write_rows(held, 9, seed=4)
+    with pytest.raises(ArtefactError, match="made from other held-out rows than this run would use"):
+        run(recipe, resume=True)
+
+
+def test_a_run_that_an_earlier_version_began_says_so(stage, monkeypatch, tmp_path):
+    """Its recipe hash covers other keys, and its manifest neither held-out rows nor a hash of itself."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            run(recipe_for(stage, tmp_path / "run"))
+    file = tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"], manifest["origin"]["held_out"]
+    file.write_text(json.dumps(manifest | {"format": checkpoints.UNSEALED}))
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "same")
+    run(recipe_for(stage, whole), resume=True)  # nothing differs but the format
+    manifest["origin"]["recipe"] = "0" * 64
+    file.write_text(json.dumps(manifest | {"format": checkpoints.UNSEALED}))
+    with pytest.raises(ArtefactError, match="begun under an earlier version of remix"):
+        run(recipe_for(stage, tmp_path / "run"), resume=True)
+
+
+def test_parts_of_a_run_on_another_disk(stage, whole, monkeypatch, tmp_path):
+    """A link in a run folder leads on; it gives way like a folder, and what it leads to is left alone."""
+    folder, disk = tmp_path / "run", tmp_path / "disk"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            run(recipe_for(stage, folder))
+    disk.mkdir()
+    for part in ("best", "checkpoints/step-000002"):
+        place = shutil.move(folder / part, disk / Path(part).name)
+        (folder / part).symlink_to(place)
+    run(recipe_for(stage, folder), resume=True)
+    assert outcome(folder) == whole
+    assert not list(folder.rglob(".tmp-*"))
+    shutil.move(folder / "checkpoints", disk / "checkpoints")
+    (folder / "checkpoints").symlink_to(disk / "checkpoints")
+    run(recipe_for(stage, folder), overwrite=True)
+    assert outcome(folder) == whole
+    assert sorted(path.name for path in disk.iterdir()) == ["best", "checkpoints", "step-000002"]
+
+
+def test_an_output_that_is_a_link_to_nowhere(stage, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted" / "run")
+    with pytest.raises(RecipeError, match="a link that leads nowhere"):
+        run(recipe_for(stage, tmp_path / "run"))
 
 
 def test_a_resumed_run_keeps_its_recipe(stage, monkeypatch, tmp_path):

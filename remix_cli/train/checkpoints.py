@@ -5,7 +5,6 @@ Nothing random is saved because nothing needs to be: data order and draws are fu
 
 import json
 import re
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.store import BaseIdentity, load_stored, save_adapter
 from remix_cli.errors import ArtefactError
-from remix_cli.storage import is_sealed, publish_folder, seal, sha256, storage_errors, write_json
+from remix_cli.storage import is_sealed, publish_folder, remove, seal, sha256, storage_errors, write_json
 
 FORMAT = 3
 UNSEALED = 2  # the last format whose manifest has no hash of itself
@@ -48,6 +47,7 @@ class Origin:
     base: str  # fingerprint of the base model
     tokenizer: str
     rows_per_step: int  # differs with the number of processes
+    held_out: str | None = None  # of the encoded held-out rows; earlier versions did not say
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def prune(folder: Path, step: int, keep: int) -> None:
     behind = [c for c in found if step_of(c) <= step]
     for old in [*behind[:-keep], *found[len(behind) :]]:
         with storage_errors(old):
-            shutil.rmtree(old)
+            remove(old)
 
 
 def adapter_bytes(adapter: Adapter) -> int:
@@ -163,6 +163,7 @@ CAUSES = {
     "base": "another base model",
     "tokenizer": "another tokenizer",
     "rows_per_step": "another number of processes",
+    "held_out": "other held-out rows",
 }
 
 
@@ -174,7 +175,13 @@ def restore(
     Raises ArtefactError if it was made from another recipe, data, base model or tokenizer than `origin`.
     """
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    changed = [CAUSES[name] for name, value in asdict(origin).items() if manifest["origin"].get(name) != value]
+    made = manifest["origin"]
+    changed = [CAUSES[name] for name, value in asdict(origin).items() if name in made and made[name] != value]
+    if changed == [CAUSES["recipe"]] and manifest["format"] == UNSEALED:  # the run's own recipe has been compared
+        raise ArtefactError(
+            f"{checkpoint}: begun under an earlier version of remix, whose recipes meant something else; go on with "
+            "that version, or start a new output_dir"
+        )
     if changed:
         raise ArtefactError(
             f"{checkpoint}: made from {' and '.join(changed)} than this run would use; restore what it was begun "

@@ -18,11 +18,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
 from remix_cli.adapter.patch import Adapter, compile_unadapted
-from remix_cli.adapter.store import save_adapter
+from remix_cli.adapter.store import load_stored, save_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import load_data
-from remix_cli.errors import DivergedError, Interrupted
+from remix_cli.errors import ArtefactError, DivergedError, Interrupted
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.objective import Coefficient
@@ -64,15 +64,26 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
         if resume:
             check_same_recipe(recipe, load_recipe(folder.recipe), folder)
         if resume and folder.summary.exists():
+            problem = _problem_of(folder.adapter)
+            line = f"{problem}; taken from the last checkpoint" if problem else "already complete; nothing to do"
             if main:
-                console.print(f"{folder.path}: already complete; nothing to do", highlight=False, soft_wrap=True)
-            return folder.read_summary()
+                console.print(f"{folder.path}: {line}", highlight=False, soft_wrap=True)
+            if not problem:
+                return folder.read_summary()
         if main:
             prepare.check_space(recipe, skeleton)
             recover(folder.path)
             recover(folder.checkpoints)
         accelerator.wait_for_everyone()
         return _Run(recipe, accelerator, folder, console, resume).execute()
+
+
+def _problem_of(adapter: Path) -> str | None:
+    try:
+        load_stored(adapter)
+    except ArtefactError as error:
+        return str(error)
+    return None
 
 
 class _SignalDuringEvaluation(Exception):

@@ -1,7 +1,7 @@
 """What can be refused before any weight is loaded and anything is written."""
 
 import importlib.util
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from remix_cli.models import input_ranks, skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
-from remix_cli.storage import MIB, free_bytes, storage_errors
+from remix_cli.storage import MIB, free_bytes, remove, storage_errors
 from remix_cli.train.checkpoints import adapter_bytes
 
 
@@ -84,8 +84,10 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         if not folder.recipe.is_file():
             raise RecipeError(f"output_dir: {folder.path} holds no run to resume; leave --resume out to start one")
         return
-    if not folder.path.exists():
+    if not os.path.lexists(folder.path):
         return
+    if not folder.path.exists():
+        raise RecipeError(f"output_dir: {folder.path} is a link that leads nowhere; make the folder, or remove it")
     if not folder.path.is_dir():
         raise RecipeError(f"output_dir: {folder.path} is not a folder")
     strange = sorted(
@@ -130,10 +132,7 @@ def clear_output(folder: RunFolder) -> None:
     for name in reversed(RunFolder.OWN):
         path = folder.path / name
         with storage_errors(path):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
 
 def check_graphs(recipe: Recipe, model: Any) -> None:

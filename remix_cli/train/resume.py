@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from remix_cli.adapter.store import BaseIdentity
+from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import TrainingData
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.recipe import Recipe
@@ -62,16 +63,21 @@ def check_nothing_was_saved(recipe: Recipe, folder: RunFolder, total: int) -> No
         )
 
 
+def _digest(rows: list[EncodedRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.input_ids.tobytes() + b"|" + row.supervised.tobytes() + b"\n")
+    return digest.hexdigest()
+
+
 def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity) -> Origin:
     """Hashes of everything a checkpoint of this run belongs to."""
-    rows = hashlib.sha256()
-    for row in data.train.rows:
-        rows.update(row.input_ids.tobytes() + b"|" + row.supervised.tobytes() + b"\n")
     text = json.dumps(_binding(recipe), sort_keys=True)
     return Origin(
         recipe=hashlib.sha256(text.encode()).hexdigest(),
-        data=rows.hexdigest(),
+        data=_digest(data.train.rows),
         base=identity.base_fingerprint,
         tokenizer=identity.tokenizer_fingerprint,
         rows_per_step=data.plan.rows_per_step,
+        held_out=_digest(data.validation.rows),
     )
