@@ -224,3 +224,12 @@ def test_tasks_are_scored_during_training_and_choose_the_best(verb, stage, tmp_p
         err = verb("validate", path, override, expect=2)[1]
         assert message in err
         assert "got" not in err
+
+
+@pytest.mark.parametrize("rank", ["1", "abc", ""])
+def test_a_rank_without_a_launch_hides_nothing(verb, monkeypatch, rank):
+    """Schedulers and notebooks leave RANK about; only the other processes of a launch keep quiet."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    _, err = verb("train", "absent.yaml", expect=2)
+    assert err == "error: absent.yaml: no such recipe file\n"

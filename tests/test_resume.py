@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import load_recipe
 from remix_cli.storage import lock_folder
-from remix_cli.train import checkpoints, loop
+from remix_cli.train import checkpoints, loop, resume
 from remix_cli.train.step import MicroResult
 
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
@@ -415,6 +416,22 @@ def test_two_processes_train_what_one_trains(stage, tmp_path, estimator, sharded
         assert sharded or "eval_loss" not in x or {"nll/loss", "gsm8k/flexible"} <= x.keys()
         for key in same & x.keys():
             assert x[key] == pytest.approx(y[key], rel=1e-3)
+
+
+@pytest.mark.parametrize("other", ["seed", "rows"])
+def test_processes_that_were_started_differently_are_refused(stage, monkeypatch, tmp_path, other):
+    """Gradients of other models, rows or draws would be summed in silence."""
+    recipe = recipe_for(stage, tmp_path / "run")
+    origin = checkpoints.Origin("recipe", "data", "base", "tokenizer", 4, "held out")
+    theirs = replace(origin, data="other") if other == "rows" else origin
+    values = recipe.model_copy(update={"seed": 9}) if other == "seed" else recipe
+    second = asdict(theirs) | {"recipe": values.model_dump_json()}
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, *mine])
+    resume.check_ranks(recipe, origin, 2)
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, second])
+    said = {"seed": "another recipe", "rows": "other rows"}[other]
+    with pytest.raises(RecipeError, match=f"rank 1 was started with {said} than rank 0"):
+        resume.check_ranks(recipe, origin, 2)
 
 
 def test_K14_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):

@@ -8,14 +8,13 @@ taking.py    export, generate
 """
 
 import errno
-import os
 import re
 import sys
 from typing import NoReturn
 
 from remix_cli.cli import training  # isort: skip  (the order in which --help lists the commands)
 from remix_cli.cli import results, taking  # isort: skip
-from remix_cli.cli.common import app
+from remix_cli.cli.common import app, launch_rank
 from remix_cli.errors import RemixError, is_out_of_memory
 from remix_cli.packages import fetch_no_code
 from remix_cli.streams import guarded
@@ -40,7 +39,7 @@ def _run(arguments: list[str], debug: bool) -> NoReturn:
     except RemixError as error:
         if debug:
             raise
-        rank = int(os.environ.get("RANK", "0"))
+        rank = launch_rank()
         if rank == 0 or error.exit_code not in SAME_EVERYWHERE:
             for line in error.problems:
                 print(f"error: {f'rank {rank}: ' if rank else ''}{_one_line(line)}", file=sys.stderr)

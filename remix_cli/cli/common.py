@@ -1,5 +1,6 @@
 """What the commands share: the app, their arguments, progress bars."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,12 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use so many rows, spread evenly over all.")]
+
+
+def launch_rank() -> int:
+    """Which process of a launch this is. RANK alone is none: cluster schedulers and notebooks leave it about."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if "LOCAL_RANK" in os.environ and rank.isdecimal() else 0
 
 
 class Bars:

@@ -1,14 +1,13 @@
 """Commands that start from a recipe: train, sweep, budget, validate, schema; and verify-estimator, which needs none."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from remix_cli.cli.common import AllowCode, Json, Overrides, RecipePath, app
+from remix_cli.cli.common import AllowCode, Json, Overrides, RecipePath, app, launch_rank
 from remix_cli.errors import RecipeError
 from remix_cli.streams import outlive
 from remix_cli.terminal import Console
@@ -27,6 +26,8 @@ def train(
     On several GPUs: accelerate launch -m remix_cli train RECIPE
     """
     console = Console(stderr=as_json)
+    if resume and overwrite:
+        raise RecipeError("--resume, --overwrite: one goes on with the run, the other replaces it; give one of them")
     from remix_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -34,7 +35,7 @@ def train(
 
     outlive(f"training goes on; its log is {loaded.output_dir}/metrics.jsonl")
     summary = run_training(loaded, console, resume=resume, overwrite=overwrite)
-    if int(os.environ.get("RANK", "0")) != 0:
+    if launch_rank() != 0:
         return
     if as_json:
         print(json.dumps(summary))

@@ -38,7 +38,7 @@ from remix_cli.train.console import TrainingConsole
 from remix_cli.train.evaluation import Evaluation, cost
 from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.record import Recorder, peak_memory, summarise
-from remix_cli.train.resume import check_nothing_was_saved, check_same_recipe, origin_of
+from remix_cli.train.resume import check_nothing_was_saved, check_ranks, check_same_recipe, origin_of
 from remix_cli.train.shard import check_launch, shard_base
 from remix_cli.train.signals import Signals
 from remix_cli.train.step import MicroResult, accumulate_gradients, seed_of_dropout
@@ -105,6 +105,7 @@ class _Run:
         self.model = load_model(recipe.model, torch.device("cpu") if sharded else accelerator.device)
         self.identity = identify(recipe.model, self.model, self.tokenizer)
         self.origin = origin_of(recipe, self.data, self.identity)
+        check_ranks(recipe, self.origin, accelerator.num_processes)
         prepare.check_graphs(recipe, self.model)
         if not sharded:
             check_base(self.model, len(self.tokenizer))

@@ -1,8 +1,11 @@
-"""Whether a run may go on from what another process left: the same recipe, rows, base model and tokenizer."""
+"""Whether a run may go on from what another process left, or train beside others: the same recipe, rows, models."""
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
+
+from accelerate.utils import gather_object
 
 from remix_cli.adapter.store import BaseIdentity
 from remix_cli.data.encode import EncodedRow
@@ -10,7 +13,7 @@ from remix_cli.data.splits import TrainingData
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
-from remix_cli.train.checkpoints import Origin
+from remix_cli.train.checkpoints import CAUSES, Origin
 from remix_cli.train.record import read_lines, step_of
 
 MAY_CHANGE = {"output_dir", "eval"}  # recipe groups that a resumed run may set anew
@@ -81,3 +84,18 @@ def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity) -> Ori
         rows_per_step=data.plan.rows_per_step,
         held_out=_digest(data.validation.rows),
     )
+
+
+def check_ranks(recipe: Recipe, origin: Origin, processes: int) -> None:
+    """All processes of a launch must train the same: each reads its own machine's files. Raises RecipeError."""
+    if processes == 1:
+        return
+    everyone = gather_object([asdict(origin) | {"recipe": recipe.model_dump_json()}])
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        different = [CAUSES[name] for name, value in other.items() if value != first[name]]
+        if different:
+            raise RecipeError(
+                f"rank {rank} was started with {' and '.join(different)} than rank 0; give every process the same "
+                "command and the same files"
+            )
