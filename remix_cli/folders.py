@@ -219,6 +219,13 @@ def check_run(path: Path, *, best: bool = False) -> RunFolder:
             )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
     read_whole(where, lambda place: check_shapes(place, read_description(place).config, read_shapes(place)))
+    found, said = read_description(where).config, folder.load_recipe().adapter_config()
+    other = [
+        key for key in ("method", "pool_size", "active", "rank", "level") if getattr(found, key) != getattr(said, key)
+    ]
+    if other:
+        one, two = (", ".join(f"{key} {getattr(config, key)}" for key in other) for config in (found, said))
+        raise ArtefactError(f"{where}: an adapter of {one}, but {folder.recipe} says {two}: put the run's own back")
     return folder
 
 

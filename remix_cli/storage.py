@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from remix_cli.errors import BusyError, RecipeError, RemixError, StorageError
 
@@ -256,6 +256,16 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
+def closed_quietly(file: IO[Any]) -> Iterator[None]:
+    """Close `file`, whose every write was flushed: on a full disk closing tries once more what has been told."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.close()
+
+
+@contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the kernel frees it however the process ends. Raises BusyError.
 
@@ -266,7 +276,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
-    with file:
+    with closed_quietly(file):
         with storage_errors(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

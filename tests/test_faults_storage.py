@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from tiny import recipe_text, write_recipe
 
 from remix_cli import storage
 from remix_cli.errors import BusyError, StorageError
+from remix_cli.evaluate.results import open_lines
 from remix_cli.storage import lock_folder, publish_folder
 from remix_cli.train import checkpoints, loop
 
@@ -55,6 +57,18 @@ def test_S1_a_full_disk_seen_by_a_library_in_rust_is_a_storage_error(tmp_path):
     full = "cannot write .*out: No space left on device .os error 28."
     with pytest.raises(StorageError, match=full), publish_folder(tmp_path / "out"):
         Tokenizer(models.BPE()).save("/dev/full")
+
+
+@pytest.mark.parametrize("begin", [lock_folder, lambda folder: open_lines(folder, "adapter-nll", {})])
+def test_S1_what_was_told_is_not_told_again_when_the_file_is_closed(tmp_path, begin):
+    """Files that may not grow: the flush is refused, and so is that of closing, which is nobody's bug."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*: File too large"), begin(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_S1_a_really_full_disk(stage, tmp_path, verb):

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import recipe_text, write_recipe
 
 from remix_cli.errors import ArtefactError
-from remix_cli.folders import RUN_FROM, RunFolder
+from remix_cli.folders import RUN_FROM, RunFolder, check_run
 from remix_cli.recipe import load_recipe
 from remix_cli.train.loop import train
 
@@ -122,6 +122,15 @@ def test_a_forged_size_is_refused_without_loading_torch(project, tmp_path):
     assert "does not describe adapter.safetensors beside it" in told
     assert told.endswith("False")
     assert int(memory) < 200_000  # KiB
+
+
+def test_the_adapter_of_another_run_is_refused_without_loading_torch(project, tmp_path):
+    """One of another method or size would be scored, compared and exported as this run's."""
+    run = shutil.copytree(project / "runs" / "x", tmp_path / "run")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  rank: 3\n", "  rank: 2\n"))
+    with pytest.raises(ArtefactError, match=r"run/adapter: an adapter of rank 3, but .*recipe.yaml says rank 2"):
+        check_run(run)
 
 
 def test_names_that_no_file_system_takes(verb, project):

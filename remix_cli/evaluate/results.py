@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from remix_cli.errors import BusyError
-from remix_cli.storage import storage_errors, write_text
+from remix_cli.storage import closed_quietly, storage_errors, write_text
 
 Line = dict[str, Any]
 
@@ -45,7 +45,7 @@ def open_lines(folder: Path, name: str, stamp: dict[str, Any]) -> Iterator[Lines
     with storage_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
-    with file:
+    with closed_quietly(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
