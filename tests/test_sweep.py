@@ -236,6 +236,19 @@ def test_an_arm_that_the_file_has_changed_is_refused_and_kept_out_of_the_table(s
     assert list(json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]) == ["A"]
 
 
+def test_runs_on_other_rows_are_not_compared(stage, tmp_path, verb, monkeypatch):
+    """A data file that changes while a sweep waits to go on: what is complete is not trained again."""
+    in_this_process(monkeypatch)
+    rows = write_rows(tmp_path / "rows.jsonl", 20, seed=1)
+    path = sweep_file((stage[0], rows, None), tmp_path, {"arms": {"A": {"adapter.rank": 2}}})
+    verb("sweep", path)
+    write_rows(rows, 20, seed=2)
+    path = sweep_file((stage[0], rows, None), tmp_path, {"arms": {"A": {"adapter.rank": 2}, "B": {"adapter.rank": 3}}})
+    _, err = verb("sweep", path, expect=1)
+    assert "B/seed0: trained on other rows than " in err
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["B"]["reports"] == []
+
+
 def test_a_part_of_the_answers_is_no_answer(stage, tmp_path, verb, monkeypatch):
     """What `remix eval` left of fewer rows, or of another adapter, is neither averaged nor taken for the score."""
     in_this_process(monkeypatch)

@@ -30,6 +30,7 @@ from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
 from remix_cli.sweep.work import DIVERGED, NO_MEMORY, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.train.checkpoints import rows_of_last
 from remix_cli.train.evaluation import cost
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import check_same_recipe
@@ -146,6 +147,7 @@ class _Sweep:
         self.failures: list[str] = []
         self.again: list[Job] = []  # for want of memory
         self.count = 0
+        self.rows: dict[str, tuple[Path, tuple[str, str | None]]] = {}  # by what the recipe says of them
 
     def run(self, processes: int) -> "_Sweep":
         todo: list[Job] = []
@@ -190,7 +192,9 @@ class _Sweep:
                 value = _cost(self.sweep.metric, RunFolder(point.folder))
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 problem = f"metrics.jsonl: {error}"
+        problem = problem or self._other_rows(point)
         if problem is not None:
+            value = math.inf
             self.errors[point.folder] = problem
             if not problem.startswith(DIVERGED):
                 arm.sound = False
@@ -204,6 +208,17 @@ class _Sweep:
             self._choose(arm)
         elif arm.chosen is not None and problem is None:
             self._score(point)
+
+    def _other_rows(self, point: Point) -> str | None:
+        """Was the run trained on other rows than those before it whose recipes name the same?"""
+        found = rows_of_last(RunFolder(point.folder).checkpoints)
+        if found is None:
+            return None
+        asked = f"{point.recipe.model} {point.recipe.data}"
+        first, rows = self.rows.setdefault(asked, (point.folder, found))
+        if rows == found:
+            return None
+        return f"trained on other rows than {first}: a data file was changed between them; begin a new output_dir"
 
     def _choose(self, arm: _Arm) -> None:
         if not arm.sound:

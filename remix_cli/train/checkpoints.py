@@ -157,6 +157,16 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def rows_of_last(folder: Path) -> tuple[str, str | None] | None:
+    """Hashes of the training and held-out rows that the newest checkpoint was made from; None if nothing says so."""
+    try:
+        last = list_checkpoints(folder)[-1]
+        origin = Origin(**json.loads((last / "manifest.json").read_text(encoding="utf-8"))["origin"])
+        return origin.data, origin.held_out
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
+        return None
+
+
 CAUSES = {
     "recipe": "another recipe",
     "data": "other rows",
