@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -244,6 +245,18 @@ def test_other_held_out_rows_are_refused_when_a_run_is_resumed(stage, monkeypatc
     write_rows(held, 9, seed=4)
     with pytest.raises(ArtefactError, match="made from other held-out rows than this run would use"):
         run(recipe, resume=True)
+
+
+def test_the_tasks_that_choose_the_best_adapter_stay(stage, tmp_path):
+    """A score on other rows does not compare with the best so far; tasks that choose nothing may change."""
+    source = {"path": str(stage[1]), "format": "gsm8k"}
+    tasks = [[{"task": "nll", "source": source, "limit": n}] for n in (3, 4)]
+    chosen = {"eval_tasks_limit": 5, "metric_for_best_model": "nll/loss"}
+    for train, refused in ((TRAIN | chosen, True), (TRAIN | {"eval_tasks_limit": 5}, False)):
+        old, new = (recipe_for(stage, tmp_path / "run", train=train, eval={"tasks": t}) for t in tasks)
+        folder = resume.RunFolder(tmp_path / "run")
+        with pytest.raises(RecipeError, match=r"eval.tasks \(nll\): .*4.*, but .*3") if refused else nullcontext():
+            resume.check_same_recipe(new, old, folder)
 
 
 def test_a_run_that_an_earlier_version_began_says_so(stage, monkeypatch, tmp_path):

@@ -11,7 +11,8 @@ from remix_cli.adapter.store import BaseIdentity
 from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import TrainingData
 from remix_cli.errors import ArtefactError, RecipeError
-from remix_cli.recipe import Recipe
+from remix_cli.recipe import Recipe, Task
+from remix_cli.recipe.schema import tasks_while_training
 from remix_cli.runs import RunFolder
 from remix_cli.train.checkpoints import CAUSES, Origin
 from remix_cli.train.record import read_lines, step_of
@@ -42,13 +43,20 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
 def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
     """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs."""
     before, after = _binding(old), _binding(new)
+    if new.train.metric_for_best_model != "eval_loss":  # the best so far was chosen by these tasks
+        for values, recipe in ((before, old), (after, new)):
+            values |= {f"eval.tasks ({label})": task for label, task in tasks_while_training(recipe.eval.tasks)}
     changed = [
-        f"{key}: {after.get(key)!r}, but {folder.path} was begun with {before.get(key)!r}"
+        f"{key}: {_shown(after.get(key))}, but {folder.path} was begun with {_shown(before.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
     if changed:
         raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
+
+
+def _shown(value: Any) -> str:
+    return repr(value.model_dump(exclude_defaults=True) if isinstance(value, Task) else value)
 
 
 def check_nothing_was_saved(recipe: Recipe, folder: RunFolder, total: int) -> None:
