@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import time
 
@@ -75,7 +76,42 @@ def test_a_folder_never_gives_another_splits_rows(tmp_path):
     with pytest.raises(DataError, match="no file named train; it holds gsm8k_test"):
         load_examples([Source(path=str(tmp_path))])
     (tmp_path / "train-00000.jsonl").write_text(json.dumps(GOOD["prompt_completion"]) + "\n")
-    assert load_examples([Source(path=str(tmp_path))])[1] == [1]
+    with pytest.raises(DataError, match=r"train-00000\.jsonl is the split train, but what gsm8k_train\.jsonl is for"):
+        load_examples([Source(path=str(tmp_path))])
+    (tmp_path / "gsm8k_train.jsonl").rename(tmp_path / "train-00001.jsonl")
+    assert load_examples([Source(path=str(tmp_path))])[1] == [2]
+
+
+@pytest.mark.parametrize("other", ["train_2.jsonl", "more.jsonl", "b.JSONL"])
+def test_a_folders_files_are_all_read_or_named(tmp_path, other):
+    for name in ("train.jsonl", other):
+        (tmp_path / name).write_text(json.dumps(GOOD["prompt_completion"]) + "\n")
+    with pytest.raises(DataError, match=re.escape(other)):
+        load_examples([Source(path=str(tmp_path))])
+
+
+def test_csv_cells_are_text_under_their_own_names(tmp_path):
+    """A table library read the first of three cells under two names as a row's number, and shifted the others."""
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion\n"a, b",007\n\nNA,"two\nlines"\n', encoding="utf-8-sig")
+    rows = load_rows(Source(path=str(file)))
+    assert rows == [{"prompt": "a, b", "completion": "007"}, {"prompt": "NA", "completion": "two\nlines"}]
+    for text, problem in {
+        "prompt,completion\na,b\na,b,c\n": "line 3: 3 cells under 2 names",
+        "prompt,completion\na\n": "line 2: 1 cells under 2 names",
+        "prompt,prompt,completion\na,b,c\n": "column 'prompt' stands twice",
+        'prompt,completion\na,"b\n': "not CSV",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(DataError, match=problem):
+            load_rows(Source(path=str(file)))
+
+
+@pytest.mark.parametrize("labels", [["A", "A"], ["B"]])
+def test_arc_options_can_be_told_apart(labels):
+    row = GOOD["arc"] | {"choices": {"text": ["yes", "no"][: len(labels)], "label": labels}, "answerKey": labels[0]}
+    with pytest.raises(RowError, match="two options or more, each with its own label"):
+        to_example(row, Source(path="x.jsonl", format="arc"))
 
 
 def test_plain_text_ends_with_the_end_token(tokenizer):

@@ -153,10 +153,12 @@ def test_M1_the_lock_of_a_killed_process_is_free(tmp_path):
 
 
 def test_M3_two_runs_read_the_same_table_at_once(stage, tmp_path):
-    """csv goes through the datasets library's cache, which both processes share."""
-    rows = tmp_path / "rows.csv"
+    """Parquet goes through the datasets library's cache, which both processes share."""
+    import datasets
+
+    rows = tmp_path / "rows.parquet"
     pairs = [json.loads(line) for line in stage[1].read_text().splitlines()]
-    rows.write_text("question,answer\n" + "".join(f"{p['question']},{p['answer']}\n" for p in pairs))
+    datasets.Dataset.from_list(pairs).to_parquet(str(rows))
     processes = []
     for name in ("a", "b"):
         recipe = recipe_text(stage[0], rows, name, train={"max_steps": 2, "save_steps": None})

@@ -134,6 +134,8 @@ def arc_options(row: Row) -> tuple[list[str], list[str]]:
         raise RowError("column 'choices' should hold lists 'text' and 'label'")
     if len(labels) != len(texts) or not all(isinstance(x, str) and x for x in (*labels, *texts)):
         raise RowError("column 'choices' should hold equally many labels and texts, none empty")
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise RowError(f"column 'choices' should hold two options or more, each with its own label, has {labels}")
     return labels, texts
 
 

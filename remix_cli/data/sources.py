@@ -1,6 +1,9 @@
 """Rows from one source of the recipe, as plain dictionaries."""
 
+import csv
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +58,14 @@ def _path_rows(source: Source) -> list[dict[str, Any]]:
         return _dataset_rows(source.path, name=source.subset, split=source.split)
     files = _files(Path(source.path), source.split)
     kind = LOADERS[files[0].suffix]
-    if kind == "json":
-        return [row for file in files for row in _json_rows(file)]
+    if kind in READERS:
+        return [row for file in files for row in READERS[kind](file)]
     place = files[0] if len(files) == 1 else files[0].parent
     return _dataset_rows(kind, str(place), data_files=[str(f) for f in files], split="train")
 
 
 def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[dict[str, Any]]:
-    """Through the datasets library: a hub id, or csv and parquet files."""
+    """Through the datasets library: a hub id, or parquet files."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -78,13 +81,7 @@ def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[d
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """JSON lines, or one JSON list of objects. Read here rather than by a table library, which would name no
     line and fill in columns that a row does not have."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: not UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    text = _text_of(path)
     if text.lstrip().startswith("["):
         rows = _json(text, f"{path}")
     else:
@@ -94,6 +91,45 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number}: should be an object of columns, is {type(row).__name__}")
     return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Every cell is text, as it stands in the file. A table library would make numbers of `007`, nothing of `NA`, and
+    would take the first of three cells under two names for a row's number."""
+    rows: list[dict[str, Any]] = []
+    csv.field_size_limit(MAX_CELL)
+    try:
+        reader = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
+        names = next(reader, [])
+        twice = [name for i, name in enumerate(names) if name in names[:i]]
+        if twice:
+            raise DataError(f"{path}: column {twice[0]!r} stands twice in the first line")
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise DataError(
+                    f"{path}: line {reader.line_num}: {len(cells)} cells under {len(names)} names; put text that "
+                    "holds a comma in double quotes"
+                )
+            if cells:
+                rows.append(dict(zip(names, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
+    return rows
+
+
+READERS = {"json": _json_rows, "csv": _csv_rows}
+MAX_CELL = 2**31 - 1
+
+
+def _text_of(path: Path) -> str:
+    """Raises DataError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _json(text: str, where: str) -> Any:
@@ -119,18 +155,32 @@ def _json(text: str, where: str) -> Any:
 SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
+def _words(file: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", file.stem.lower()))
+
+
 def _files(path: Path, split: str) -> list[Path]:
     """The files of a local source. In a folder: those named after the split, or all if none is named after any.
 
-    Raises DataError rather than read another split's rows, or files of several kinds.
+    Raises DataError rather than read another split's rows, or files of several kinds, or leave out what may be meant.
     """
     if not path.is_dir():
         return [path]
-    files = sorted(f for f in path.iterdir() if f.suffix in LOADERS)
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in LOADERS)
+    capital = next((f.name for f in files if f.suffix not in LOADERS), None)
+    if capital:
+        raise DataError(f"{path}: {capital}: the ending is not read in capitals; rename the file")
     named = [f for f in files if f.stem.split("-")[0] == split]
     others = [f.name for f in files if any(name in f.stem.lower() for name in SPLITS)]
     if not named and others:
         raise DataError(f"{path}: no file named {split}; it holds {', '.join(others)}: name one file, or set split")
+    beside = [f for f in files if f not in named and f.suffix in {n.suffix for n in named}]
+    unsaid = next((f.name for f in beside if not _words(f) & set(SPLITS) - {split}), None)
+    if unsaid:
+        raise DataError(
+            f"{path}: {named[0].name} is the split {split}, but what {unsaid} is for, its name does not say; name one "
+            f"file, or call the other {split}-2{named[0].suffix}"
+        )
     files = named or files
     if len({f.suffix for f in files}) > 1:
         raise DataError(f"{path}: files of several kinds ({', '.join(f.name for f in files)}); name one file")
