@@ -270,3 +270,8 @@ def is_causal(model: nn.Module, vocabulary: int) -> bool:
     first, second = (model(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
     first, second = first.float(), second.float()
     return bool((first - second).norm() <= 1e-3 * first.norm())  # some kernels round by what else is in the batch
+
+
+def longest_input(model: Any) -> int | None:
+    """How many tokens the model was made to read at once; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -6,13 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from remix_cli.evaluate import arc, run, tasks
+from remix_cli.evaluate import arc, gsm8k, run, tasks
 from remix_cli.evaluate.humaneval import load_problems, program_of
+from remix_cli.evaluate.request import requested_tasks
 from remix_cli.evaluate.results import open_lines
 from remix_cli.evaluate.tasks import SCORERS, Settings
 from remix_cli.recipe import Source, Task
-from remix_cli.runs import load_run
+from remix_cli.runs import RunFolder, load_run
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finis
     if task == "reasoning_gym":
         source = Source(reasoning_gym="chain_sum", size=6)
     subject = load_run(finished)
-    one = Task(task=task, source=source, max_new_tokens=4)
+    one = Task(task=task, source=source, max_new_tokens=None if task in ("nll", "arc") else 4)
     settings = Settings(limit=4, allow_code=True)
     asked = []
     scorer = SCORERS[task]
@@ -238,8 +240,49 @@ def test_flags_reach_the_tasks(verb, finished, stage):
         (("--task", "humaneval", "--samples", "3", "--allow-code-execution"), "set temperature"),
         (("--task", "arc"), "give the task a source"),
         (("--task", "reasoning_gym"), "no reasoning_gym source"),
+        (("--base", "--active", "1"), "--active: is of an adapter"),
+        (("--base", "--selection", "sample"), "--selection sample: is of an adapter"),
+        (("--base", "--best"), "--best: is of an adapter"),
+        (("--task", "nll", "--temperature", "0.7"), "--temperature: is not read"),
+        (("--task", "nll", "--max-new-tokens", "4"), "--max-new-tokens: is not read"),
+        (("--task", "gsm8k", "--shots-from", rows), "--shots-from: say with --shots"),
+        (("--task", "gsm8k", "--shots", 50, "--shots-from", rows), "asked for, and shots_from has 40"),
+        (("--task", "gsm8k", "--shots", 40, "--shots-from", rows), "but the model reads at most 256"),
     ):
         assert message in verb("eval", finished, *wrong, expect=2)[1]
+
+
+def test_a_kind_names_all_tasks_of_the_kind(finished, stage):
+    """It named the last one."""
+    recipe = RunFolder(finished).load_recipe()
+    source = Source(path=str(stage[1]), format="gsm8k")
+    both = [Task(task="gsm8k", max_new_tokens=3), Task(task="gsm8k", max_new_tokens=6, source=source)]
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tasks": [Task(task="nll"), *both]})})
+    assert requested_tasks(recipe, ["gsm8k"], None, {}, None) == both
+    hot = requested_tasks(recipe, None, None, {"temperature": 0.5}, None)
+    assert [task.temperature for task in hot] == [0, 0.5, 0.5]
+    (one,) = requested_tasks(recipe, ["gsm8k"], str(stage[1]), {"max_new_tokens": 4}, None)
+    assert one.max_new_tokens == 4
+
+
+@pytest.mark.parametrize("answer", ["1/2", "3:30", "1e5", "5-6", "1.2.3"])
+def test_a_reference_that_is_no_plain_number_is_no_number(answer):
+    assert gsm8k.strict_answer(f"#### {answer}") is not None
+    assert gsm8k.reference_answer(f"#### {answer}") is None
+    assert None not in [gsm8k.reference_answer(f"#### {text}") for text in ("1,200.50", "7 apples", "5%", "9.")]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"task": "nll", "temperature": 0.8},
+        {"task": "arc", "max_new_tokens": 8},
+        {"task": "gsm8k", "shots_from": {"path": "x.jsonl", "format": "gsm8k"}},
+    ],
+)
+def test_keys_that_a_task_does_not_read_are_errors(task):
+    with pytest.raises(ValidationError, match=r"is not read|how many solved examples"):
+        Task.model_validate(task)
 
 
 def test_eval_table_at_80_columns(verb, finished):

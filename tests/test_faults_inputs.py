@@ -257,6 +257,21 @@ def test_D3_not_utf8(tmp_path):
     assert "line 2: not UTF-8" in rows_error(tmp_path, GOOD.encode() + b'{"prompt": "\xff"}\n')
 
 
+def test_R_places_hold_no_nul(verb, stage, tmp_path):
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], "a\0b"))
+    assert "output_dir: holds a NUL" in verb("train", path, expect=2)[1]
+
+
+def test_R_one_of_resume_and_overwrite(verb, stage, tmp_path):
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
+    assert "give one of them" in verb("train", path, "--resume", "--overwrite", expect=2)[1]
+
+
+def test_R_flags_of_generate_are_read(verb, finished):
+    assert "--block: says" in verb("generate", finished, "w1 ?", "--block", 1, expect=2)[1]
+    assert "the model reads at most 256" in verb("generate", finished, "w1 " * 300, expect=2)[1]
+
+
 def test_D3_damaged_files_fail_as_data_errors_or_load(tmp_path):
     """500 random edits of a good file: never another exception."""
     from remix_cli.data.encode import load_examples

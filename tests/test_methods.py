@@ -311,7 +311,7 @@ REFUSED = [
     ),
     ({"adapter": {"method": "prompt"}, "train": {"cuda_graphs": True}}, "train.cuda_graphs: cannot be combined"),
     ({"adapter": {"method": "vblora", "vector_length": 7}}, "vblora: "),
-    ({"adapter": {"method": "prompt", "virtual_tokens": 60}}, "and 60 virtual tokens, but the model reads at most 64"),
+    ({"adapter": {"method": "prompt", "virtual_tokens": 230}}, "and 230 virtual tokens, but the model reads at"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Routing statistics on hand-made decisions."""
 
+import dataclasses
 import json
 import math
 import re
@@ -250,10 +251,30 @@ def test_route_stats_compares_and_shows_history(verb, finished, tmp_path):
 def test_route_stats_fails_on_collapse(verb, finished, monkeypatch):
     from remix_cli.stats import view
 
-    verb("route-stats", finished, "--history", "--fail-on-collapse")
+    # which loads no model, and so could not fail
+    assert "--fail-on-collapse" in verb("route-stats", finished, "--history", "--fail-on-collapse", expect=2)[1]
     monkeypatch.setattr(view, "verdict", lambda *_: (False, "collapsing in 1 of 2 blocks (0.mlp): because"))
     assert "error: collapsing in 1 of 2" in verb("route-stats", finished, "--fail-on-collapse", expect=1)[1]
     verb("route-stats", finished)
+
+
+@pytest.mark.parametrize("flag", [("--limit", 2), ("--data", "x.jsonl"), ("--trace", "t.jsonl"), ("--best",)])
+def test_flags_that_history_does_not_read_are_errors(verb, finished, flag):
+    assert f"{flag[0]}: is not read with --history" in verb("route-stats", finished, "--history", *flag, expect=2)[1]
+
+
+def test_runs_are_compared_on_the_same_tokens(finished):
+    """Under one tokenizer, and both at their best if one is."""
+    from remix_cli.errors import RecipeError
+    from remix_cli.runs import load_run
+    from remix_cli.stats import view
+
+    first = load_run(finished, best=True)
+    request = view.Request(compare_with=finished, best=True)
+    assert view._beside(first, request).which == "best"
+    first.identity = dataclasses.replace(first.identity, tokenizer_fingerprint="another")
+    with pytest.raises(RecipeError, match="has another tokenizer"):
+        view._beside(first, request)
 
 
 def test_task_determined_router_by_hand():

@@ -72,6 +72,17 @@ def test_lists_that_a_recipe_takes_anyway_are_no_axes(stage, tmp_path):
     assert [len(p.recipe.adapter.target_modules) for p in load_sweep(path).points["run"]] == [1, 2]
 
 
+def test_one_seed_counts_once(stage, tmp_path):
+    with pytest.raises(RecipeError, match=r"sweep.seeds: one seed twice"):
+        load_sweep(sweep_file(stage, tmp_path, {"seeds": [0, 1, 0]}))
+
+
+@pytest.mark.parametrize("axis", ["data.validation_fraction=[0.1, 0.2]", "data.split_seed=[0, 1]"])
+def test_settings_are_chosen_by_the_same_held_out_rows(stage, tmp_path, axis):
+    with pytest.raises(RecipeError, match="each value has other held-out rows"):
+        load_sweep(sweep_file(stage, tmp_path, {}), [axis])
+
+
 def test_whole_groups_may_be_listed_as_tied_settings(stage, tmp_path):
     path = sweep_file(stage, tmp_path, {})
     both = "adapter=[{method: rslora, rank: 4}, {method: remix, pool_size: 4, active: 2, rank: 2}]"

@@ -24,7 +24,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 256,
 }
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -57,7 +57,7 @@ def evaluate(
     folder = RunFolder(run)
     if not folder.is_model:
         check_run(run, best=best)
-    from remix_cli.evaluate.request import requested_active, requested_tasks
+    from remix_cli.evaluate.request import check_base, requested_active, requested_tasks
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
     from remix_cli.evaluate.tasks import Settings
@@ -69,9 +69,9 @@ def evaluate(
     recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
     if folder.is_model and not (task and (data or task == ["humaneval"])):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
-    base = base or folder.is_model
+    check_base(base, {"--active": active, "--selection sample": selection == "sample", "--best": best})
     sampled = (selection or recipe.eval.selection) == "sample"
-    settings = Settings(base=base, limit=limit, sampled=sampled, allow_code=allow_code)
+    settings = Settings(base=base or folder.is_model, limit=limit, sampled=sampled, allow_code=allow_code)
     changes = {"shots": shots, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     tasks = requested_tasks(recipe, task, data, changes, shots_from, data_format)
     many = requested_active(active, recipe.adapter_config(), settings.sampled)
@@ -193,6 +193,11 @@ def route_stats(
         _headroom(run, data, limit, best, any_base, as_json, console)
         return
     if history:
+        flags = {"--data": data, "--limit": limit, "--trace": trace, "--html": page}
+        flags |= {"--fail-on-collapse": fail_on_collapse, "--best": best, "--any-base": any_base}
+        unread = next((flag for flag, value in flags.items() if value), None)
+        if unread:
+            raise RecipeError(f"{unread}: is not read with --history, which loads no model; leave one of them out")
         runs = [run] if compare_with is None else [run, compare_with]
         shown = view.history(runs, plot, console.width)
     else:

@@ -122,7 +122,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=5, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the answers, with a temperature.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the answers, with a temperature.")] = 0,
     base: Annotated[bool, typer.Option("--base", help="The base model's answers, for comparison.")] = False,
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="The LoRAs behind every token of the answer.")
@@ -139,6 +139,8 @@ def generate(
     from remix_cli.folders import check_run
 
     folder = check_run(run, best=best)
+    if block is not None and not show_routing:
+        raise RecipeError("--block: says which router --show-routing shows; add that flag, or leave this one out")
     from remix_cli.evaluate.converse import answer, routed_tokens
     from remix_cli.evaluate.generate import Decoding
     from remix_cli.runs import load_run

@@ -7,7 +7,9 @@ import torch
 from transformers import TextStreamer
 
 from remix_cli.adapter.trace import Trace
+from remix_cli.errors import DataError
 from remix_cli.evaluate.generate import Decoding, continue_ids
+from remix_cli.models import longest_input
 from remix_cli.runs import LoadedRun
 
 
@@ -27,9 +29,12 @@ def answer(
 ) -> tuple[list[int], list[int]]:
     """Token ids of prompt and answer; the text goes to `write` as it comes.
 
-    The prompt is a user's turn in the run's chat template, or plain text where training used none.
+    The prompt is a user's turn in the run's chat template, or plain text where training used none. Raises DataError.
     """
     ids = run.encoder.question_ids(prompt)
+    limit = longest_input(run.model)
+    if limit is not None and len(ids) > limit:
+        raise DataError(f"prompt: has {len(ids)} tokens, but the model reads at most {limit}; shorten it")
     with run.adapter.unchanging():
         (new,) = continue_ids([ids], [0], run, decoding, _Stream(run.tokenizer, write))
     return ids, new

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,10 @@ from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.routing import fold, gumbel_noise
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.chunks import in_chunks
+from remix_cli.errors import DataError
 from remix_cli.evaluate.graphed import fixed_cache, graphed
+from remix_cli.models import longest_input
+from remix_cli.recipe import Task
 from remix_cli.runs import Subject
 
 
@@ -28,6 +31,17 @@ class Decoding:
     stop: tuple[str, ...] = ()
     seed: int = 0
     selection_seed: int | None = None  # sample the LoRAs, too, instead of taking the top k
+
+
+def check_fits(subject: Subject, task: Task, texts: Sequence[Sized]) -> None:
+    """Raises DataError for token ids of a task that are longer than what the model can read."""
+    limit = longest_input(subject.model)
+    longest = max(map(len, texts), default=0)
+    if limit is not None and longest > limit:
+        fix = "ask for fewer shots" if task.shots else "take long rows out"
+        raise DataError(
+            f"eval task {task.task}: the longest row has {longest} tokens, but the model reads at most {limit}; {fix}"
+        )
 
 
 def generate(

@@ -8,6 +8,7 @@ import re
 from decimal import Decimal, InvalidOperation
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+GOES_ON = re.compile(r"[.,]?[\w/:^*+-]")
 STRICT = re.compile(r"#### (-?\d[\d,]*(?:\.\d+)?)")
 
 
@@ -15,6 +16,14 @@ def strict_answer(text: str) -> Decimal | None:
     """The number after the first `#### `, None if there is none."""
     found = STRICT.search(text)
     return _number(found.group(1)) if found else None
+
+
+def reference_answer(text: str) -> Decimal | None:
+    """As `strict_answer`, but None where the number is part of something else: 1/2, 3:30, 1e5, 5-6."""
+    found = STRICT.search(text)
+    if found and GOES_ON.match(text, found.end()):
+        return None
+    return strict_answer(text)
 
 
 def flexible_answer(text: str) -> Decimal | None:

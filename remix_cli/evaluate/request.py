@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe, Source, Task
-from remix_cli.recipe.schema import TaskName
+from remix_cli.recipe.schema import LIKELIHOODS, OF_ANSWERS, TaskName
 
 
 def requested_tasks(
@@ -25,30 +25,51 @@ def requested_tasks(
     unknown = [name for name in names or [] if name not in get_args(TaskName)]
     if unknown:
         raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(get_args(TaskName))}")
-    known = {task.task: task for task in recipe.eval.tasks}
-    tasks = [known.get(name) or Task(task=name) for name in names] if names else list(recipe.eval.tasks)  # type: ignore
+    tasks = list(recipe.eval.tasks)
+    if names:
+        tasks = [task for name in names for task in _of_kind(recipe, name)]
     changed = {key: value for key, value in changes.items() if value is not None}
-    made = []
+    if shots_from is not None and not any(changed.get("shots", task.shots) for task in tasks):
+        raise RecipeError("--shots-from: say with --shots how many solved examples to take from it")
+    generating = any(task.task not in LIKELIHOODS for task in tasks)
+    made: list[Task] = []
     for task in tasks:
         task = override_source(recipe, task, data)
         if data_format is not None and task.source is not None:
             task = task.model_copy(update={"source": task.source.model_copy(update={"format": data_format})})
         update = dict(changed)
+        if task.task in LIKELIHOODS and generating:  # the flags are for the others
+            update = {key: value for key, value in update.items() if key not in OF_ANSWERS}
         if shots_from is not None:
             example = task.source or Source(path=shots_from, format="gsm8k" if task.task == "gsm8k" else "arc")
             update["shots_from"] = example.at(shots_from)
         try:
-            made.append(Task(**(dict(task) | update)))
+            asked = Task(**(dict(task) | update))
         except ValidationError as error:
             raise RecipeError(*(_flag(e["msg"], e.get("ctx", {})) for e in error.errors())) from None
+        if asked not in made:  # two tasks of a kind may be the same on one file
+            made.append(asked)
     return made
+
+
+def _of_kind(recipe: Recipe, name: str) -> list[Task]:
+    """The recipe's tasks of this kind, all of them; else the kind with its defaults."""
+    return [task for task in recipe.eval.tasks if task.task == name] or [Task(task=name)]  # type: ignore[arg-type]
 
 
 def _flag(message: str, context: dict[str, Any]) -> str:
     """A problem of a task that the flags made."""
-    if "below" in context:  # only a format can have been given that the task does not read
-        return f"--data-format: {message}"
+    if "below" in context:  # else only a format can have been given that the task does not read
+        key = context["below"][-1]
+        return f"--{key.replace('_', '-') if key in OF_ANSWERS else 'data-format'}: {message}"
     return f"--{message.removeprefix('Value error, ')}"
+
+
+def check_base(base: bool, flags: dict[str, Any]) -> None:
+    """Raises RecipeError if a flag of an adapter is given with --base."""
+    given = next((flag for flag, value in flags.items() if value), None)
+    if base and given:
+        raise RecipeError(f"{given}: is of an adapter, and --base takes it away; leave one of them out")
 
 
 def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:

@@ -21,7 +21,7 @@ from remix_cli.data.sources import load_rows
 from remix_cli.data.splits import evenly, split_examples
 from remix_cli.errors import DataError, shortened
 from remix_cli.evaluate import arc, gsm8k, humaneval
-from remix_cli.evaluate.generate import Decoding, generate
+from remix_cli.evaluate.generate import Decoding, check_fits, generate
 from remix_cli.evaluate.nll import iter_row_losses
 from remix_cli.evaluate.reasoning import Verifier
 from remix_cli.evaluate.statistics import Score, mean, pass_at, ratio
@@ -57,6 +57,11 @@ class Scorer(ABC):
         self.selection_seed = self.seed if settings.sampled and not settings.base else None
         self.limit = settings.limit or task.limit
         self.shots = load_examples([task.shots_from])[0][: task.shots] if task.shots_from else []
+        if len(self.shots) < task.shots:
+            raise DataError(
+                f"eval task {task.task}: shots: {task.shots} solved examples are asked for, and shots_from has "
+                f"{len(self.shots)}; ask for as many, or give a file with more"
+            )
         self.load()
         if not len(self.keys):
             raise DataError(f"eval task {task.task}: no rows; give data.validation, a source for the task, or --data")
@@ -99,6 +104,7 @@ class Generating(Scorer):
     def ask(self, prompts: list[list[int]]) -> None:
         """Set the prompts, and the keys from them."""
         self.prompts, self.keys = prompts, [_key(ids) for ids in prompts]
+        check_fits(self.subject, self.task, prompts)
 
     def stamp(self) -> dict[str, Any]:
         temperature, how = self.task.temperature, self.decoding()
@@ -188,9 +194,9 @@ class Gsm8k(Generating):
         examples = task_examples(self.subject.recipe, self.task, self.limit)
         self.gold = []
         for number, example in enumerate(examples, start=1):
-            gold = gsm8k.strict_answer(example.messages[-1]["content"])
+            gold = gsm8k.reference_answer(example.messages[-1]["content"])
             if gold is None:
-                raise DataError(f"eval task gsm8k: row {number}: the reference answer has no number after ####")
+                raise DataError(f"eval task gsm8k: row {number}: the reference answer has no plain number after ####")
             self.gold.append(gold)
         self.ask([self.prompt_ids(example) for example in examples])
         self.data = [list(example.messages) for example in examples]
@@ -242,6 +248,8 @@ class Arc(Scorer):
             except RowError as error:
                 raise DataError(f"eval task arc: row {number}: {error}") from None
             self.questions.append(question)
+        rows_of_options = [row.input_ids for made in (*self.letters, *self.texts) for row in made]
+        check_fits(self.subject, self.task, rows_of_options)
         self.data = rows
         both = zip(self.letters, self.texts, strict=True)
         self.keys = [_key(*(x for row in (*a, *b) for x in (row.input_ids, row.supervised))) for a, b in both]
@@ -286,6 +294,9 @@ class HumanEval(Generating):
         self.chat = self.encoder.chat
         self.prompt = humaneval.CHAT_PROMPT if self.chat else "{prompt}"
         self.prompts = [ids for problem in self.problems for ids in [self._ids(problem)] * self.task.samples]
+        if self.shots and not self.chat:
+            raise DataError("eval task humaneval: shots: the bare prompt takes no solved examples; leave them out")
+        check_fits(self.subject, self.task, self.prompts)
         self.data = self.problems
         self.keys = [_key(ids, [i % self.task.samples]) for i, ids in enumerate(self.prompts)]
 

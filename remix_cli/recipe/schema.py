@@ -150,6 +150,10 @@ class Train(Strict):
     report_to: Literal["none", "tensorboard"] = "none"
 
 
+LIKELIHOODS = ("nll", "arc")  # tasks that generate nothing
+OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that do
+
+
 class Task(Strict):
     task: TaskName
     source: Source | None = Field(None, description="Rows to score; by default the recipe's held-out rows.")
@@ -175,11 +179,20 @@ class Task(Strict):
         return self
 
     @model_validator(mode="after")
+    def _generates(self) -> Self:
+        if self.task in LIKELIHOODS:
+            reason = f"says how answers are generated, and {self.task} compares likelihoods"
+            refuse_unread(self, dict.fromkeys(OF_ANSWERS, reason))
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.shots and self.shots_from is None:
             raise ValueError("shots: say in shots_from which file the solved examples come from")
         if self.shots and self.task == "nll":
             raise ValueError("shots: the loss is of the rows as they are, without solved examples in front")
+        if self.shots_from is not None and "shots" not in self.model_fields_set:
+            raise ValueError("shots: say how many solved examples to take from shots_from")
         if self.samples > 1 and self.task != "humaneval":
             raise ValueError("samples: more than one answer per problem is for humaneval (pass@k)")
         if self.samples > 1 and not self.temperature:

@@ -18,7 +18,15 @@ from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+def _place(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path or name has")
+    return os.path.expanduser(text)
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 

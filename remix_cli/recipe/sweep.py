@@ -85,6 +85,8 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     if isinstance(values, dict) and isinstance(raw.values.get("seed"), int):
         values = {"seeds": [raw.values["seed"]]} | values
     group = _group(raw, values)
+    if len(set(group.seeds)) < len(group.seeds):
+        raise RecipeError(f"{raw.where('sweep.seeds')}: sweep.seeds: one seed twice would be one run counted twice")
     root = raw.values.get("output_dir")
     if not isinstance(root, str):
         build(raw)  # says what is wrong with it
@@ -158,6 +160,14 @@ def _group(raw: RawRecipe, values: Any) -> SweepGroup:
 def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Path) -> list[Point]:
     """The arm's recipes under the first seed. Raises RecipeError; what the arm itself sets is named as its own."""
     axes = dict(_axes(raw.values, Recipe, ""))
+    data = raw.values.get("data")
+    apart = isinstance(data, dict) and data.get("validation")  # the held-out rows are a file's, not the axis'
+    other_rows = next((a for a in axes if a.startswith("data.") and not (apart and a == "data.train")), None)
+    if other_rows:
+        raise RecipeError(
+            f"sweep.arms.{arm}: {other_rows}: each value has other held-out rows, so the best cannot be chosen by "
+            "them; make them arms"
+        )
     made: list[Point] = []
     problems: dict[str, None] = {}
     for setting in _settings(axes, group.draws, arm, problems):

@@ -71,7 +71,7 @@ def routing(run: Path, request: Request, progress: Callable[[str, int], Any], wi
     parts += [routing_legend(result), ""]
     reports, names = [result], [run.name]
     if request.compare_with is not None:
-        other, _ = _measured(load_run(request.compare_with, any_base=request.any_base), rows, progress)
+        other, _ = _measured(_beside(loaded, request), rows, progress)
         reports, names = [result, other], [run.name, request.compare_with.name]
         parts.append(f"{request.compare_with.name}: {other['verdict']}")
         result = {**result, "compared": other}
@@ -88,6 +88,18 @@ def routing(run: Path, request: Request, progress: Callable[[str, int], Any], wi
         write_text(request.page, page(run.name, result, logged, shown))
         parts.append(f"written: {request.page}")
     return Shown(parts, result, healthy)
+
+
+def _beside(first: LoadedRun, request: Request) -> LoadedRun:
+    """The run to compare with. Raises RecipeError if the first one's token ids mean something else to it."""
+    assert request.compare_with is not None
+    other = load_run(request.compare_with, best=request.best, any_base=request.any_base)
+    if other.identity.tokenizer_fingerprint != first.identity.tokenizer_fingerprint:
+        raise RecipeError(
+            f"--compare: {request.compare_with} has another tokenizer, so the rows are not the same to it; look at "
+            "each run apart"
+        )
+    return other
 
 
 def _measured(

@@ -13,7 +13,7 @@ from remix_cli.adapter.patch import Adapter, TargetError, last_names
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError
 from remix_cli.methods.apply import apply_method
-from remix_cli.models import input_ranks, skeleton
+from remix_cli.models import input_ranks, longest_input, skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe) -> Adapter:
             problems += check_source(task.source, f"eval.tasks.{i}.source")
     try:
         model = skeleton(recipe.model)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = longest_input(model)
         front = recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0
         if limit is not None and recipe.data.max_length + front > limit:
             also = f" and {front} virtual tokens" if front else ""
