@@ -54,7 +54,7 @@ def test_eval_of_loss_and_of_generated_answers(run, tmp_path):
     loss, answers = report["results"]
     assert 0 < loss["scores"]["loss"] < 10
     assert answers["count"] == 4
-    lines = (run / "eval" / "adapter-gsm8k.jsonl").read_text().splitlines()
+    lines = (run / "eval" / "adapter-gsm8k@sums.jsonl").read_text().splitlines()
     assert all(json.loads(line)["output"].strip() for line in lines)
 
 

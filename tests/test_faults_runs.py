@@ -225,7 +225,10 @@ def test_K14_other_rows_or_another_base_model_are_refused(stage, tmp_path, verb)
     verb("train", recipe)
     (tmp_path / "out" / "summary.json").unlink()  # as if it had been killed at the very end
     mine.write_text(rows.read_text().replace("w1", "w2"))
-    assert "made from other rows than this run would use" in verb("train", recipe, "--resume", expect=5)[1]
+    assert (
+        "made from other rows and other held-out rows than this run would use"
+        in verb("train", recipe, "--resume", expect=5)[1]
+    )
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte")])

@@ -1,4 +1,4 @@
-"""The house's own rules: which room may import which, and how big rooms get."""
+"""The house's own rules: which room may import which."""
 
 import ast
 import re
@@ -100,15 +100,6 @@ def test_no_file_we_read_can_run_code(path):
             assert called not in {"yaml.load", "torch.load", "eval", "exec", "pickle.load", "pickle.loads"}, called
         if isinstance(node, ast.Import):
             assert not {a.name for a in node.names} & {"pickle", "dill", "joblib"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_and_functions_stay_small(path):
-    text = path.read_text()
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 70, f"{node.name} is too long"
 
 
 def test_the_adapter_core_needs_torch_and_safetensors_only():
