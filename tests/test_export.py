@@ -339,7 +339,7 @@ def test_generate_answers_as_evaluation_does_and_shows_the_routing(verb, trained
     out, _ = verb("generate", trained(), "--max-new-tokens", "6")
     assert out.splitlines()[0].strip() == expected.strip()
     assert len(out.strip().splitlines()) == 2
-    _, err = verb("generate", trained(), "x", "--block", "9", expect=2)
+    _, err = verb("generate", trained(), "x", "--show-routing", "--block", "9", expect=2)
     assert "routers 0 to 1" in err
     _, err = verb("generate", trained(), "x", "--base", "--show-routing", expect=2)
     assert "no router" in err

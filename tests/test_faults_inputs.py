@@ -115,7 +115,7 @@ def test_R12_paths_that_are_no_files_are_refused_without_hanging(kind, verb, sta
 def test_R13_limits_that_do_not_fit_the_data(verb, stage, tmp_path):
     model, rows, _ = stage
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(model, rows, tmp_path / "out"))
-    for wrong in ("train.max_steps=0", "train.gradient_accumulation_steps=0", "data.max_length=65"):
+    for wrong in ("train.max_steps=0", "train.gradient_accumulation_steps=0", "data.max_length=257"):
         assert wrong.split("=")[0] in verb("train", recipe, wrong, expect=2)[1]
     # A batch larger than the data is one short batch; saving later than the end still saves at the end.
     huge = ["train.per_device_train_batch_size=999", "train.max_steps=1", "train.save_steps=50"]
