@@ -60,7 +60,7 @@ class Passes:
             return cls(1, 0, 1, False)
         if router.lora_gradient == "top":
             alone = not ESTIMATORS[router.estimator].samples_beside_top
-            return cls(1, 0 if alone else router.selections, 1, alone and router.learning_rate > 0)
+            return cls(1, 0 if alone else router.selections, 1, alone)
         return cls(0, router.selections, router.selections if router.lora_gradient == "mean" else 1, False)
 
 
@@ -94,8 +94,7 @@ def accumulate_gradients(
     `dropout_seed` decides what else is random in a forward pass. Nothing here waits for the device.
     """
     plan = Passes.of(router, adapter.config.samples)
-    learns = plan.samples > 0 and router.learning_rate > 0
-    learns = learns or plan.learns_from_top
+    learns = router.learning_rate > 0 and (plan.samples > 0 or plan.learns_from_top)
     linear = learns and ESTIMATORS[router.estimator].linear
     traces: list[Trace] = []
     losses: list[Tensor] = []
@@ -103,8 +102,7 @@ def accumulate_gradients(
         for index in range(plan.total):
             keep = index < plan.with_gradient
             draw = index - plan.top  # which of the M samples; -1 for the pass under the top k
-            sampled = draw >= 0 and plan.samples > 0
-            noise = adapter.noise((*seed, draw), batch.rows, batch.input_ids.shape[1]) if sampled else None
+            noise = adapter.noise((*seed, draw), batch.rows, batch.input_ids.shape[1]) if draw >= 0 else None
             trace = Trace(noise=noise, selection_grad=linear, prompt=batch.prompt)
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed)  # one mask for all passes: it cancels in the baseline
