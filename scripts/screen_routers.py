@@ -55,14 +55,27 @@ class Arm:
     learning_rate: float | None = None  # of the LoRAs; by default the recipe's
     router_learning_rate: float = 0.01
     start: float = 0.0  # share of the steps before the router learns
-    level: str = "token"  # or sequence: the mean of the inputs over the prompt
-    centre: bool = False  # take away the mean of the inputs over the first batches
-    running_mean: float = 0.0  # weight of the mean of the inputs so far, added to the token's own
+    token: str = "raw"  # what the router reads of the token: raw, centred (the mean input taken away) or none
+    prompt: str = "none"  # and of the prompt's mean input: none, raw, centred or whitened
+    prompt_weight: float = 1.0  # of the prompt's part, when both are read; each part has unit length
+    shared: bool = False  # one decision for all blocks, taken in the first
     oracle: bool = False  # a random set for each task, known beforehand: what routing by task is worth
 
     @property
     def scale(self) -> float:
         return 2 / math.sqrt(self.active * self.rank)
+
+    @property
+    def by_sequence(self) -> bool:
+        return self.token == "none"
+
+    @property
+    def prepared(self) -> bool:
+        """Does the router read anything but the token's own input?"""
+        return self.token != "raw" or self.prompt != "none"
+
+    def router_of(self, index: int) -> int:
+        return 0 if self.shared else index
 
     @property
     def samples(self) -> bool:
@@ -85,7 +98,7 @@ class Pass:
 
     def of(self, arm: Arm, place: int) -> "ArmPass":
         def cut(x: Tensor) -> Tensor:
-            return x[:, :1] if arm.level == "sequence" else x
+            return x[:, :1] if arm.by_sequence else x
 
         return ArmPass(
             torch.stack([cut(x[place])[..., : arm.pool_size] for x in self.logits]),
@@ -125,7 +138,7 @@ class Stack:
         self.differentiated = False
         self.choose: Callable[[int, Tensor], Tensor] | None = None  # another choice than the top k, for evaluation
         self.record: Pass | None = None
-        self.sums: Tensor | None = None  # of the features, by block, while the mean is taken
+        self.seen: list[list[tuple[Tensor, Tensor]]] | None = None  # by block: mean input and prompts' means of a batch
         self._hook()
 
     def draw(self, seed: int) -> None:
@@ -148,6 +161,8 @@ class Stack:
         self.start = [p.clone() for p in self.routers]
         self.by_task = torch.randn(len(self.blocks), 256, self.pool_size, generator=generator).to(self.device)
         self.mean = torch.zeros(len(self.blocks), width, device=self.device)
+        self.prompt_mean = torch.zeros(len(self.blocks), width, device=self.device)
+        self.whitening = torch.eye(width, device=self.device).repeat(len(self.blocks), 1, 1)
 
     def _hook(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -167,35 +182,53 @@ class Stack:
     def features(self, index: int, x: Tensor) -> Tensor:
         """(R, B, T, D) float32 of unit length, from the block's inputs of the same shape."""
         unit = F.normalize(x.float(), dim=-1)
-        if self.sums is not None:
-            self.sums[index] += (unit[0] * self.mask[..., None]).sum((0, 1)) / self.mask.sum()
+        if self.seen is not None:
+            mean = (unit[0] * self.mask[..., None]).sum((0, 1)) / self.mask.sum()
+            self.seen[index].append((mean, self._prompt_mean(unit[0])[:, 0]))
         arms = [self.arms[place] for place in self.sub]
-        if not any(a.centre or a.running_mean or a.level == "sequence" for a in arms):
+        if not any(a.prepared or a.shared for a in arms):
             return unit
-        return torch.stack([self._feature(arm, index, unit[i]) for i, arm in enumerate(arms)])
+        found = torch.stack([self._feature(arm, index, unit[i]) for i, arm in enumerate(arms)])
+        if index == 0:
+            self.first = found
+        for i, arm in enumerate(arms):
+            if arm.shared:
+                found[i] = self.first[i]
+        return found
+
+    def _prompt_mean(self, unit: Tensor) -> Tensor:
+        return (unit * self.prompt[..., None]).sum(1, keepdim=True) / self.prompt.sum(1)[:, None, None].clamp(min=1)
 
     def _feature(self, arm: Arm, index: int, unit: Tensor) -> Tensor:
-        if arm.centre:
-            unit = unit - self.mean[index]
-        if arm.level == "sequence":
-            total = (unit * self.prompt[..., None]).sum(1, keepdim=True)
-            unit = total.expand_as(unit)
-        elif arm.running_mean:
-            so_far = F.normalize(unit.cumsum(1), dim=-1)
-            unit = F.normalize(unit, dim=-1) + arm.running_mean * so_far
-        return F.normalize(unit, dim=-1)
+        parts = []
+        if arm.token != "none":
+            parts.append(F.normalize(unit - self.mean[index] if arm.token == "centred" else unit, dim=-1))
+        if arm.prompt != "none":
+            prompt = self._prompt_mean(unit)
+            if arm.prompt != "raw":
+                prompt = prompt - self.prompt_mean[index]
+            if arm.prompt == "whitened":
+                prompt = prompt @ self.whitening[index]
+            weight = arm.prompt_weight if parts else 1.0
+            parts.append(weight * F.normalize(prompt, dim=-1).expand_as(unit))
+        return F.normalize(sum(parts), dim=-1)
 
     @torch.no_grad()
     def route(self, index: int, x: Tensor) -> None:
         count = len(self.sub)
         features = self.features(index, x.view(count, -1, *x.shape[1:]))
-        logits = torch.einsum("rbtd,rnd->rbtn", features, self.routers[index][self.sub])
+        matrices = torch.stack([self.routers[self.arms[place].router_of(index)][place] for place in self.sub])
+        logits = torch.einsum("rbtd,rnd->rbtn", features, matrices)
         for i, place in enumerate(self.sub):
             if self.arms[place].oracle:
-                logits[i] = self.by_task[index][self.tasks][:, None]
+                by_task = self.by_task[index][self.tasks][:, None]
+                logits[i] = by_task if self.arms[place].by_sequence else by_task + logits[i] / self.arms[place].init_std
         absent = self.absent[self.sub][:, None, None]
         logits = logits.masked_fill(absent, -1e9)
-        scores = logits if self.noise is None else logits + self.noise[index]
+        scores = logits
+        if self.noise is not None:
+            shares = [self.noise[self.arms[p].router_of(index), i] for i, p in enumerate(self.sub)]
+            scores = logits + torch.stack(shares)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         mask = order.argsort(-1) < self.active[self.sub][:, None, None, None]
         if self.choose is not None:
@@ -251,7 +284,7 @@ def gumbel(stack: Stack, sub: list[int], shape: torch.Size, generator: torch.Gen
     uniform = torch.rand(len(stack.blocks), len(sub), *shape, stack.pool_size, generator=generator, device=stack.device)
     noise = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
     for i, place in enumerate(sub):
-        if stack.arms[place].level == "sequence":
+        if stack.arms[place].by_sequence:
             noise[:, i] = noise[:, i, :, :1]
     return noise
 
@@ -282,7 +315,7 @@ def router_gradient(
     local: Tensor, coefficient: Coefficient,
 ) -> Iterator[Tensor]:  # fmt: skip
     """For each block the gradient of P, (n, D). `top` and `samples` hold (token losses, choices)."""
-    by_sequence = arm.level == "sequence"
+    by_sequence = arm.by_sequence
 
     def credited(losses: Tensor) -> Tensor:
         return losses.sum(-1, keepdim=True) if by_sequence else losses
@@ -347,10 +380,10 @@ def train(stack: Stack, data: TrainingData, recipe: Recipe, seed: int, tasks_of:
                 if arms[i].linear:
                     h = torch.stack([w.grad[i, ..., : arms[i].pool_size] for w in record.weights])[None]
                     h = h * arms[i].scale  # type: ignore[operator]  # from d loss / d weight to d loss / d z
-                    h = h.sum(-2, keepdim=True) if arms[i].level == "sequence" else h
+                    h = h.sum(-2, keepdim=True) if arms[i].by_sequence else h
                 found = router_gradient(arms[i], top, h, samples[i], batch, local, coefficients[i])
-                for gradient, one in zip(gradients, found, strict=True):
-                    gradient[i, : arms[i].pool_size] = one
+                for index, one in enumerate(found):
+                    gradients[arms[i].router_of(index)][i, : arms[i].pool_size] += one
             loras.step([p.grad for p in loras.parameters], step + 1, rates * factor)
             moving = torch.tensor([float(i in learning) for i in everyone], device=device)
             routers.step(gradients, step + 1, router_rates * factor * moving)
@@ -423,7 +456,8 @@ def kept(stack: Stack, rows: list[EncodedRow], tasks_of: Callable[..., Tensor]) 
     batch = collate(part).to(stack.device)
     _, record = forward(stack, batch, tasks_of(part), stack.sub)
     for index, chosen in enumerate(record.chosen):
-        logits = torch.einsum("rbtd,rnd->rbtn", record.features[index].float(), stack.start[index])
+        start = torch.stack([stack.start[arm.router_of(index)][i] for i, arm in enumerate(stack.arms)])
+        logits = torch.einsum("rbtd,rnd->rbtn", record.features[index].float(), start)
         logits = logits.masked_fill(stack.absent[:, None, None], -1e9)
         for i, arm in enumerate(stack.arms):
             before = routing.selection_mask(routing.top_k(logits[i], arm.active), stack.pool_size)
@@ -432,14 +466,22 @@ def kept(stack: Stack, rows: list[EncodedRow], tasks_of: Callable[..., Tensor]) 
     return (totals / len(stack.blocks)).tolist()
 
 
-def take_mean(stack: Stack, data: TrainingData, tasks_of: Callable[..., Tensor], batches: int = 8) -> None:
-    """The mean of the routers' inputs, by block, over the first batches of the base model."""
-    stack.sums = torch.zeros_like(stack.mean)
+@torch.no_grad()
+def prepare_features(stack: Stack, data: TrainingData, tasks_of: Callable[..., Tensor], batches: int = 32) -> None:
+    """From the base model's first batches, by block: the mean input, the mean of the prompts' means, and the matrix
+    that whitens them, (C + c I)^(-1/2) with covariance C and c the mean of its eigenvalues."""
+    stack.seen = [[] for _ in stack.blocks]
     for rows in data.plan.epoch(0)[:batches]:
         part = [data.train.rows[i] for i in rows]
-        with torch.no_grad():
-            forward(stack, collate(part).to(stack.device), tasks_of(part), [0])
-    stack.mean, stack.sums = stack.sums / batches, None
+        forward(stack, collate(part).to(stack.device), tasks_of(part), [0])
+    for index, seen in enumerate(stack.seen):
+        stack.mean[index] = torch.stack([mean for mean, _ in seen]).mean(0)
+        prompts = torch.cat([means for _, means in seen])
+        stack.prompt_mean[index] = prompts.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(prompts.T.double()))
+        scale = (values.clamp(min=0) + values.mean()).rsqrt()
+        stack.whitening[index] = ((vectors * scale) @ vectors.T).float()
+    stack.seen = None
 
 
 def main() -> None:
@@ -476,8 +518,8 @@ def main() -> None:
                 return
             model = load_model(recipe.model, device)
             stack = Stack(model, group, seed, device)
-            if any(arm.centre for arm in group):
-                take_mean(stack, data, tasks_of)
+            if any(arm.prepared for arm in group):
+                prepare_features(stack, data, tasks_of)
             train(stack, data, recipe, seed, tasks_of)
             held, tested = (evaluate(stack, rows, tasks_of) for rows in (data.validation.rows, test))
             random = evaluate(stack, test, tasks_of, shuffled(stack))

@@ -176,16 +176,18 @@ def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, mon
     arms = {
         "fixed": small,
         "the same": small,
-        "narrow": {"pool_size": 2, "active": 1, "rank": 2, "centre": True},
-        "known": small | {"oracle": True},
+        "narrow": {"pool_size": 2, "active": 1, "rank": 2, "token": "centred"},
+        "known": small | {"oracle": True, "token": "none", "prompt": "raw"},
         "straight": small | {"estimator": "straight_through", "router_learning_rate": 0.3},
         "rtg": small | {"estimator": "rtg", "router_learning_rate": 0.3, "start": 0.5},
-        "one": small | {"estimator": "control_variate", "selections": 1, "level": "sequence", "running_mean": 1.0},
+        "one": small | {"estimator": "control_variate", "selections": 1, "token": "none", "prompt": "raw"},
+        "both": small | {"oracle": True, "prompt": "centred", "prompt_weight": 0.5},
+        "white": small | {"estimator": "straight_through", "token": "none", "prompt": "whitened", "shared": True},
     }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
     names = ("recipe.yaml", "arms.json", "rows.jsonl", "out.jsonl")
     write_recipe(tmp_path / "recipe.yaml", recipe)
-    monkeypatch.setattr(sys, "argv", ["screen_routers.py", *(str(tmp_path / name) for name in names), "--at-once", "7"])
+    monkeypatch.setattr(sys, "argv", ["screen_routers.py", *(str(tmp_path / name) for name in names), "--at-once", "9"])
     runpy.run_path("scripts/screen_routers.py", run_name="__main__")
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     found = {line["arm"]: line for line in map(json.loads, lines)}
@@ -194,6 +196,7 @@ def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, mon
     assert found["fixed"]["kept"] == found["narrow"]["kept"] == 1
     assert found["straight"]["kept"] < 1
     assert found["rtg"]["kept"] < 1
+    assert found["white"]["kept"] < 1
     assert all(line["test"]["loss"] < 4.1 for line in found.values())  # from 4.16
 
 
