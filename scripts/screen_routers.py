@@ -56,7 +56,7 @@ class Arm:
     router_learning_rate: float = 0.01
     start: float = 0.0  # share of the steps before the router learns
     token: str = "raw"  # what the router reads of the token: raw, centred (the mean input taken away) or none
-    prompt: str = "none"  # and of the prompt's mean input: none, raw, centred or whitened
+    prompt: str = "none"  # and of the prompt's mean input: none, raw or centred
     prompt_weight: float = 1.0  # of the prompt's part, when both are read; each part has unit length
     shared: bool = False  # one decision for all blocks, taken in the first
     oracle: bool = False  # a random set for each task, known beforehand: what routing by task is worth
@@ -127,6 +127,7 @@ class Stack:
             width = arm.pool_size * arm.rank
             owner[place, :width] = torch.arange(width) // arm.rank
         self.owner = owner.to(device)
+        self.alike = len({(a.pool_size, a.rank) for a in arms}) == 1
         self.active = torch.tensor([a.active for a in arms], device=device)
         self.scales = torch.tensor([a.scale for a in arms], device=device)
         sizes = torch.tensor([a.pool_size for a in arms])
@@ -162,7 +163,6 @@ class Stack:
         self.by_task = torch.randn(len(self.blocks), 256, self.pool_size, generator=generator).to(self.device)
         self.mean = torch.zeros(len(self.blocks), width, device=self.device)
         self.prompt_mean = torch.zeros(len(self.blocks), width, device=self.device)
-        self.whitening = torch.eye(width, device=self.device).repeat(len(self.blocks), 1, 1)
 
     def _hook(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -184,11 +184,19 @@ class Stack:
         unit = F.normalize(x.float(), dim=-1)
         if self.seen is not None:
             mean = (unit[0] * self.mask[..., None]).sum((0, 1)) / self.mask.sum()
-            self.seen[index].append((mean, self._prompt_mean(unit[0])[:, 0]))
+            self.seen[index].append((mean, self._prompt_mean(unit[:1])[0, :, 0]))
         arms = [self.arms[place] for place in self.sub]
         if not any(a.prepared or a.shared for a in arms):
             return unit
-        found = torch.stack([self._feature(arm, index, unit[i]) for i, arm in enumerate(arms)])
+
+        def of_arms(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=self.device)[:, None, None, None]
+
+        token = F.normalize(unit - of_arms([a.token == "centred" for a in arms]) * self.mean[index], dim=-1)
+        prompt = self._prompt_mean(unit) - of_arms([a.prompt == "centred" for a in arms]) * self.prompt_mean[index]
+        token_weights = of_arms([float(a.token != "none") for a in arms])
+        prompt_weights = of_arms([a.prompt_weight * (a.prompt != "none") for a in arms])
+        found = F.normalize(token_weights * token + prompt_weights * F.normalize(prompt, dim=-1), dim=-1)
         if index == 0:
             self.first = found
         for i, arm in enumerate(arms):
@@ -197,21 +205,8 @@ class Stack:
         return found
 
     def _prompt_mean(self, unit: Tensor) -> Tensor:
-        return (unit * self.prompt[..., None]).sum(1, keepdim=True) / self.prompt.sum(1)[:, None, None].clamp(min=1)
-
-    def _feature(self, arm: Arm, index: int, unit: Tensor) -> Tensor:
-        parts = []
-        if arm.token != "none":
-            parts.append(F.normalize(unit - self.mean[index] if arm.token == "centred" else unit, dim=-1))
-        if arm.prompt != "none":
-            prompt = self._prompt_mean(unit)
-            if arm.prompt != "raw":
-                prompt = prompt - self.prompt_mean[index]
-            if arm.prompt == "whitened":
-                prompt = prompt @ self.whitening[index]
-            weight = arm.prompt_weight if parts else 1.0
-            parts.append(weight * F.normalize(prompt, dim=-1).expand_as(unit))
-        return F.normalize(sum(parts), dim=-1)
+        """(..., B, 1, D)"""
+        return torch.einsum("...btd,bt->...bd", unit, self.prompt / self.prompt.sum(1, keepdim=True))[..., None, :]
 
     @torch.no_grad()
     def route(self, index: int, x: Tensor) -> None:
@@ -245,6 +240,8 @@ class Stack:
 
     def _gates(self, weights: Tensor) -> Tensor:
         """(R, B T, columns): each column's LoRA's weight."""
+        if self.alike:  # adding up an expanded gradient is much faster than scattering one
+            return weights.to(self.dtype).flatten(1, 2).repeat_interleave(self.arms[0].rank, dim=-1)
         flat = F.pad(weights.to(self.dtype).flatten(1, 2), (0, 1))
         return flat.gather(2, self.owner[self.sub][:, None].expand(-1, flat.shape[1], -1))
 
@@ -468,19 +465,14 @@ def kept(stack: Stack, rows: list[EncodedRow], tasks_of: Callable[..., Tensor]) 
 
 @torch.no_grad()
 def prepare_features(stack: Stack, data: TrainingData, tasks_of: Callable[..., Tensor], batches: int = 32) -> None:
-    """From the base model's first batches, by block: the mean input, the mean of the prompts' means, and the matrix
-    that whitens them, (C + c I)^(-1/2) with covariance C and c the mean of its eigenvalues."""
+    """The mean input and the mean of the prompts' means, by block, over the base model's first batches."""
     stack.seen = [[] for _ in stack.blocks]
     for rows in data.plan.epoch(0)[:batches]:
         part = [data.train.rows[i] for i in rows]
         forward(stack, collate(part).to(stack.device), tasks_of(part), [0])
     for index, seen in enumerate(stack.seen):
         stack.mean[index] = torch.stack([mean for mean, _ in seen]).mean(0)
-        prompts = torch.cat([means for _, means in seen])
-        stack.prompt_mean[index] = prompts.mean(0)
-        values, vectors = torch.linalg.eigh(torch.cov(prompts.T.double()))
-        scale = (values.clamp(min=0) + values.mean()).rsqrt()
-        stack.whitening[index] = ((vectors * scale) @ vectors.T).float()
+        stack.prompt_mean[index] = torch.cat([means for _, means in seen]).mean(0)
     stack.seen = None
 
 

@@ -182,7 +182,7 @@ def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, mon
         "rtg": small | {"estimator": "rtg", "router_learning_rate": 0.3, "start": 0.5},
         "one": small | {"estimator": "control_variate", "selections": 1, "token": "none", "prompt": "raw"},
         "both": small | {"oracle": True, "prompt": "centred", "prompt_weight": 0.5},
-        "white": small | {"estimator": "straight_through", "token": "none", "prompt": "whitened", "shared": True},
+        "once": small | {"estimator": "straight_through", "token": "none", "prompt": "centred", "shared": True},
     }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
     names = ("recipe.yaml", "arms.json", "rows.jsonl", "out.jsonl")
@@ -196,7 +196,7 @@ def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, mon
     assert found["fixed"]["kept"] == found["narrow"]["kept"] == 1
     assert found["straight"]["kept"] < 1
     assert found["rtg"]["kept"] < 1
-    assert found["white"]["kept"] < 1
+    assert found["once"]["kept"] < 1
     assert all(line["test"]["loss"] < 4.1 for line in found.values())  # from 4.16
 
 
