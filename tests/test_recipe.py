@@ -91,6 +91,7 @@ def test_R2_unknown_keys_are_refused_whatever_their_value(value, tmp_path):
         ("adapter.rank", -1),
         ("adapter.target_modules", "q_proj"),
         ("adapter.target_modules", []),
+        ("adapter.target_modules", [""]),
         ("adapter.omega", "big"),
         ("train.learning_rate", 0),
         ("train.learning_rate", -1),
@@ -327,3 +328,124 @@ def test_missing_recipe_file(tmp_path):
         load_recipe(tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path)
+
+
+ROUTED, LORA, ALL = {"pool_size": 4, "active": 2}, {"method": "lora"}, {"pool_size": 4, "active": 4}
+OTHER = {  # for each key a value that is not its default
+    "adapter": {"pool_size": 9, "active": 3, "rank": 2, "omega": "lora", "target_modules": ["q_proj"], "dropout": 0.1}
+    | {"virtual_tokens": 3, "vectors": 3, "vector_length": 3},
+    "router": {"selections": 4, "estimator": "rtg", "fixed": True, "lora_gradient": "one", "scope": "module"}
+    | {"level": "sequence", "learning_rate": 0.2, "init_std": 1.0, "unit_input": False, "max_grad_norm": 2.0}
+    | {"balance": 0.5},
+    "alarm": {"ess": 2.0, "commonest": 0.5, "dead": 0.4, "patience": 3},
+    "train": {"warmup_ratio": 0.1, "eval_steps": 5, "eval_tasks_limit": 5, "per_device_eval_batch_size": 2}
+    | {"metric_for_best_model": "nll/loss"},
+    "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9},
+}
+LEARNT = ("fixed", "selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
+HELD = {"train": [FILE], "validation": [HUB]}
+# key -> a situation in which nothing reads it
+UNREAD = {f"router.{key}": {"adapter": ALL} for key in LEARNT}
+UNREAD |= {f"router.{key}": {"adapter": LORA} for key in ("scope", "level", "init_std", "unit_input")}
+UNREAD |= {"router.balance": {}}
+UNREAD |= {f"alarm.{key}": {"adapter": LORA} for key in ("ess", "commonest", "dead", "patience")}
+UNREAD |= {f"adapter.{key}": {"adapter": {"method": "none"}} for key in OTHER["adapter"]}
+UNREAD |= {"train.warmup_ratio": {"train": {"lr_scheduler_type": "constant"}}}
+UNREAD |= {"train.eval_tasks_limit": {"eval": {"tasks": [{"task": "nll"}, {"task": "humaneval"}]}}}
+UNREAD |= {
+    f"train.{key}": {"data": {"train": [FILE], "validation_fraction": 0.0}}
+    for key in ("eval_steps", "per_device_eval_batch_size", "metric_for_best_model")
+}
+UNREAD |= {f"data.{key}": {"data": HELD} for key in ("validation_fraction", "split_seed")}
+UNREAD |= {"data.allow_overlap": {}, "data.validation_limit": {"data": {"train": [FILE], "validation_fraction": 0.0}}}
+# other situations in which the same keys are unread
+MORE = [
+    *[(f"alarm.{key}", {"adapter": ALL}) for key in OTHER["alarm"]],
+    ("alarm.dead", {"adapter": {"method": "hydralora"}}),
+    ("alarm.ess", {"adapter": {"active": 1}}),
+    ("router.estimator", {"router": {"learning_rate": 0}}),
+    ("router.max_grad_norm", {"router": {"learning_rate": 0}}),
+    ("train.eval_tasks_limit", {"eval": {"tasks": []}}),
+    ("data.split_seed", {"data": {"train": [FILE], "validation_fraction": 0.0}}),
+]
+# Every other key, and who reads it whatever else is set. Sources and tasks have tests of their own (above, and in
+# test_eval_tasks).
+ALWAYS_READ = {
+    "model.*": "models.load_model, models.skeleton",
+    "adapter.method": "methods.apply",
+    "data.train": "data.splits",
+    "data.validation": "data.splits",
+    "data.max_length data.use_chat_template data.allow_special_tokens": "data.encode",
+    "data.train.* data.validation.* eval.tasks.*": "data.sources, evaluate.tasks",
+    "train.num_train_epochs train.max_steps": "data.splits; max_steps is said to override num_train_epochs",
+    "train.per_device_train_batch_size train.gradient_accumulation_steps train.group_by_length": "data.batches",
+    "train.learning_rate train.weight_decay train.lr_scheduler_type": "train.optim",
+    "train.max_grad_norm train.torch_compile train.cuda_graphs train.shard_base": "train.loop",
+    "train.gradient_checkpointing train.logging_steps train.save_steps train.save_total_limit": "train.loop",
+    "train.report_to": "train.record",
+    "eval.tasks eval.batch_size eval.selection": "evaluate.run",
+    "output_dir seed": "train.loop; beside sweep.seeds a seed is refused, see test_sweep",
+}
+
+
+def test_for_every_key_it_is_known_who_reads_it_and_when():
+    patterns = " ".join(ALWAYS_READ).split()
+    for key in all_keys():
+        always = [p for p in patterns if key == p or (p.endswith("*") and key.startswith(p[:-1]))]
+        group = key in ("model", "adapter", "router", "data", "train", "eval", "alarm")
+        assert len(always) + (key in UNREAD) + group == 1, key
+    assert UNREAD.keys() <= set(all_keys())
+
+
+@pytest.mark.parametrize(
+    ("key", "situation"), [*UNREAD.items(), *MORE], ids=lambda x: x if isinstance(x, str) else json.dumps(x)
+)
+def test_a_key_that_nothing_reads_is_refused_there_but_not_its_default(key, situation, tmp_path):
+    from remix_cli.recipe.schema import Recipe
+
+    group, name = key.split(".")
+    recipe = MINIMAL | situation
+    load_recipe(write(tmp_path, yaml.safe_dump(recipe)))
+    said = recipe | {group: recipe.get(group, {}) | {name: OTHER[group][name]}}
+    (line,) = problems(tmp_path, said)
+    refused = "not a setting of none" if group == "adapter" else "is not read: it "
+    assert f"recipe.yaml:{line.split(':')[1]}: {key}: {refused}" in line
+    assert "leave it out" in line
+    if group != "adapter":  # run folders hold every default
+        default = type(getattr(Recipe.model_validate(MINIMAL), group)).model_fields[name].default
+        same = recipe | {group: recipe.get(group, {}) | {name: default}}
+        written = dump(load_recipe(write(tmp_path, yaml.safe_dump(same))))
+        assert load_recipe(write(tmp_path, written)) == load_recipe(write(tmp_path, yaml.safe_dump(recipe)))
+        # and runs of earlier versions more than that
+        stored = load_recipe(write(tmp_path, yaml.safe_dump(said)), stored=True)
+        assert stored == load_recipe(write(tmp_path, yaml.safe_dump(recipe)))
+
+
+def test_there_is_nothing_to_balance_where_every_lora_is_active(tmp_path):
+    every = MINIMAL | {"adapter": {"method": "mixlora", "pool_size": 4, "active": 4}}
+    (line,) = problems(tmp_path, every | {"router": {"balance": 0.5}})
+    assert "router.balance: is not read: it evens out a choice" in line
+    for same in ({}, {"balance": 0.01}, {"balance": 0.0}):
+        load_recipe(write(tmp_path, yaml.safe_dump(every | {"router": same})))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!null 5", "'5' is not null"),
+        ("!!int 1_000", "'1_000' is not a whole number"),
+        ("!!int ' 5 '", "is not a whole number"),
+        ("!!float 1_0.5", "'1_0.5' is not a number"),
+        ("!!float nan", "'nan' is not a number"),
+        ("!!float infinity", "'infinity' is not a number"),
+    ],
+)
+def test_R11_a_tag_converts_nothing(value, message, tmp_path):
+    (found,) = problems(tmp_path, yaml.safe_dump(MINIMAL) + f"train:\n  max_steps: {value}\n")
+    assert message in found
+    (found,) = problems(tmp_path, MINIMAL, f"train.max_steps={value}")
+    assert message in found
+    plain = {"!!null ~": None, "!!int 7": 7}
+    for text, expected in plain.items():
+        recipe = write(tmp_path, yaml.safe_dump(MINIMAL) + f"train:\n  max_steps: {text}\n")
+        assert load_recipe(recipe).train.max_steps == expected

@@ -64,6 +64,39 @@ def test_shared_settings_of_the_router_are_for_the_arms_that_read_them(stage, tm
         load_sweep(sweep_file(stage, tmp_path, {"arms": wrong}))
 
 
+def test_what_no_arm_reads_is_refused_and_what_some_read_is_theirs(stage, tmp_path):
+    load_sweep(sweep_file(stage, tmp_path, {}, router={"fixed": True}))  # selections has its default
+    path = sweep_file(stage, tmp_path, {}, router={"fixed": True, "selections": 4})
+    with pytest.raises(RecipeError) as refused:
+        load_sweep(path)
+    (line,) = refused.value.problems
+    assert "sweep.yaml:" in line
+    assert "router.selections: is not read" in line
+    alarmed = load_sweep(sweep_file(stage, tmp_path, {"arms": ARMS}, alarm={"patience": 3})).points
+    assert [alarmed[arm][0].recipe.alarm.patience for arm in ARMS] == [10, 3]
+    own = {"arms": ARMS | {"LoRA": ARMS["LoRA"] | {"alarm.patience": 3}}}
+    with pytest.raises(RecipeError, match=r"sweep.arms.LoRA: .*alarm.patience: is not read"):
+        load_sweep(sweep_file(stage, tmp_path, own))
+    constant = {"constant": {"train.lr_scheduler_type": "constant"}, "cosine": {}}
+    warm = load_sweep(sweep_file(stage, tmp_path, {"arms": constant}, train={"warmup_ratio": [0.0, 0.1]})).points
+    assert [len(points) for points in warm.values()] == [1, 2]
+
+
+def test_an_axis_counts_in_the_whole_grid_or_nowhere(stage, tmp_path):
+    both = {"lr_scheduler_type": ["constant", "cosine"], "warmup_ratio": [0.0, 0.1]}
+    with pytest.raises(RecipeError, match=r"train.warmup_ratio: not all of the arm's settings read it"):
+        load_sweep(sweep_file(stage, tmp_path, {}, train=both))
+    some = load_sweep(sweep_file(stage, tmp_path, {}, adapter={"active": [2, 4]}, router={"estimator": "rtg"}))
+    assert [p.recipe.router.estimator for p in some.points["run"]] == ["rtg", "control_variate"]
+
+
+def test_a_file_may_hold_out_rows_for_all_runs(stage, tmp_path):
+    held = write_rows(tmp_path / "held.jsonl", 8, seed=9)
+    data = {"validation": [{"path": str(held), "format": "gsm8k"}], "validation_fraction": 0.05}
+    (point,) = load_sweep(sweep_file(stage, tmp_path, {}, data=data)).points["run"]
+    assert point.recipe.data.split_seed is None
+
+
 def test_lists_that_a_recipe_takes_anyway_are_no_axes(stage, tmp_path):
     path = sweep_file(stage, tmp_path, {}, adapter={"target_modules": ["up_proj", "down_proj"]})
     (point,) = load_sweep(path).points["run"]
@@ -115,6 +148,7 @@ WRONG = [
     ({"draws": 2}, ["train.learning_rate={log_uniform: [2, 1]}"], "log_uniform takes two numbers, 0 < low < high"),
     ({}, ["seed=[1, 2]"], "a sweep's seeds are sweep.seeds"),
     ({"arms": {"A": {"seed": 3}}}, [], "seed is the sweep's to set"),
+    ({"seeds": [1, 2]}, ["seed=3"], "override: seed: is not read: sweep.seeds says under which seeds"),
     ({}, ["train.learning_rate=[0.1, 99]"], "train.learning_rate: should be less than or equal to 10, got 99"),
 ]
 
@@ -335,6 +369,35 @@ def test_a_sweep_that_is_not_finished_is_called_so(finished, tmp_path, verb):
     assert err.endswith("this sweep has not come to its end; the `remix sweep` that began it goes on\n")
     _, err = verb("compare", tmp_path / "sweep", finished, expect=5)
     assert err.endswith("a sweep, not a run; compare it alone, or name runs of it\n")
+
+
+ARM = {"searched": [{"setting": {}, "run": "A/seed0", "value": 1.0, "error": None}], "chosen": {}, "reports": []}
+WHOLE = {"metric": "eval_loss", "seeds": [0], "arms": {"A": ARM}}
+DAMAGED = [
+    *("{", "[1]", "5", "[" * 100_000),
+    *({k: v for k, v in WHOLE.items() if k != key} for key in WHOLE),
+    *({**WHOLE, key: 7} for key in WHOLE),
+    *({**WHOLE, "arms": {"A": {k: v for k, v in ARM.items() if k != key}}} for key in ARM),
+    *({**WHOLE, "arms": {"A": {**ARM, key: 7}}} for key in ARM),
+    *({**WHOLE, "arms": {"A": arm}} for arm in (7, {**ARM, "reports": [7]}, {**ARM, "searched": [7]})),
+    {**WHOLE, "arms": {"A": {**ARM, "searched": [{"value": 1.0}]}}},
+]
+
+
+def test_a_damaged_sweep_file_is_named_by_every_verb_and_nothing_is_trained(stage, tmp_path, verb, monkeypatch):
+    ran = in_this_process(monkeypatch)
+    path = sweep_file(stage, tmp_path, {"arms": {"A": {"adapter.rank": 2}}})
+    (tmp_path / "out").mkdir()
+    for damage in DAMAGED:
+        (tmp_path / "out" / "sweep.json").write_text(damage if isinstance(damage, str) else json.dumps(damage))
+        _, err = verb("compare", tmp_path / "out", expect=5)
+        assert "sweep.json: " in err
+        assert len(err.splitlines()) == 1
+    for asked in ([], ["--only", "A"]):
+        assert "sweep.json: " in verb("sweep", path, *asked, expect=5)[1]
+    assert not ran
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(WHOLE))
+    assert "no arm of this sweep has a finished run" in verb("compare", tmp_path / "out", expect=5)[1]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import difflib
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,17 +27,20 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  (the base class declares it so)
     yaml_constructors = {
         f"tag:yaml.org,2002:{name}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{name}"]
-        for name in ("map", "seq", "str", "null")
+        for name in ("map", "seq", "str")
     } | {None: yaml.SafeLoader.yaml_constructors[None]}
 
 
-def _scalar(read: Callable[[str], Any], what: str) -> Callable[[yaml.SafeLoader, yaml.ScalarNode], Any]:
-    """Also a tag, as in `!!int abc`, makes no value of what is none."""
+def _scalar(form: str, read: Callable[[str], Any], what: str) -> Callable[[yaml.SafeLoader, yaml.ScalarNode], Any]:
+    """A tag makes no value of what would be none without it: `!!int abc`, `!!int 1_000`, `!!null 5`."""
 
     def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        text = loader.construct_scalar(node)
         try:
-            return read(loader.construct_scalar(node))
-        except (ValueError, KeyError):  # int() refuses numbers of thousands of digits, too
+            if not re.fullmatch(form, text):
+                raise ValueError
+            return read(text)
+        except ValueError:  # int() refuses numbers of thousands of digits, too
             problem = f"{shortened(node.value, 30)!r} is not {what}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
@@ -45,14 +48,16 @@ def _scalar(read: Callable[[str], Any], what: str) -> Callable[[yaml.SafeLoader,
 
 
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-_TRUTH = {"true": True, "True": True, "false": False, "False": False}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^{_FLOAT}$"), list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", _scalar(int, "a whole number that can be read"))
-_Loader.add_constructor("tag:yaml.org,2002:float", _scalar(float, "a number"))
-_Loader.add_constructor("tag:yaml.org,2002:bool", _scalar(_TRUTH.__getitem__, "true or false"))
+# What a scalar of each type looks like, how it is read, what to call it, what it begins with.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any], str, list[str]]] = {
+    "bool": ("true|True|false|False", lambda text: text in ("true", "True"), "true or false", list("tTfF")),
+    "null": ("~|null|Null|", lambda text: None, "null", ["~", "n", "N", ""]),
+    "int": ("[-+]?[0-9]+", int, "a whole number that can be read", list("-+0123456789")),
+    "float": (_FLOAT, float, "a number", list("-+.0123456789")),
+}
+for _name, (_form, _value_of, _kind_of, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_form})$"), _first)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _scalar(_form, _value_of, _kind_of))
 
 
 def _parse(text: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -71,14 +76,17 @@ def _refuse(node: yaml.Node, problem: str) -> NoReturn:
     raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = (), *, stored: bool = False) -> Recipe:
     """The recipe at `path` with `key.path=value` overrides applied on top.
 
-    Raises RecipeError with one line per problem: file:line, dotted key, what is wrong, the nearest name.
+    `stored`: that of a run which is there already; what it says and nothing reads is left out. Raises RecipeError with
+    one line per problem: file:line, dotted key, what is wrong, the nearest name.
     """
     raw = read_raw(path, overrides)
     if "sweep" in raw.values:
         raise RecipeError(f"{path}: has a `sweep` group, so it is for `remix sweep`; take it out to train one run")
+    if stored:
+        drop_unread(raw)
     return build(raw)
 
 
@@ -93,7 +101,7 @@ class RawRecipe:
 
     def where(self, dotted: str) -> str:
         """`file:line` of a dotted key or of the group that would hold it, or `override`."""
-        if any(dotted == key or dotted.startswith(f"{key}.") for key in self.overridden):
+        if any(is_in(dotted, key) for key in self.overridden):
             return "override"
         at = tuple(int(part) if POSITION.fullmatch(part) else part for part in dotted.split("."))
         known = next((at[:i] for i in range(len(at), 0, -1) if at[:i] in self.lines), None)
@@ -129,6 +137,29 @@ def build(raw: RawRecipe) -> Recipe:
         if len(found) > MAX_PROBLEMS:
             lines.append(f"{raw.path}: and {len(found) - MAX_PROBLEMS:,} more problems")
         raise RecipeError(*lines) from None
+
+
+def drop_unread(raw: RawRecipe, keep: Iterable[str] = ()) -> dict[str, str]:
+    """Take out what says something although nothing reads it, but for `keep` and what lies below: key -> refusal."""
+    dropped: dict[str, str] = {}
+    while found := {key: line for key, line in _unread(raw).items() if not any(is_in(key, one) for one in keep)}:
+        for key in found:  # what is wrong within a group shows first, what is wrong between groups then
+            drop_value(raw.values, key)
+        dropped |= found
+    return dropped
+
+
+def is_in(key: str, group: str) -> bool:
+    return key == group or key.startswith(f"{group}.")
+
+
+def _unread(raw: RawRecipe) -> dict[str, str]:
+    try:
+        Recipe.model_validate(raw.values)
+    except ValidationError as error:
+        found = [problem for problem in error.errors(include_url=False) if problem["type"] == "unread"]
+        return {".".join(map(str, _place_of(problem))): _explain(problem, raw) for problem in found}
+    return {}
 
 
 def dump(recipe: Recipe) -> str:
@@ -216,15 +247,28 @@ def set_value(values: dict[str, Any], dotted: str, value: Any) -> None:
         place[last] = value
 
 
+def drop_value(values: dict[str, Any], dotted: str) -> None:
+    """Take out the key at `dotted`, which is there."""
+    *parents, last = dotted.split(".")
+    place: Any = values
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    del place[last]
+
+
 def _index(items: list, part: str, dotted: str) -> int:
     if not POSITION.fullmatch(part) or int(part) >= len(items):
         raise ValueError(f"{dotted}: {part!r} is not a position in a list of {len(items)} (counted from 0)")
     return int(part)
 
 
-def _explain(problem: Any, raw: RawRecipe) -> str:
+def _place_of(problem: Any) -> KeyPath:
     context = problem.get("ctx", {})
-    at: KeyPath = context.get("at", (*problem["loc"], *context.get("below", ())))
+    return context.get("at", (*problem["loc"], *context.get("below", ())))
+
+
+def _explain(problem: Any, raw: RawRecipe) -> str:
+    at = _place_of(problem)
     dotted = ".".join(map(str, at)) or "recipe"
     where = raw.where(dotted)
     kind, value = problem["type"], problem["input"]
@@ -233,7 +277,7 @@ def _explain(problem: Any, raw: RawRecipe) -> str:
     if kind == "missing":
         return f"{where}: {dotted}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
-    if kind in ("value_error", "conflict"):
+    if kind in ("value_error", "conflict", "unread"):
         return f"{where}: {dotted}: {message}"
     message = re.sub(r"(a valid dictionary or )?(instance of|an instance of) [A-Za-z]+", "a mapping of keys", message)
     message = message.replace("Input should be", "should be")

@@ -101,6 +101,21 @@ def unread_of_router(method: str, fixed: Any, estimator: Any, lora_gradient: Any
     return unread
 
 
+def idle_in_router(method: str, all_active: bool, learning_rate: float) -> dict[str, str]:
+    """Further keys of the `router` group that change nothing, each with the reason; run folders do hold them."""
+    idle: dict[str, str] = {}
+    if all_active and method == "remix":
+        keys = ("fixed", "selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
+        reason = "says how a choice is learnt, and with adapter.active = adapter.pool_size there is none"
+        return dict.fromkeys(keys, reason)
+    if all_active:  # the shares that the loss compares are equal whatever the router does
+        idle["balance"] = "evens out a choice, and with adapter.active = adapter.pool_size there is none"
+    if learning_rate == 0:
+        reason = "says how the router learns, and router.learning_rate is 0"
+        idle |= dict.fromkeys(("estimator", "max_grad_norm"), reason)
+    return idle
+
+
 def fill_defaults(values: Any) -> Any:
     """A recipe's raw mapping with the method's own defaults where it is silent; anything malformed as it came."""
     if not isinstance(values, dict):

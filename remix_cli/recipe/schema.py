@@ -16,8 +16,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from remix_cli.adapter.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
-from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults, unread_of_router
-from remix_cli.recipe.sources import Data, Place, Positive, Seed, Share, Source, Strict, refuse_unread
+from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults, idle_in_router, unread_of_router
+from remix_cli.recipe.sources import (
+    NONE_HELD_OUT,
+    Data,
+    Place,
+    Positive,
+    Seed,
+    Share,
+    Source,
+    Strict,
+    refuse_unread,
+)
 
 Rate = Annotated[float, Field(gt=0, le=10)]
 TaskName = Literal["nll", "gsm8k", "arc", "humaneval", "reasoning_gym"]
@@ -43,7 +53,7 @@ class Adapter(Strict):
     active: Positive = Field(4, description="k, LoRAs in use for each token.")
     rank: Positive = Field(8, description="r, rank of each LoRA.")
     omega: Omega = Field("rslora", description="Weight of an active LoRA: 2/sqrt(k r) (rslora) or 2/(k r) (lora).")
-    target_modules: Annotated[list[str], Field(min_length=1)] = Field(
+    target_modules: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
         ["gate_proj", "up_proj", "down_proj"], description="Ends of module names, or regular expressions."
     )
     dropout: Share = 0.0
@@ -265,9 +275,40 @@ class Recipe(Strict):
         return fill_defaults(values)
 
     @model_validator(mode="after")
-    def _router_is_read(self) -> Self:
-        refuse_unread(self.router, self._unread_of_router(), "router")
+    def _only_what_is_read(self) -> Self:
+        config, router = self.adapter_config(), self.router
+        idle = idle_in_router(config.method, config.active == config.pool_size, router.learning_rate)
+        if router.lora_gradient == "top":  # the estimator then also says whether there are passes beside it
+            idle.pop("estimator", None)
+        unread = idle | self._unread_of_router()
+        refuse_unread(router, unread, "router", **METHODS[config.method].router)
+        refuse_unread(self.alarm, self._unread_of_alarm(), "alarm")
+        refuse_unread(self.train, self._unread_of_train(), "train")
         return self
+
+    def _unread_of_alarm(self) -> dict[str, str]:
+        config = self.adapter_config()
+        reason = "watches what a router chooses, and "
+        if not config.routed:
+            return dict.fromkeys(Alarm.model_fields, f"{reason}adapter.method {config.method} has none")
+        if config.active == config.pool_size:
+            every = "hydralora" if config.method == "hydralora" else "adapter.active = adapter.pool_size"
+            return dict.fromkeys(Alarm.model_fields, f"{reason}under {every} every LoRA is always active")
+        return {"ess": "is of the weights of several LoRAs, and adapter.active is 1"} if config.active == 1 else {}
+
+    def _unread_of_train(self) -> dict[str, str]:
+        unread = {}
+        if self.train.lr_scheduler_type == "constant":
+            unread["warmup_ratio"] = "needs a schedule with a warm-up, as train.lr_scheduler_type constant_with_warmup"
+        if not self.data.holds_out:
+            keys = ("eval_steps", "eval_tasks_limit", "per_device_eval_batch_size", "metric_for_best_model")
+            unread |= dict.fromkeys(keys, f"is of measurements on held-out rows, and {NONE_HELD_OUT}")
+        elif not tasks_while_training(self.eval.tasks):
+            unread["eval_tasks_limit"] = (
+                "is of tasks scored while training, and eval.tasks has none that can be (not humaneval, nor nll "
+                "without a source of its own)"
+            )
+        return unread
 
     @model_serializer(mode="wrap")
     def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

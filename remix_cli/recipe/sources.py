@@ -34,17 +34,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def refuse_unread(group: BaseModel, unread: dict[str, str], *inside: str) -> None:
+def refuse_unread(group: BaseModel, unread: dict[str, str], *inside: str, **usual: Any) -> None:
     """No key is ignored: those of `group` that say something although nothing reads them. `inside`: where it stands.
 
-    Their defaults are accepted, as older run folders have them in their recipe.yaml.
+    Their defaults are accepted, as run folders have them in their recipe.yaml; `usual`: those of the method.
     """
     fields = type(group).model_fields
-    said = [key for key in unread if getattr(group, key) != fields[key].default]
+    said = [key for key in unread if getattr(group, key) not in (fields[key].default, usual.get(key))]
     if said:
         also = f" (nor is {', '.join(said[1:])})" if said[1:] else ""
         context = {"also": also, "why": unread[said[0]], "below": (*inside, said[0])}
-        raise PydanticCustomError("conflict", "is not read{also}: it {why}; leave it out", context)
+        raise PydanticCustomError("unread", "is not read{also}: it {why}; leave it out", context)
 
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -142,6 +142,9 @@ class Source(Strict):
         return self.task or self.reasoning_gym or (self.format if self.format != "prompt_completion" else "data")
 
 
+NONE_HELD_OUT = "data.validation_fraction: 0 holds none out"
+
+
 class Data(Strict):
     train: Annotated[list[Source], Field(min_length=1)]
     validation: list[Source] = Field([], description="Held-out rows; empty: cut from train.")
@@ -159,10 +162,26 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _only_what_is_read(self) -> Self:
-        if self.validation:
-            refuse_unread(self, {"validation_fraction": "is of rows cut from train, and there is data.validation"})
-        else:
-            refuse_unread(self, {"allow_overlap": "is for data.validation, and there is none"})
+        refuse_unread(self, self._unread())
         for i, source in enumerate(self.validation):
             refuse_unread(source, {"weight": "says how often a row is trained on"}, "validation", str(i))
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sweeps used to set the split's seed beside `validation`, too."""
+        return dump(self) | ({"split_seed": None} if self.validation else {})
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.validation) or self.validation_fraction > 0
+
+    def _unread(self) -> dict[str, str]:
+        """Keys of how rows are held out that count for nothing, each with the reason."""
+        if self.validation:
+            reason = "is of rows cut from train, and there is data.validation"
+            return dict.fromkeys(("validation_fraction", "split_seed"), reason)
+        keys = {"allow_overlap": "is for data.validation, and there is none"}
+        if not self.holds_out:
+            keys |= dict.fromkeys(("validation_limit", "split_seed"), f"is of held-out rows, and {NONE_HELD_OUT}")
+        return keys

@@ -18,8 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from remix_cli.errors import RecipeError
-from remix_cli.recipe.loader import RawRecipe, build, models_in, read_raw, set_value
-from remix_cli.recipe.methods import METHODS, unread_of_router
+from remix_cli.recipe.loader import RawRecipe, build, drop_unread, drop_value, models_in, read_raw, set_value
 from remix_cli.recipe.schema import Recipe
 from remix_cli.recipe.sources import Positive, Seed, Strict
 
@@ -82,7 +81,10 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     """
     raw = read_raw(path, overrides)
     values = raw.values.pop("sweep", {})
+    problems: dict[str, None] = {}
     if isinstance(values, dict) and isinstance(raw.values.get("seed"), int):
+        if "seeds" in values:
+            problems[f"{raw.where('seed')}: seed: is not read: sweep.seeds says under which seeds; leave it out"] = None
         values = {"seeds": [raw.values["seed"]]} | values
     group = _group(raw, values)
     if len(set(group.seeds)) < len(group.seeds):
@@ -90,10 +92,10 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     root = raw.values.get("output_dir")
     if not isinstance(root, str):
         build(raw)  # says what is wrong with it
-    problems: dict[str, None] = {}
     if isinstance(raw.values.get("seed"), list):
         problems["seed: a sweep's seeds are sweep.seeds; a list of seeds is no axis"] = None
     every: dict[str, list[Point]] = {}
+    idle: list[dict[str, str]] = []
     matching = _matching(list(group.arms), only)
     for arm in group.arms:
         changes = group.arms[arm]
@@ -105,12 +107,13 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
                 set_value(one.values, dotted, copy.deepcopy(value))
             except ValueError as error:
                 problems[f"sweep.arms.{arm}: {error}"] = None
-        own = set(changes)
-        _leave_to_others(one.values, own)
         try:
-            every[arm] = _points(one, arm, own, group, Path(str(root)))
+            every[arm], unread = _points(one, arm, set(changes), group, Path(str(root)))
+            idle.append(unread)
         except RecipeError as error:
             problems |= dict.fromkeys(error.problems)
+    if len(idle) == len(group.arms):  # what one arm does not read must count for another
+        problems |= {line: None for key, line in idle[0].items() if all(key in other for other in idle)}
     slugs = [slug(arm) for arm in group.arms]
     for arm in group.arms:
         if slugs.count(slug(arm)) > 1:
@@ -121,18 +124,6 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     first = next(iter(points.values()))[0].recipe
     metric = group.metric or first.train.metric_for_best_model
     return Sweep(Path(str(root)), group.seeds, metric, list(group.arms), points, every)
-
-
-def _leave_to_others(values: dict[str, Any], own: set[str]) -> None:
-    """Take out the shared settings of the router that this arm has no use for; what the arm itself sets stays."""
-    router, adapter = values.get("router"), values.get("adapter", {})
-    method = adapter.get("method", "remix") if isinstance(adapter, dict) else None
-    if not isinstance(router, dict) or method not in METHODS or "router" in own:
-        return
-    unread = unread_of_router(method, router.get("fixed"), router.get("estimator"), router.get("lora_gradient"))
-    for key in unread:
-        if f"router.{key}" not in own:
-            router.pop(key, None)
 
 
 def _matching(arms: list[str], only: str | None) -> list[str]:
@@ -157,8 +148,13 @@ def _group(raw: RawRecipe, values: Any) -> SweepGroup:
         raise RecipeError(*problems) from None
 
 
-def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Path) -> list[Point]:
-    """The arm's recipes under the first seed. Raises RecipeError; what the arm itself sets is named as its own."""
+def _points(
+    raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Path
+) -> tuple[list[Point], dict[str, str]]:
+    """The arm's recipes under the first seed, and the shared keys that none of them reads, with their refusals.
+
+    Raises RecipeError; what the arm itself sets is named as its own.
+    """
     axes = dict(_axes(raw.values, Recipe, ""))
     data = raw.values.get("data")
     apart = isinstance(data, dict) and data.get("validation")  # the held-out rows are a file's, not the axis'
@@ -170,16 +166,21 @@ def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Pa
         )
     made: list[Point] = []
     problems: dict[str, None] = {}
+    tried: list[RawRecipe] = []
+    idle: list[dict[str, str]] = []
     for setting in _settings(axes, group.draws, arm, problems):
         one = copy.deepcopy(raw)
         for dotted, value in setting.items():
             set_value(one.values, dotted, copy.deepcopy(value))
+        tried.append(one)
+        idle.append(drop_unread(one, own))  # what others share with this arm
         seed = group.seeds[0]
         folder = root / slug(arm) / f"{_name(setting)}seed{seed}"
         if any(point.folder == folder for point in made):
             raise RecipeError(f"sweep.arms.{arm}: two of its settings would share the folder {folder}")
         one.values |= {"seed": seed, "output_dir": str(folder)}
-        if isinstance(one.values.get("data"), dict):  # the same held-out rows for all runs
+        if isinstance(data, dict) and not apart and data.get("validation_fraction") != 0:
+            # the same held-out rows for all runs
             one.values["data"] = {"split_seed": seed} | one.values["data"]
         one.overridden |= own | set(setting)
         try:
@@ -189,7 +190,27 @@ def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Pa
             problems |= {f"sweep.arms.{arm}: {line}" if len(group.arms) > 1 else line: None for line in told}
     if problems:
         raise RecipeError(*problems)
-    return made
+    never = {key: line for key, line in idle[0].items() if all(key in other for other in idle)}
+    for axis in axes:
+        line = next((unread[axis] for unread in idle if axis in unread), None)
+        if line is None:
+            continue
+        if any(axis not in unread and _counts(one, axis) for one, unread in zip(tried, idle, strict=True)):
+            raise RecipeError(
+                f"sweep.arms.{arm}: {axis}: not all of the arm's settings read it, so some would be run twice; make "
+                "them arms"
+            )
+        drop_value(raw.values, axis)  # another arm's axis: here one setting many times over
+        fewer, rest = _points(raw, arm, own, group, root)
+        return fewer, rest | {axis: line}
+    return made, never
+
+
+def _counts(raw: RawRecipe, key: str) -> bool:
+    """Would the recipe be another without the key?"""
+    without = copy.deepcopy(raw)
+    drop_value(without.values, key)
+    return build(without) != build(raw)
 
 
 def _axes(values: dict[str, Any], model: Any, at: str) -> typing.Iterator[tuple[str, Any]]:
