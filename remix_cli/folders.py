@@ -90,6 +90,30 @@ class RunFolder:
         """What training wrote when it ended. Raises ArtefactError."""
         return _check_kinds(self.summary, _read_object(self.summary), SUMMARY, "move it away and resume the run")
 
+    def foreign(self, where: Path) -> str | None:
+        """Why the adapter at `where` is not the one that the run wrote there, in words; None if no record says so.
+
+        What checkpoints say of recipe and rows is the same for the whole run. What the summary says of the weights
+        holds while it is there: training removes it first and writes it last, so a kill leaves none. Raises
+        ArtefactError.
+        """
+        described, made = read_description(where), self._origin()
+        hashes = {"recipe": described.trained_on.recipe, "data": described.trained_on.data}
+        if any(mine is not None and made.get(key, mine) != mine for key, mine in hashes.items()):
+            return "trained by another run"
+        weights = _read_object(self.summary).get("adapters") if os.path.lexists(self.summary) else None
+        known = weights.get(where.name) if isinstance(weights, dict) else None
+        return "not the adapter that the run ended with" if known not in (None, described.weights_sha256) else None
+
+    def _origin(self) -> dict[str, Any]:
+        """Hashes of what the run is made from, by its newest checkpoint; empty if nothing says so."""
+        for manifest in sorted(self.checkpoints.glob("step-*/manifest.json"), reverse=True):
+            with suppress(ArtefactError):
+                made = _read_object(manifest).get("origin")
+                if isinstance(made, dict):
+                    return made
+        return {}
+
     def write_recipe(self, recipe: Recipe) -> None:
         """With the working directory in front, from which its relative paths count. Raises StorageError."""
         write_text(self.recipe, f"{RUN_FROM}{json.dumps(str(Path.cwd()))}\n{dump(recipe)}")
@@ -107,8 +131,13 @@ class RunFolder:
             data = {"train": [{"path": "rows.jsonl"}]}
             return Recipe.model_validate({"model": model, "data": data, "output_dir": str(self.path)})
         self.check()
-        recipe = load_recipe(self.recipe)
+        recipe = load_recipe(self.recipe, stored=True)
         return _located(recipe, self._origins(recipe.output_dir))
+
+    def begun_in(self) -> Path | None:
+        """The folder from which this is the recipe's `output_dir`, so that its other paths count from there, too."""
+        output = load_recipe(self.recipe, stored=True).output_dir
+        return next((o for o in self._origins(output) if o.is_dir() and _is_same(o / output, self.path)), None)
 
     def _origins(self, output_dir: str) -> list[Path]:
         """Where relative paths of the recipe may count from, likeliest first.
@@ -125,6 +154,10 @@ class RunFolder:
         if not Path(output_dir).is_absolute() and here.parts[-len(below) :] == below:
             origins.append(Path(*here.parts[: -len(below)]))
         return [*origins, Path.cwd()]
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
 
 
 Kinds = dict[str, type | UnionType]  # of what a JSON object must hold
@@ -150,6 +183,19 @@ def read_report(path: Path) -> dict[str, Any]:
                 raise ArtefactError(f"{path}: no {score} of {result['task']} with its interval; {mend}")
     _check_adapter(path, report)
     return report
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """What `remix sweep` wrote when it ended: {"metric", "seeds", "arms"}. Raises ArtefactError."""
+    mend = "move it away and give the `remix sweep` again, which keeps its runs"
+    found = _check_kinds(path, _read_object(path), {"metric": str, "seeds": list, "arms": dict}, mend)
+    for arm in found["arms"].values():
+        _check_kinds(path, arm, {"searched": list, "chosen": dict | None, "reports": list}, mend)
+        for point in arm["searched"]:
+            _check_kinds(path, point, {"setting": dict, "run": str, "value": int | float | None}, mend)
+        if not all(isinstance(report, str) for report in arm["reports"]):
+            raise ArtefactError(f"{path}: reports is damaged; {mend}")
+    return found
 
 
 def _check_adapter(path: Path, report: dict[str, Any]) -> None:
@@ -204,6 +250,13 @@ def _located(recipe: Recipe, origins: list[Path]) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": data, "eval": asked})
 
 
+def _check_own(folder: RunFolder, where: Path) -> None:
+    problem = folder.foreign(where)
+    if problem:
+        resume = "" if where == folder.best else f", or remix train {folder.recipe} --resume: a checkpoint has it"
+        raise ArtefactError(f"{where}: {problem}; put the run's own back{resume}")
+
+
 def check_run(path: Path, *, best: bool = False) -> RunFolder:
     """The folder of a run that has an adapter, whose description and sizes hold. Raises ArtefactError.
 
@@ -219,6 +272,7 @@ def check_run(path: Path, *, best: bool = False) -> RunFolder:
             )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
     read_whole(where, lambda place: check_shapes(place, read_description(place).config, read_shapes(place)))
+    read_whole(where, lambda place: _check_own(folder, place))
     found, said = read_description(where).config, folder.load_recipe().adapter_config()
     other = [
         key for key in ("method", "pool_size", "active", "rank", "level") if getattr(found, key) != getattr(said, key)

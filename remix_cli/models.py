@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
 from remix_cli.adapter.patch import is_linear, set_module
@@ -121,31 +122,54 @@ class _Probe(nn.Module):
         return super().__getattr__(name) if name == "base" else getattr(self.base, name)
 
 
+class _Answers(TorchDispatchMode):
+    """A skeleton has no numbers; code that asks for one (is anything infinite?) is told 0, which is no."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def rehearsing(model: Any) -> Iterator[None]:
+    """Context: a skeleton runs as it would in training."""
+    if hasattr(model, "set_experts_implementation"):  # the others look at numbers
+        model.set_experts_implementation("batched_mm")
+    model.train()
+    try:
+        with _one_sequence_a_row(), quiet(), _Answers():
+            yield
+    finally:
+        model.eval()
+
+
+def meta_ids() -> Tensor:
+    """Two rows for a skeleton."""
+    return torch.zeros(2, 8, dtype=torch.long, device="meta")
+
+
 @torch.no_grad()
-def input_ranks(model: Any) -> dict[str, int]:
+def input_ranks(model: Any) -> tuple[dict[str, int], bool]:
     """Of a skeleton: how many dimensions the input of each linear layer has in a training pass over two rows, by name.
 
     3 where rows, positions and width come apart; 2 where tokens come as one list, as those of shared experts do; 0
-    where the layer is not called, or its weight is read past it. Missing is what comes after an operation that needs
-    numbers, which a skeleton has none of.
+    where the layer is not called, or its weight is read past it. And whether the pass came to its end: missing is what
+    comes after an operation that needs more than one number, which a skeleton has none of.
     """
-    if hasattr(model, "set_experts_implementation"):  # the others look at numbers
-        model.set_experts_implementation("batched_mm")
     found: dict[str, int] = {}
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     for name, module in linears.items():
         set_module(model, name, _Probe(module, name, found))
-    model.train()
     try:
-        with _one_sequence_a_row(), quiet():
-            model(input_ids=torch.zeros(2, 8, dtype=torch.long, device="meta"), use_cache=False)
+        with rehearsing(model):
+            model(input_ids=meta_ids(), use_cache=False)
     except Exception:  # of whatever code a model brings: the rest shows in the first pass of training
-        return found
+        return found, False
     finally:
-        model.eval()
         for name, module in linears.items():
             set_module(model, name, module)
-    return dict.fromkeys(linears, 0) | found
+    return dict.fromkeys(linears, 0) | found, True
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -233,6 +257,51 @@ def _one_sequence_a_row() -> Iterator[None]:
             setattr(masking_utils, name, original)
 
 
+# Of a config, what changes the forward pass and neither names nor shapes of weights.
+SETTINGS = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "partial_rotary_factor", "rotary_pct"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "layer_norm_rms_epsilon"),
+    *("hidden_act", "hidden_activation", "activation_function"),
+    *("sliding_window", "use_sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("query_pre_attn_scalar", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+    *("logits_scaling", "logit_scale", "clip_qkv", "use_parallel_residual", "parallel_attn", "alibi"),
+    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
+)
+OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # if None; others: unknown
+# What normalisers and pre-tokenizers treat in their own ways: case, accents, digits, blanks, scripts.
+PROBE = (
+    "Hello, hello WORLD!  it's 12,345.67 or 1 2 3 ?\t\n\n   caf\u00e9 e\u0301 \u00c0 stra\u00dfe \ufb01 \u4e2d\u6587 "
+    "\u2014 x_y=(a+1) "
+)
+
+
+def forward_settings(config: Any) -> dict[str, Any]:
+    """SETTINGS that the config has, rotary frequencies among them. GGUF files hold numbers of single precision."""
+    config = config.get_text_config()
+    found = {key: getattr(config, key) for key in SETTINGS if hasattr(config, key)}
+    if found.pop("use_sliding_window", True) is False:  # then versions differ in what they make of its size
+        found.pop("sliding_window", None)
+    found |= _rope("rope", getattr(config, "rope_parameters", None) or {})
+    kept = {key: value for key, value in found.items() if value is not None or key in OFF}
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in kept.items()}
+
+
+def _rope(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Flat; models with several kinds of layers have parameters for each kind."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _rope(f"{name}.{key}", value) if isinstance(value, dict) else {f"{name}.{key}": value}
+    return found
+
+
+def _probe(tokenizer: Any) -> str | None:
+    try:
+        ids = tokenizer(PROBE)["input_ids"]
+    except Exception:  # of whatever code a tokenizer brings, about words that it does not know
+        return None
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
 def identify(model: Model, base: nn.Module, tokenizer: Any) -> BaseIdentity:
     """What an adapter trained on `base` belongs to; the same whether or not an adapter is in place."""
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id])
@@ -241,6 +310,8 @@ def identify(model: Model, base: nn.Module, tokenizer: Any) -> BaseIdentity:
         base_dtype=model.dtype,
         base_fingerprint=fingerprint(base),
         tokenizer_fingerprint=hashlib.sha256(vocabulary.encode()).hexdigest(),
+        base_settings=forward_settings(base.config),
+        tokenizer_probe=_probe(tokenizer),
     )
 
 

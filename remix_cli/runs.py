@@ -8,9 +8,11 @@ import torch
 
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.store import BaseIdentity, StoredAdapter, load_stored
+from remix_cli.adapter.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
 from remix_cli.data.encode import Encoder
-from remix_cli.errors import ArtefactError, RecipeError
+from remix_cli.data.formats import Example
+from remix_cli.data.splits import digest_of, split_examples
+from remix_cli.errors import ArtefactError, RecipeError, shortened
 from remix_cli.folders import RunFolder, check_run
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import identify, load_model, load_tokenizer
@@ -33,6 +35,27 @@ class Subject:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def held_out(self) -> str | None:
+        """digest_of the rows that were held out when the adapter was trained, where that is known."""
+        return None
+
+    def split(self) -> tuple[list[Example], list[int], list[Example]]:
+        """As `split_examples` of the recipe. Raises DataError, ArtefactError if the held-out rows are others now.
+
+        Whatever is measured on the recipe's own held-out rows takes them from here: rows of a changed file may be
+        rows that the adapter was trained on.
+        """
+        parts = split_examples(self.recipe)
+        if self.held_out not in (None, digest_of(parts[2])):
+            data = self.recipe.data
+            places = ", ".join(source.path or source.place for source in data.validation or data.train)
+            raise ArtefactError(
+                f"{shortened(places)}: changed since the training, whose held-out rows were others: some of these may "
+                "have been trained on; restore the rows, or name others with --data FILE"
+            )
+        return parts
+
 
 @dataclass
 class LoadedRun(Subject):
@@ -42,6 +65,10 @@ class LoadedRun(Subject):
     which: str  # `adapter` (the last), `best`, or `model` for a folder that is a model itself
     stored: StoredAdapter
     identity: BaseIdentity  # of the base model and tokenizer that were loaded
+
+    @property
+    def held_out(self) -> str | None:
+        return self.stored.trained_on.held_out
 
 
 def load_model_folder(path: Path, *, trust_code: bool = False, device: torch.device | None = None) -> LoadedRun:
@@ -61,7 +88,7 @@ def load_model_folder(path: Path, *, trust_code: bool = False, device: torch.dev
     tokenizer = load_tokenizer(recipe.model)
     config = AdapterConfig(method="none", pool_size=1, active=1)
     identity = identify(recipe.model, model, tokenizer)
-    stored = StoredAdapter(config, identity, {}, "")
+    stored = StoredAdapter(config, identity, {}, "", TrainedOn())
     encoder = Encoder.of(tokenizer, recipe.data)
     return LoadedRun(recipe, model, tokenizer, Adapter(model, config), encoder, folder, "model", stored, identity)
 
@@ -82,14 +109,7 @@ def load_run(
     model = load_model(recipe.model, device)
     tokenizer = load_tokenizer(recipe.model)
     found = identify(recipe.model, model, tokenizer)
-    other = [
-        what
-        for what, same in (
-            ("base model", found.base_fingerprint == stored.identity.base_fingerprint),
-            ("tokenizer", found.tokenizer_fingerprint == stored.identity.tokenizer_fingerprint),
-        )
-        if not same
-    ]
+    other = stored.identity.differences(found)
     if other and not any_base:
         raise ArtefactError(
             f"{where}: trained on another {' and '.join(other)} than {recipe.model.name_or_path} now holds; "

@@ -203,6 +203,26 @@ def test_a_report_keeps_the_other_tasks_of_the_same_weights(verb, finished):
     assert {"nll", "gsm8k"} <= {result["task"] for result in report["results"]}
 
 
+@pytest.mark.parametrize("how", ["{", "[1]", '{"results": [{"task": "nll"}]}', '{"results": 5}'])
+def test_a_damaged_report_is_not_replaced_in_silence(verb, finished, tmp_path, how):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval" / "adapter.json").write_text(how)
+    ask = ["eval", run, "--task", "nll", "--limit", 3]
+    assert "adapter.json: was damaged, so the scores of other tasks in it are gone" in " ".join(verb(*ask)[0].split())
+    out, err = verb(*ask, "--json")
+    assert json.loads(out)["notes"] == []
+    assert "damaged" not in err
+
+
+def test_a_flag_that_the_scored_thing_cannot_heed_is_refused(verb, finished, stage):
+    told = verb("eval", finished, "--trust-remote-code", expect=2)[1]
+    assert "model.trust_remote_code" in told
+    ask = ["eval", stage[0], "--task", "gsm8k", "--data", stage[1]]
+    for flags in (["--active", "2"], ["--selection", "sample"], ["--best"], ["--any-base"]):
+        assert f"{flags[0]}" in verb(*ask, *flags, expect=2)[1]
+
+
 def test_other_numbers_of_active_loras(loaded):
     """The total weight stays as trained; afterwards everything is as before."""
     router = next(iter(loaded.adapter.routers.values()))

@@ -6,18 +6,26 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import recipe_text, write_recipe, write_tiny_model
+from transformers import LlamaConfig
 
 from remix_cli.adapter.description import read_description
 from remix_cli.adapter.store import CONFIG_FILE, WEIGHTS_FILE, load_stored
 from remix_cli.errors import ArtefactError
+from remix_cli.folders import check_run
+from remix_cli.models import forward_settings, identify, load_model, load_tokenizer
+from remix_cli.recipe import load_recipe
+from remix_cli.recipe.schema import Model
 from remix_cli.storage import seal, sha256
-from remix_cli.train import checkpoints
+from remix_cli.train import checkpoints, loop
+from remix_cli.train.loop import train
 
 
 @pytest.fixture
@@ -174,7 +182,7 @@ def test_no_single_bit_of_a_description_or_manifest_may_flip(adapter, finished):
     ):
         good = path.read_bytes()
         try:
-            for place in range(0, 8 * len(good), 3):
+            for place in range(0, 8 * len(good), 7):
                 data = bytearray(good)
                 data[place // 8] ^= 1 << place % 8
                 path.write_bytes(data)
@@ -196,8 +204,13 @@ def test_folders_of_the_first_format_are_read(finished, tmp_path, verb):
     for path in (run / "adapter" / CONFIG_FILE, *run.glob("checkpoints/step-*/manifest.json")):
         values = json.loads(path.read_text())
         del values["sha256"]
+        for key in ("trained_on", "base_settings", "tokenizer_probe"):
+            values.pop(key, None)
         path.write_text(json.dumps(values | {"format": 2}))
         assert checkpoints.verify(path.parent) is None or path.name == CONFIG_FILE
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["adapters"]
+    (run / "summary.json").write_text(json.dumps(summary))
     load_stored(run / "adapter")
     verb("eval", run, "--task", "nll", "--limit", 4)
 
@@ -270,6 +283,7 @@ def test_A4_another_tokenizer_is_refused(movable, verb):
 
 def test_A4_other_shapes_and_other_names(movable, verb):
     _, run = movable
+    (run / "summary.json").unlink()  # which knows the adapter
     weights = run / "adapter" / WEIGHTS_FILE
     original = load_file(weights)
     name = next(iter(original))
@@ -286,6 +300,121 @@ def test_A4_other_shapes_and_other_names(movable, verb):
         assert message in verb("eval", run, "--task", "nll", expect=5)[1]
 
 
+NORMALISER = {"type": "Replace", "pattern": {"String": "1"}, "content": "2"}
+OTHER_BASE = [
+    ("config.json", "rms_norm_eps", 1e-3, "base model (rms_norm_eps was 1e-06, is 0.001)"),
+    ("config.json", "rope_parameters", {"rope_theta": 5e5}, "base model (rope.rope_theta was 10000.0, is 500000.0)"),
+    ("config.json", "hidden_act", "gelu", "base model (hidden_act was silu, is gelu)"),
+    ("tokenizer.json", "normalizer", NORMALISER, "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value", "told"), OTHER_BASE)
+def test_A4_equal_weights_and_words_that_work_otherwise_are_refused(movable, verb, file, key, value, told):
+    model, run = movable
+    values = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(values | {key: value}))
+    assert f"trained on another {told} than" in verb("eval", run, "--task", "nll", expect=5)[1]
+    verb("eval", run, "--task", "nll", "--any-base")
+
+
+def test_a_base_is_the_same_in_another_precision_and_without_settings_of_other_versions(stage):
+    def identity(dtype):
+        model = Model(name_or_path=str(stage[0]), dtype=dtype)
+        return identify(model, load_model(model, torch.device("cpu")), load_tokenizer(model))
+
+    one, other = identity("float32"), identity("bfloat16")
+    assert one.base_settings["rope.rope_theta"] == 10000
+    assert not one.differences(other)
+    assert not one.differences(replace(other, base_settings={"of_a_later_version": 1}))
+    assert not one.differences(replace(other, base_settings=None, tokenizer_probe=None))
+    assert one.differences(replace(other, base_settings={"rms_norm_eps": 1.0}))
+    single = LlamaConfig(rms_norm_eps=float(torch.tensor(1e-5)))  # as GGUF files have it
+    assert forward_settings(single) == forward_settings(LlamaConfig(rms_norm_eps=1e-5))
+
+
+@pytest.fixture(scope="module")
+def sibling(stage):
+    """A run like the finished one, under another seed."""
+    folder = stage[2] / "sibling"
+    recipe = recipe_text(*stage[:2], folder) | {"seed": 1}
+    train(load_recipe(write_recipe(stage[2] / "sibling.yaml", recipe)), Console(quiet=True))
+    return folder
+
+
+@pytest.mark.parametrize("which", ["adapter", "best"])
+@pytest.mark.parametrize("known", ["summary", "checkpoints"])
+def test_A2_the_adapter_of_another_run_of_equal_method_and_size_is_refused(
+    finished, sibling, tmp_path, verb, which, known
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    flags = ["--best"] if which == "best" else []
+    if known == "summary":
+        shutil.rmtree(run / "checkpoints")
+    else:
+        (run / "summary.json").unlink()
+    verb("eval", run, "--task", "nll", "--limit", 2, *flags)
+    shutil.rmtree(run / which)
+    shutil.copytree(sibling / which, run / which)
+    told = "not the adapter that the run ended with" if known == "summary" else "trained by another run"
+    for ask in (["eval"], ["route-stats"], ["generate"], ["export", "--format", "peft-experts", "-o", tmp_path / "e"]):
+        _, err = verb(ask[0], run, *ask[1:], *flags, expect=5)
+        assert f"run/{which}: {told}; put the run's own back" in err
+
+
+def test_A2_another_adapter_of_the_same_run_is_refused_and_resuming_puts_the_runs_own_back(finished, tmp_path, verb):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copy(run / "checkpoints" / "step-000002" / name, run / "adapter" / name)
+    assert "not the adapter that the run ended with" in verb("eval", run, expect=5)[1]
+    out, _ = verb("train", run / "recipe.yaml", f"output_dir={run}", "--resume")
+    assert "taken from the last checkpoint" in " ".join(out.split())
+    assert (run / "adapter" / WEIGHTS_FILE).read_bytes() == (finished / "adapter" / WEIGHTS_FILE).read_bytes()
+    verb("eval", run, "--task", "nll", "--limit", 2)
+
+
+def test_no_summary_stands_beside_an_adapter_that_is_being_replaced(finished, tmp_path, monkeypatch):
+    """Else a kill between the two would leave a healthy run that is refused."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    publish, seen = loop.publish_folder, []
+
+    def watched(target, **options):
+        seen.append((target.name, (run / "summary.json").exists()))
+        return publish(target, **options)
+
+    monkeypatch.setattr(loop, "publish_folder", watched)
+    train(load_recipe(run / "recipe.yaml", [f"output_dir={run}"]), Console(quiet=True), resume=True)
+    assert seen == [("adapter", False)]
+    assert check_run(run)
+
+
+def test_rows_that_changed_since_the_training_are_not_taken_for_its_held_out_rows(stage, tmp_path, verb):
+    """Cut anew from the changed file, the held-out rows are among those that were trained on."""
+    rows = tmp_path / "rows.jsonl"
+    lines = stage[1].read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines))
+    run = tmp_path / "run"
+    train(load_recipe(write_recipe(tmp_path / "r.yaml", recipe_text(stage[0], rows, run))), Console(quiet=True))
+    asks = (
+        ["eval", run, "--task", "nll"],
+        ["eval", run, "--task", "gsm8k", "--max-new-tokens", "2"],
+        ["eval", run, "--task", "nll", "--base"],
+        ["route-stats", run],
+        ["route-stats", run, "--headroom", "--limit", "2"],
+        ["export", run, "--format", "peft-merged", "--rows", "8", "-o", tmp_path / "lora"],
+    )
+    rows.write_text("".join(reversed(lines)))
+    for ask in asks:
+        _, err = verb(*ask, expect=5)
+        assert err.startswith(f"error: {rows}: changed since the training, whose held-out rows were others")
+    for ask in asks[:-1]:
+        verb(*ask, "--data", stage[1])
+    rows.write_text("".join(lines))
+    for ask in asks:
+        verb(*ask)
+
+
 def test_A7_settings_that_would_import_code_are_ignored_or_refused(adapter, tmp_path):
     evil = {"auto_map": {"AutoModel": "evil.M"}, "parent_library": "evil", "megatron_core": "evil"}
     redescribe(adapter, lambda described: described.update(evil))
@@ -299,7 +428,7 @@ def test_A8_loading_and_saving_changes_no_byte(finished, tmp_path):
 
     run = load_run(finished)
     (tmp_path / "again").mkdir()
-    save_adapter(tmp_path / "again", run.adapter, run.stored.identity)
+    save_adapter(tmp_path / "again", run.adapter, run.stored.identity, run.stored.trained_on)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
 

@@ -247,6 +247,15 @@ def test_other_held_out_rows_are_refused_when_a_run_is_resumed(stage, monkeypatc
         run(recipe, resume=True)
 
 
+def test_A4_a_base_model_of_other_settings_is_refused_when_a_run_is_resumed(stage, monkeypatch, tmp_path):
+    stage = (shutil.copytree(stage[0], tmp_path / "model"), *stage[1:])
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ArtefactError, match=r"another base model \(rms_norm_eps was 1e-06, is 0.001\) than this run"):
+        run(recipe_for(stage, folder), resume=True)
+
+
 def test_the_tasks_that_choose_the_best_adapter_stay(stage, tmp_path):
     """A score on other rows does not compare with the best so far; tasks that choose nothing may change."""
     source = {"path": str(stage[1]), "format": "gsm8k"}

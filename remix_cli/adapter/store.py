@@ -18,6 +18,7 @@ from remix_cli.adapter.description import (
     WEIGHTS_FILE,
     BaseIdentity,
     Description,
+    TrainedOn,
     check_shapes,
     read_description,
 )
@@ -26,7 +27,7 @@ from remix_cli.adapter.patch import Adapter
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import read_whole, sha256, write_json
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "BaseIdentity", "StoredAdapter", "load_stored", "save_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "BaseIdentity", "StoredAdapter", "TrainedOn", "load_stored", "save_adapter"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StoredAdapter:
     identity: BaseIdentity
     tensors: dict[str, Tensor]
     weights_sha256: str
+    trained_on: TrainedOn
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -56,12 +58,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(folder: Path, adapter: Adapter, identity: BaseIdentity) -> None:
+def save_adapter(folder: Path, adapter: Adapter, identity: BaseIdentity, trained_on: TrainedOn) -> None:
     """Write both files into `folder`, which must exist. Equal adapters give equal bytes."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.parameters().items()}
     weights = folder / WEIGHTS_FILE
     weights.write_bytes(save(tensors, metadata={"format": "pt"}))
-    write_json(folder / CONFIG_FILE, Description(adapter.config, identity, sha256(weights)).to_dict())
+    write_json(folder / CONFIG_FILE, Description(adapter.config, identity, sha256(weights), trained_on).to_dict())
 
 
 def load_stored(folder: Path) -> StoredAdapter:
@@ -89,4 +91,4 @@ def _load_stored(folder: Path) -> StoredAdapter:
         if not torch.isfinite(tensor).all():
             raise ArtefactError(f"{weights_file}: tensor {name} holds non-finite values")
     check_shapes(folder, described.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return StoredAdapter(described.config, described.identity, tensors, described.weights_sha256)
+    return StoredAdapter(described.config, described.identity, tensors, described.weights_sha256, described.trained_on)

@@ -57,7 +57,7 @@ def evaluate(
     folder = RunFolder(run)
     if not folder.is_model:
         check_run(run, best=best)
-    from remix_cli.evaluate.request import check_base, requested_active, requested_tasks
+    from remix_cli.evaluate.request import check_base, check_model, requested_active, requested_tasks
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
     from remix_cli.evaluate.tasks import Settings
@@ -69,7 +69,15 @@ def evaluate(
     recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
     if folder.is_model and not (task and (data or task == ["humaneval"])):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
-    check_base(base, {"--active": active, "--selection sample": selection == "sample", "--best": best})
+    flags = {"--active": active, "--selection sample": selection == "sample", "--best": best}
+    check_base(base, flags)
+    if folder.is_model:
+        check_model(flags | {"--any-base": any_base})
+    elif trust_code:
+        raise RecipeError(
+            "--trust-remote-code: is for a model folder; whether a run's base model may run its code is "
+            f"model.trust_remote_code in {folder.recipe}"
+        )
     sampled = (selection or recipe.eval.selection) == "sample"
     settings = Settings(base=base or folder.is_model, limit=limit, sampled=sampled, allow_code=allow_code)
     changes = {"shots": shots, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
@@ -81,6 +89,8 @@ def evaluate(
     with Bars() as bars:
         reports = [score(loaded, tasks, replace(settings, active=k), bars.start) for k in many]
     if as_json:
+        for line in (line for report in reports for line in report["notes"]):
+            console.print(line, highlight=False, soft_wrap=True)
         print(json.dumps(reports[0] if len(reports) == 1 else {"reports": reports}))
         return
     for report in reports:
@@ -90,6 +100,8 @@ def evaluate(
 def _show(report: dict[str, Any], console: Console) -> None:
     from remix_cli.evaluate.tables import eval_stamp, eval_table
 
+    for line in report["notes"]:
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(eval_table(report))
     console.print(eval_stamp(report), highlight=False)
     console.print(f"written: {report['file']} and every answer beside it", highlight=False, soft_wrap=True)
@@ -180,6 +192,11 @@ def route_stats(
             RunFolder(folder).check()
         else:
             check_run(folder, best=best)
+    for flag, file in {"--html": page, "--trace": trace}.items():
+        if file is not None and os.path.isdir(file):
+            raise RecipeError(f"{flag}: {file} is a folder; name a file to write")
+    if plot is not None and os.path.exists(plot) and not os.path.isdir(plot):
+        raise RecipeError(f"--plot: {plot} is a file; name a folder for the figures")
     from remix_cli.stats import view
 
     console = Console(stderr=as_json)

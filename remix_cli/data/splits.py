@@ -1,5 +1,7 @@
 """A recipe's rows: what is trained on, what is held out, and in which order training sees them."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ class TrainingData:
     validation: Encoded
     plan: Plan
     overlap: int  # held-out conversations that are also trained on
+    held_out: str  # digest_of the held-out conversations
 
     def total_steps(self, recipe: Recipe) -> int:
         by_epochs = int(np.ceil(self.plan.steps_per_epoch * recipe.train.num_train_epochs))
@@ -46,8 +49,13 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
     total = sum(counts)
     share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
     train, held, kept, start = [], [], [], 0
-    for count in counts:
+    for source, count in zip(recipe.data.train, counts, strict=True):
         out = set(random.permutation(count)[: round(count * share)].tolist())
+        if len(out) == count:
+            raise DataError(
+                f"data.validation_fraction: {recipe.data.validation_fraction} holds out all {count} rows of "
+                f"{source.path or source.reasoning_gym}; lower it"
+            )
         train += [examples[start + i] for i in range(count) if i not in out]
         held += [examples[start + i] for i in sorted(out)]
         kept.append(count - len(out))
@@ -63,6 +71,11 @@ def overlap(train: list[Example], held: list[Example]) -> int:
 
 def _words(example: Example) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in example.messages)
+
+
+def digest_of(examples: list[Example]) -> str:
+    """A hash of what the conversations say, whatever tokenizer and template they are read with."""
+    return hashlib.sha256(json.dumps([_words(example) for example in examples]).encode()).hexdigest()
 
 
 def evenly(rows: list[Row], limit: int | None) -> list[Row]:
@@ -100,4 +113,4 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
         group_by_length=recipe.train.group_by_length,
         seed=recipe.seed,
     )
-    return TrainingData(train, encoder.encode_rows(held), plan, overlap(examples, held))
+    return TrainingData(train, encoder.encode_rows(held), plan, overlap(examples, held), digest_of(held))

@@ -72,6 +72,13 @@ def check_base(base: bool, flags: dict[str, Any]) -> None:
         raise RecipeError(f"{given}: is of an adapter, and --base takes it away; leave one of them out")
 
 
+def check_model(flags: dict[str, Any]) -> None:
+    """Raises RecipeError if a flag of an adapter is given for a model folder, which has none."""
+    given = next((flag for flag, value in flags.items() if value), None)
+    if given:
+        raise RecipeError(f"{given}: is of an adapter, and a model folder has none; leave it out")
+
+
 def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:
     """`1,2,4` as numbers; [None] for the trained k. Raises RecipeError, also for what needs a router without one."""
     if (text is not None and not config.routed) or (sampled and not config.samples):

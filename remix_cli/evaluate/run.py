@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         elif settings.active is not None:
             scope.enter_context(run.adapter.activating(settings.active))
         target = run.folder.evaluations / f"{name}.json"
-        kept = _kept_data(target)
+        kept = {r["task"]: r["protocol"]["data"] for r in _earlier(target)[0]}
         scorers = {}
         for label, task in zip(result_labels(run.recipe, tasks), tasks, strict=True):
             scorer = SCORERS[task.task](run, task, settings)
@@ -54,11 +55,12 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
             results.append(_score(label, scorer, lines, stamp, progress) | {"task_digest": task_digest(_asked(scorer))})
             finished.append(lines)
-        report = {"model": name, "results": results + _other_results(target, results)}
+        earlier, notes = _earlier(target)
+        report = {"model": name, "results": results + _of_the_same(earlier, results)}
         write_json(target, report)
         for lines in finished:  # only now: until here an interruption must find them
             lines.publish()
-    return report | {"results": results, "file": str(target)}
+    return report | {"results": results, "file": str(target), "notes": notes}
 
 
 OTHER_DATA = "@"  # parts a task's name from that of a data set which is not the recipe's
@@ -85,28 +87,30 @@ def result_labels(recipe: Recipe, tasks: list[Task]) -> list[str]:
     return labels
 
 
-def _kept_data(target: Path) -> dict[str, str]:
-    """The data of each result that the report already holds."""
+def _earlier(target: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results that the report already holds; a line if there is a report that cannot be read."""
+    if not os.path.lexists(target):
+        return [], []
     try:
-        return {r["task"]: r["protocol"]["data"] for r in json.loads(target.read_text(encoding="utf-8"))["results"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        results = json.loads(target.read_text(encoding="utf-8"))["results"]
+        for r in results:
+            _ = r["task"], r["protocol"]["data"], _weights(r)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [], [f"{target}: was damaged, so the scores of other tasks in it are gone; evaluate those again"]
+    return results, []
 
 
-def _other_results(target: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the report already holds of other tasks on the same weights."""
-    try:
-        earlier = json.loads(target.read_text(encoding="utf-8"))["results"]
-        same = results[0]["protocol"]
-        weights = same["base_fingerprint"], same["adapter"]
-        labels = {result["task"] for result in results}
-        return [
-            r
-            for r in earlier
-            if r["task"] not in labels and (r["protocol"]["base_fingerprint"], r["protocol"]["adapter"]) == weights
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def _weights(result: dict[str, Any]) -> tuple[Any, ...]:
+    """By what weights a result was made."""
+    return result["protocol"]["base_fingerprint"], result["protocol"]["adapter"]
+
+
+def _of_the_same(earlier: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier results of other tasks by the same model."""
+    labels = {result["task"] for result in results}
+    same, works = _weights(results[0]), results[0]["protocol"]["base_works"]
+    others = [r for r in earlier if r["task"] not in labels and _weights(r) == same]
+    return [r for r in others if r["protocol"].get("base_works", works) == works]  # earlier versions did not say
 
 
 def _score(label: str, scorer: Scorer, lines: Lines, stamp: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -163,10 +167,12 @@ def report_name(which: str, settings: Settings) -> str:
 def _model(run: LoadedRun, settings: Settings) -> dict[str, Any]:
     config = run.adapter.config
     rule = f"{'sampled' if settings.sampled else 'top'} {settings.active or config.active} of {config.pool_size}"
+    works = run.identity.base_settings, run.identity.tokenizer_probe
     routing = f"{rule} by {config.level}" if config.routed and not settings.base else "none"
     return {
         "model": run.recipe.model.name_or_path,
         "base_fingerprint": run.identity.base_fingerprint[:16],
+        "base_works": hashlib.sha256(json.dumps(works, sort_keys=True).encode()).hexdigest()[:16],
         "adapter": None if settings.base else run.stored.weights_sha256[:16],
         "method": config.method,
         "routing": routing,

@@ -18,14 +18,14 @@ from remix_cli.data.chunks import start_size
 from remix_cli.data.encode import EncodedRow, load_examples
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.data.sources import load_rows
-from remix_cli.data.splits import evenly, split_examples
+from remix_cli.data.splits import evenly
 from remix_cli.errors import DataError, shortened
 from remix_cli.evaluate import arc, gsm8k, humaneval
 from remix_cli.evaluate.generate import Decoding, check_fits, generate
 from remix_cli.evaluate.nll import iter_row_losses
 from remix_cli.evaluate.reasoning import Verifier
 from remix_cli.evaluate.statistics import Score, mean, pass_at, ratio
-from remix_cli.recipe import Recipe, Source, Task
+from remix_cli.recipe import Source, Task
 from remix_cli.runs import Subject
 from remix_cli.sandbox import outside as sandbox
 
@@ -141,9 +141,9 @@ def _share(lines: list[Line], key: str) -> Score:
     return mean(np.array([float(line[key]) for line in lines]))
 
 
-def task_examples(recipe: Recipe, task: Task, limit: int | None = None) -> list[Example]:
+def task_examples(subject: Subject, task: Task, limit: int | None = None) -> list[Example]:
     """The task's own rows, or the rows the recipe held out of training; at most `limit`, spread evenly over them."""
-    examples = load_examples([task.source])[0] if task.source is not None else split_examples(recipe)[2]
+    examples = load_examples([task.source])[0] if task.source is not None else subject.split()[2]
     return evenly(examples, limit)
 
 
@@ -153,7 +153,7 @@ class HeldOutLoss(Scorer):
     headline = "mean_nats"
 
     def load(self) -> None:
-        examples = task_examples(self.subject.recipe, self.task, self.limit)
+        examples = task_examples(self.subject, self.task, self.limit)
         self.rows: list[EncodedRow] = self.encoder.encode_rows(examples).rows
         if examples and not self.rows:
             raise DataError("eval task nll: no row has a supervised token within data.max_length")
@@ -191,7 +191,7 @@ class Gsm8k(Generating):
     headline = "flexible_correct"
 
     def load(self) -> None:
-        examples = task_examples(self.subject.recipe, self.task, self.limit)
+        examples = task_examples(self.subject, self.task, self.limit)
         self.gold = []
         for number, example in enumerate(examples, start=1):
             gold = gsm8k.reference_answer(example.messages[-1]["content"])
@@ -361,6 +361,8 @@ class ReasoningGym(Generating):
         sources = [source for source in own if source.reasoning_gym]
         if not sources:
             raise DataError("eval task reasoning_gym: no reasoning_gym source among data.validation or in the task")
+        if self.task.source is None and self.subject.held_out is not None:
+            self.subject.split()  # another version of the package may make other rows
         made: list[tuple[Verifier, int, Example]] = []
         for source in sources:
             verifier = Verifier(source)

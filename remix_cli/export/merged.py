@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
-from remix_cli.data.splits import evenly, split_examples
+from remix_cli.data.splits import evenly
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.hf import SHARD, base_state, check_pool
@@ -78,7 +78,7 @@ def _publish(
 
 def _batches(run: LoadedRun, rows: int) -> tuple[list[Batch], list[Batch]]:
     """(calibration, held-out) batches of the run's own rows. Raises DataError."""
-    examples = split_examples(run.recipe)
+    examples = run.split()
     kept = [run.encoder.encode_rows(evenly(part, rows)).rows for part in (examples[0], examples[2])]
     if not all(kept):
         raise DataError("export needs the run's training and held-out rows, to fit the merged LoRA and to price it")

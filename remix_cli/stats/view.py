@@ -8,7 +8,7 @@ from typing import Any
 
 from remix_cli.data.chunks import start_size
 from remix_cli.data.encode import EncodedRow, load_examples
-from remix_cli.data.splits import evenly, split_examples
+from remix_cli.data.splits import evenly
 from remix_cli.errors import DataError, RecipeError
 from remix_cli.runs import LoadedRun, RunFolder, load_run
 from remix_cli.stats.health import verdict
@@ -117,7 +117,7 @@ def rows_to_look_at(loaded: LoadedRun, data: str | None, limit: int | None) -> l
     """The recipe's held-out rows, or those of the file `data`, at most `limit`. Raises DataError."""
     recipe = loaded.recipe
     if data is None:
-        examples = split_examples(recipe)[2]
+        examples = loaded.split()[2]
     else:
         examples = load_examples([recipe.data.train[0].at(data)])[0]
     rows = loaded.encoder.encode_rows(evenly(examples, limit)).rows

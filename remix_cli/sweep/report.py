@@ -13,7 +13,7 @@ from remix_cli.errors import ArtefactError
 from remix_cli.evaluate.compare import Evaluated, difference_of_protocols, load_evaluated, parts_of, scores_in_common
 from remix_cli.evaluate.statistics import Score, difference_over_seeds, over_seeds, seeds_to_settle
 from remix_cli.evaluate.tables import number
-from remix_cli.folders import RunFolder, holds_runs
+from remix_cli.folders import RunFolder, holds_runs, read_sweep
 from remix_cli.recipe.sweep import describe
 from remix_cli.sweep.run import FILE
 
@@ -46,12 +46,9 @@ def sweep_report(folder: Path) -> dict[str, Any]:
     """{metric, seeds, reference, arms: [...], skipped: [...]}. Raises ArtefactError."""
     if not (folder / FILE).is_file():
         raise ArtefactError(f"{folder}: this sweep has not come to its end; the `remix sweep` that began it goes on")
-    try:
-        document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        arms = {name: arm for name, arm in document["arms"].items() if arm["reports"]}
-        found = {name: [load_evaluated(folder / run) for run in arm["reports"]] for name, arm in arms.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{folder / FILE}: cannot be read ({error}); run `remix sweep` again") from None
+    document = read_sweep(folder / FILE)
+    arms = {name: arm for name, arm in document["arms"].items() if arm["reports"]}
+    found = {name: [load_evaluated(folder / run) for run in arm["reports"]] for name, arm in arms.items()}
     if not found:
         raise ArtefactError(f"{folder}: no arm of this sweep has a finished run; see the logs beside the run folders")
     reference = next(iter(found))

@@ -24,6 +24,7 @@ from typing import Any
 from remix_cli.errors import Interrupted, RecipeError, RemixError
 from remix_cli.evaluate.run import check_code
 from remix_cli.evaluate.tasks import Settings
+from remix_cli.folders import read_sweep
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import SCORES, tasks_while_training
 from remix_cli.recipe.sweep import Point, Sweep, describe
@@ -58,7 +59,7 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     """Carry it out and return the path of its `sweep.json`. `allow_code`: see `remix eval`.
 
     Raises RecipeError, BusyError, Interrupted, and RemixError at the end if a run failed for another reason than
-    divergence, which makes a setting the worst of its arm.
+    divergence, which makes a setting the worst of its arm; ArtefactError if an earlier `sweep.json` is damaged.
     """
     _check_metric(sweep)
     _check_folder(sweep)
@@ -72,6 +73,8 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     if changed:
         raise RecipeError(*changed)
     with lock_folder(sweep.folder):
+        if os.path.lexists(sweep.folder / FILE):
+            read_sweep(sweep.folder / FILE)  # its other arms would be lost
         done = _Sweep(sweep, say, allow_code).run(processes)
         document = done.document()
         known = _other_arms(sweep, say) | document["arms"]
@@ -89,7 +92,7 @@ def _changed(sweep: Sweep, point: Point) -> list[str]:
         folder = RunFolder(Path(recipe.output_dir))
         if folder.recipe.is_file():
             try:
-                check_same_recipe(recipe, load_recipe(folder.recipe), folder)
+                check_same_recipe(recipe, load_recipe(folder.recipe, stored=True), folder)
             except RecipeError as error:
                 problems.append(f"sweep.arms.{point.arm}: {'; '.join(error.problems)}")
     return problems
@@ -100,22 +103,21 @@ def _other_arms(sweep: Sweep, say: Say) -> dict[str, Any]:
 
     An arm that the file has changed since is none of them: its runs answer another question.
     """
-    try:
-        earlier = json.loads((sweep.folder / FILE).read_text(encoding="utf-8"))
-        if earlier["metric"] != sweep.metric or earlier["seeds"] != sweep.seeds:
-            return {}
-        kept = {}
-        for name, points in sweep.others.items():
-            if name not in earlier["arms"]:
-                continue
-            runs = {str(sweep.folder / one["run"]) for one in earlier["arms"][name]["searched"]}
-            if runs != {str(point.folder) for point in points} or any(_changed(sweep, point) for point in points):
-                say(f"{name}: was run before with other settings than the file now has, so it is not in the table")
-                continue
-            kept[name] = earlier["arms"][name]
-        return kept
-    except (OSError, ValueError, KeyError, TypeError):
+    if not os.path.lexists(sweep.folder / FILE):
         return {}
+    earlier = read_sweep(sweep.folder / FILE)
+    if earlier["metric"] != sweep.metric or earlier["seeds"] != sweep.seeds:
+        return {}
+    kept = {}
+    for name, points in sweep.others.items():
+        if name not in earlier["arms"]:
+            continue
+        runs = {str(sweep.folder / one["run"]) for one in earlier["arms"][name]["searched"]}
+        if runs != {str(point.folder) for point in points} or any(_changed(sweep, point) for point in points):
+            say(f"{name}: was run before with other settings than the file now has, so it is not in the table")
+            continue
+        kept[name] = earlier["arms"][name]
+    return kept
 
 
 def _check_metric(sweep: Sweep) -> None:

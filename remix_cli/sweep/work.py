@@ -80,12 +80,13 @@ def score_run(recipe: Recipe, allow_code: bool) -> str | None:
         return None
     with folder.path.with_name(f"{folder.path.name}.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
         try:
-            evaluate(
+            report = evaluate(
                 load_run(folder.path),
                 recipe.eval.tasks,
                 Settings(sampled=recipe.eval.selection == "sample", allow_code=allow_code),
                 lambda *_: _Silent(),
             )
+            log.writelines(f"{line}\n" for line in report["notes"])
         except Exception as error:
             return _told(error, Console(file=log, width=WIDTH))
         finally:

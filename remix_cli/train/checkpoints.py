@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.store import BaseIdentity, load_stored, save_adapter
+from remix_cli.adapter.store import BaseIdentity, TrainedOn, load_stored, save_adapter
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import is_sealed, publish_folder, remove, seal, sha256, storage_errors, write_json
 
@@ -70,6 +70,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     identity: BaseIdentity,
     origin: Origin,
+    trained_on: TrainedOn,
     keep: int,
 ) -> Path:
     """Publish a checkpoint for `state.step` and only then remove the oldest beyond `keep`. Raises StorageError."""
@@ -77,7 +78,7 @@ def save_checkpoint(
     device = next(iter(adapter.parameters().values())).device
     moments = save(_flatten(optimizer, adapter), metadata={"format": "pt"})
     with publish_folder(target, len(moments) + adapter_bytes(adapter), replace=True) as scratch:
-        save_adapter(scratch, adapter, identity)
+        save_adapter(scratch, adapter, identity, trained_on)
         (scratch / OPTIMIZER_FILE).write_bytes(moments)
         write_json(scratch / "state.json", asdict(state))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
@@ -178,11 +179,11 @@ CAUSES = {
 
 
 def restore(
-    checkpoint: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, origin: Origin
+    checkpoint: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, origin: Origin, identity: BaseIdentity
 ) -> tuple[TrainingState, list[str]]:
     """Load a verified checkpoint into adapter and optimizer; the state, and what forbids equal bits, one line each.
 
-    Raises ArtefactError if it was made from another recipe, data, base model or tokenizer than `origin`.
+    Raises ArtefactError if it was made from another recipe, data, base model or tokenizer than `origin` and `identity`.
     """
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     made = manifest["origin"]
@@ -192,6 +193,8 @@ def restore(
             f"{checkpoint}: begun under an earlier version of remix, whose recipes meant something else; go on with "
             "that version, or start a new output_dir"
         )
+    stored = load_stored(checkpoint)
+    changed = changed or [f"another {what}" for what in stored.identity.differences(identity)]
     if changed:
         raise ArtefactError(
             f"{checkpoint}: made from {' and '.join(changed)} than this run would use; restore what it was begun "
@@ -200,7 +203,7 @@ def restore(
     here = asdict(Machine.here(next(iter(adapter.parameters().values())).device))
     different = [f"{name} was {was}, is {here[name]}" for name, was in manifest["machine"].items() if here[name] != was]
     try:
-        adapter.load(load_stored(checkpoint).tensors)
+        adapter.load(stored.tensors)
         _unflatten(load_file(checkpoint / OPTIMIZER_FILE), optimizer, adapter)
         return TrainingState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))), different
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

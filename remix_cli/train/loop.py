@@ -18,7 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
 from remix_cli.adapter.patch import Adapter, compile_unadapted
-from remix_cli.adapter.store import load_stored, save_adapter
+from remix_cli.adapter.store import TrainedOn, load_stored, save_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import load_data
@@ -31,13 +31,13 @@ from remix_cli.runs import RunFolder, Subject
 from remix_cli.stats.health import Watch
 from remix_cli.stats.live import StepRouting
 from remix_cli.stats.parameters import count_parameters
-from remix_cli.storage import lock_folder, publish_folder, recover, write_json
+from remix_cli.storage import lock_folder, publish_folder, recover, remove, storage_errors, write_json
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.console import TrainingConsole
 from remix_cli.train.evaluation import Evaluation, cost
 from remix_cli.train.graphed import StepGraphs
-from remix_cli.train.record import Recorder, peak_memory, summarise
+from remix_cli.train.record import Recorder, peak_memory, summarise, weights_of
 from remix_cli.train.resume import check_nothing_was_saved, check_ranks, check_same_recipe, origin_of
 from remix_cli.train.shard import check_launch, shard_base
 from remix_cli.train.signals import Signals
@@ -62,14 +62,14 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     main = accelerator.is_main_process
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
-            check_same_recipe(recipe, load_recipe(folder.recipe), folder)
+            check_same_recipe(recipe, load_recipe(folder.recipe, stored=True), folder)
         if resume and folder.summary.exists():
-            problem = _problem_of(folder.adapter)
+            summary, problem = folder.read_summary(), _problem_of(folder)
             line = f"{problem}; taken from the last checkpoint" if problem else "already complete; nothing to do"
             if main:
                 console.print(f"{folder.path}: {line}", highlight=False, soft_wrap=True)
             if not problem:
-                return folder.read_summary()
+                return summary
         if main:
             prepare.check_space(recipe, skeleton)
             recover(folder.path)
@@ -78,12 +78,14 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
         return _Run(recipe, accelerator, folder, console, resume).execute()
 
 
-def _problem_of(adapter: Path) -> str | None:
+def _problem_of(folder: RunFolder) -> str | None:
+    """Why the adapter of a complete run is not what the run ended with, in one line."""
     try:
-        load_stored(adapter)
+        load_stored(folder.adapter)
+        other = folder.foreign(folder.adapter)
     except ArtefactError as error:
         return str(error)
-    return None
+    return f"{folder.adapter}: {other}" if other else None
 
 
 class _SignalDuringEvaluation(Exception):
@@ -105,6 +107,7 @@ class _Run:
         self.model = load_model(recipe.model, torch.device("cpu") if sharded else accelerator.device)
         self.identity = identify(recipe.model, self.model, self.tokenizer)
         self.origin = origin_of(recipe, self.data, self.identity)
+        self.trained_on = TrainedOn(self.origin.recipe, self.origin.data, self.data.held_out)
         check_ranks(recipe, self.origin, accelerator.num_processes)
         prepare.check_graphs(recipe, self.model)
         if not sharded:
@@ -145,6 +148,8 @@ class _Run:
         if self.main:
             if not self.resumed:  # only now: whatever could be refused has been
                 prepare.clear_output(self.folder)
+            with storage_errors(self.folder.summary):  # a kill must not leave what it says beside another adapter
+                remove(self.folder.summary)
             self.folder.write_recipe(self.recipe)
             self.recorder = Recorder(self.recipe, self.folder, self.state.step, self.state.evaluation_due)
         with (
@@ -370,7 +375,7 @@ class _Run:
             if not torch.isfinite(parameter).all():
                 raise DivergedError(f"{name} holds non-finite values after step {self.state.step}")
         with publish_folder(target, replace=True) as scratch:
-            save_adapter(scratch, self.adapter, self.identity)
+            save_adapter(scratch, self.adapter, self.identity, self.trained_on)
             self.tokenizer.save_pretrained(scratch)
 
     def _save(self) -> None:
@@ -378,7 +383,14 @@ class _Run:
         if self.main:
             keep = self.recipe.train.save_total_limit
             checkpoints.save_checkpoint(
-                self.folder.checkpoints, self.state, self.adapter, self.optimizer, self.identity, self.origin, keep
+                self.folder.checkpoints,
+                self.state,
+                self.adapter,
+                self.optimizer,
+                self.identity,
+                self.origin,
+                self.trained_on,
+                keep,
             )
         self.accelerator.wait_for_everyone()
 
@@ -390,7 +402,9 @@ class _Run:
             check_nothing_was_saved(self.recipe, self.folder, self.total)
             self._tell("no checkpoint was saved before the interruption: the run starts from step 0")
             return
-        self.state, different = checkpoints.restore(checkpoint, self.adapter, self.optimizer, self.origin)
+        self.state, different = checkpoints.restore(
+            checkpoint, self.adapter, self.optimizer, self.origin, self.identity
+        )
         if different:
             self._tell(f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made")
 
@@ -404,6 +418,7 @@ class _Run:
         summary = summarise(self.recipe, self.state, counts, accelerator.device, accelerator.num_processes)
         if self.recorder:
             self.recorder.close()
+            summary["adapters"] = weights_of(self.folder)
             write_json(self.folder.summary, summary)
         accelerator.wait_for_everyone()
         return summary

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 import remix_cli
+from remix_cli.adapter.description import read_description
 from remix_cli.errors import ArtefactError, StorageError
 from remix_cli.objective import ESTIMATORS
 from remix_cli.recipe import Recipe
@@ -111,6 +113,15 @@ def summarise(
             "python": platform.python_version(),
         },
     }
+
+
+def weights_of(folder: RunFolder) -> dict[str, str]:
+    """Hashes of the adapters that the run ends with, by which others in their place are known, damaged ones aside."""
+    found = {}
+    for place in (folder.adapter, folder.best):
+        with suppress(ArtefactError):
+            found[place.name] = read_description(place).weights_sha256
+    return found
 
 
 def peak_memory(device: torch.device) -> float:
