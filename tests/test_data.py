@@ -90,6 +90,31 @@ def test_a_folders_files_are_all_read_or_named(tmp_path, other):
         load_examples([Source(path=str(tmp_path))])
 
 
+def test_files_in_sub_folders_are_not_left_out_in_silence(tmp_path):
+    row = json.dumps(GOOD["prompt_completion"]) + "\n"
+    (tmp_path / "a.jsonl").write_text(row)
+    for hidden in (".cache", ".git/x"):
+        (tmp_path / hidden).mkdir(parents=True)
+        (tmp_path / hidden / "b.jsonl").write_text(row)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("no data")
+    assert load_examples([Source(path=str(tmp_path))])[1] == [1]
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "more" / "deep" / "b.JSONL").write_text(row)
+    with pytest.raises(DataError, match=r"more/deep/b\.JSONL lies in a sub-folder, and those are not read"):
+        load_examples([Source(path=str(tmp_path))])
+
+
+def test_a_text_of_millions_of_characters_is_refused_before_it_is_tokenised(tokenizer, monkeypatch):
+    encoder = Encoder(tokenizer, 8, None)
+    assert encoder.encode_rows([talk("w1", "w2 " * 300_000)]).truncated == 1
+    monkeypatch.setattr(encoder, "_ids", None)
+    with pytest.raises(
+        DataError, match=r"conversation 1: its text has 1,050,002 characters, data\.max_length = 8 allows"
+    ):
+        encoder.encode_rows([talk("w1", "w2 " * 350_000)])
+
+
 def test_csv_cells_are_text_under_their_own_names(tmp_path):
     """A table library read the first of three cells under two names as a row's number, and shifted the others."""
     file = tmp_path / "rows.csv"
@@ -281,7 +306,7 @@ def test_a_chat_template_has_a_time_and_a_memory(tokenizer, bomb, monkeypatch):
     for _ in range(2):
         with pytest.raises(DataError, match="takes too long" if bomb in SLOW else "takes more than 64 MB of memory"):
             encoder.encode_rows([talk("w1 w2", "w2")])
-    assert time.monotonic() - begun < 10, "two processor seconds, on a machine that may be busy"
+    assert time.monotonic() - begun < 60, "two processor seconds, on a machine that may be busy"
 
 
 def test_many_renderings_are_no_long_one(tokenizer, monkeypatch):

@@ -215,7 +215,7 @@ def test_D1_all_rows_filtered_says_why(verb, stage, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"question": "w1 " * 60, "answer": "w2"}) + "\n")
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(stage[0], rows, tmp_path / "out"))
-    _, err = verb("train", recipe, "data.validation_fraction=0.0", expect=2)
+    _, err = verb("train", recipe, "data.validation_fraction=0.0", "train.eval_steps=null", expect=2)
     assert "no row has a supervised token within data.max_length = 32" in err
 
 
@@ -333,10 +333,10 @@ def test_D6_rows_in_train_and_validation(verb, stage, tmp_path):
 def test_D9_one_enormous_row_is_cut_and_counted(verb, stage, tmp_path):
     model, rows, _ = stage
     huge = tmp_path / "rows.jsonl"
-    text = "w1 " * 1_000_000  # a million tokens
+    text = "w1 " * 300_000
     huge.write_text(json.dumps({"question": "w1 ?", "answer": text}) + "\n" + rows.read_text())
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(model, huge, tmp_path / "out"))
-    out, _ = verb("train", recipe, "train.max_steps=1", "data.validation_fraction=0.0")
+    out, _ = verb("train", recipe, "train.max_steps=1", "data.validation_fraction=0.0", "train.eval_steps=null")
     assert "1 cut at max_length" in out
 
 
@@ -357,3 +357,45 @@ def test_load_recipe_never_leaves_with_another_exception(tmp_path):
             refused += len(error.problems) > 0
     assert refused > 500
     write(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "eval={tasks: [{task: gsm8k, shots: 2, max_new_tokens: 8, shots_from: {path: none.jsonl}}]}",
+            "tasks.0.shots_from.path: none.jsonl",
+        ),
+        (
+            "eval={tasks: [{task: gsm8k, max_new_tokens: 256}]}",
+            "max_new_tokens: 256 after a prompt of 1, but the model",
+        ),
+        # 256 positions: the prompts are of eight tokens or so
+        ("eval={tasks: [{task: gsm8k, max_new_tokens: 254}]}", "max_new_tokens: 254 after a prompt of "),
+        ("data.validation_fraction=0.999", "data.validation_fraction: 0.999 holds out all 40 rows of "),
+        ("adapter.target_modules=['(.|\\w|o)+[#!]']", "takes too long to match"),
+        (f"adapter.target_modules=['{'(' * 3000}']", "is no regular expression that can be read"),
+    ],
+)
+def test_R13_what_cannot_be_used_shows_before_training(override, message, verb, stage, tmp_path):
+    model, rows, _ = stage
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_text(model, rows, tmp_path / "out"))
+    begun = time.process_time()
+    _, err = verb("validate", recipe, override, expect=2)
+    assert len(err.splitlines()) == 1
+    assert message in err
+    assert time.process_time() - begun < 5
+
+
+def test_R13_virtual_tokens_count_among_the_positions(verb, stage, tmp_path):
+    model, rows, _ = stage
+    recipe = recipe_text(model, rows, tmp_path / "out") | {"adapter": {"method": "prefix", "virtual_tokens": 20}}
+    recipe["eval"] = {"tasks": [{"task": "gsm8k", "max_new_tokens": 230}]}
+    del recipe["router"]
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    _, err = verb("validate", path, expect=2)
+    assert "and 20 virtual tokens, but the model reads at most 256 tokens" in err
+    _, err = verb("train", path, "train.eval_tasks_limit=4", expect=2)
+    assert "and 20 virtual tokens, but the model reads at most 256 tokens" in err
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+    verb("validate", path, "eval.tasks.0.max_new_tokens=200")

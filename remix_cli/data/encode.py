@@ -18,6 +18,10 @@ from remix_cli.data.template import Template
 from remix_cli.errors import DataError
 from remix_cli.recipe.sources import Data, Source
 
+# A longer text is refused: it takes a second for each million characters, most of it for tokens that are cut off, and
+# where to cut before tokenising, so that the tokens in front stay the same, no tokenizer says.
+SPARE, CHARACTERS = 1_000_000, 100  # at any length, and for each token of max_length
+
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -116,7 +120,13 @@ class Encoder:
         return (ids, []) if any(i in special for i in ids[-2:]) else ([*ids, eos], [])
 
     def _pieces(self, example: Example) -> list[tuple[list[int], bool]]:
-        """The conversation's tokens in order, in stretches that are supervised or not."""
+        """The conversation's tokens in order, in stretches that are supervised or not. Raises RowError."""
+        length, most = sum(len(m["content"]) for m in example.messages), SPARE + CHARACTERS * self.max_length
+        if length > most:
+            raise RowError(
+                f"its text has {length:,} characters, data.max_length = {self.max_length} allows {most:,}; "
+                "shorten it, or take the row out"
+            )
         pieces: list[tuple[list[int], bool]] = []
         for text, learnt in self.segments(example):
             # Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token.

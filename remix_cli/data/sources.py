@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def check_source(source: Source, key: str) -> list[str]:
     if source.subset is not None:
         return [f"{key}.subset: is not read: it belongs to a hub data set, and {path} is a local folder; leave it out"]
     if path.is_dir():
+        below = _below(path)
+        if below is not None:
+            return [
+                f"{key}.path: {path}: {below.relative_to(path)} lies in a sub-folder, and those are not read; name the "
+                "folder that holds the files, or each in a source of its own"
+            ]
         if any(file.suffix in LOADERS for file in path.iterdir()):
             return []
         return [f"{key}.path: {path}: no {', '.join(LOADERS)} file in this folder"]
@@ -33,6 +40,16 @@ def check_source(source: Source, key: str) -> list[str]:
     if path.suffix not in LOADERS:
         return [f"{key}.path: {path}: unknown ending; use one of {', '.join(LOADERS)}"]
     return []
+
+
+def _below(folder: Path) -> Path | None:
+    """The first data file in a sub-folder, hidden ones aside: whoever names `folder` may mean it."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found = next((name for name in sorted(files) if Path(name).suffix.lower() in LOADERS), None)
+        if found and Path(place) != folder:
+            return Path(place) / found
+    return None
 
 
 def _looks_local(path: str) -> bool:
