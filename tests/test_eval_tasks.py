@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from remix_cli.adapter.store import TrainedOn
+from remix_cli.data.splits import digest_of, split_examples
+from remix_cli.errors import ArtefactError
 from remix_cli.evaluate import arc, gsm8k, run, tasks
 from remix_cli.evaluate.humaneval import load_problems, program_of
 from remix_cli.evaluate.request import requested_tasks
@@ -201,6 +206,20 @@ def test_a_report_keeps_the_other_tasks_of_the_same_weights(verb, finished):
     verb("eval", finished, "--task", "gsm8k")
     report = json.loads((finished / "eval" / "adapter.json").read_text())
     assert {"nll", "gsm8k"} <= {result["task"] for result in report["results"]}
+
+
+def test_held_out_rows_that_a_package_makes_otherwise_now_are_refused(loaded):
+    """Another version of reasoning-gym draws other rows from the same seed."""
+    pytest.importorskip("reasoning_gym")
+    data = loaded.recipe.data.model_copy(update={"validation": [Source(reasoning_gym="chain_sum", size=4)]})
+    recipe = loaded.recipe.model_copy(update={"data": data})
+    now = digest_of(split_examples(recipe)[2])
+    for digest in (now, "of other rows"):
+        stored = replace(loaded.stored, trained_on=TrainedOn(held_out=digest))
+        with nullcontext() if digest == now else pytest.raises(ArtefactError, match="chain_sum: changed since"):
+            SCORERS["reasoning_gym"](
+                replace(loaded, recipe=recipe, stored=stored), Task(task="reasoning_gym"), Settings()
+            )
 
 
 @pytest.mark.parametrize("how", ["{", "[1]", '{"results": [{"task": "nll"}]}', '{"results": 5}'])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 
+from remix_cli.adapter.store import BaseIdentity
 from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import load_recipe
 from remix_cli.storage import lock_folder
@@ -440,20 +440,23 @@ def test_two_processes_train_what_one_trains(stage, tmp_path, estimator, sharded
             assert x[key] == pytest.approx(y[key], rel=1e-3)
 
 
-@pytest.mark.parametrize("other", ["seed", "rows"])
+@pytest.mark.parametrize("other", ["seed", "rows", "settings"])
 def test_processes_that_were_started_differently_are_refused(stage, monkeypatch, tmp_path, other):
     """Gradients of other models, rows or draws would be summed in silence."""
     recipe = recipe_for(stage, tmp_path / "run")
     origin = checkpoints.Origin("recipe", "data", "base", "tokenizer", 4, "held out")
-    theirs = replace(origin, data="other") if other == "rows" else origin
-    values = recipe.model_copy(update={"seed": 9}) if other == "seed" else recipe
-    second = asdict(theirs) | {"recipe": values.model_dump_json()}
+    base = BaseIdentity("model", "float32", "base", "tokenizer", {"rms_norm_eps": 1e-6}, "probe")
+    theirs = {
+        "seed": {"recipe": recipe.model_copy(update={"seed": 9}).model_dump_json()},
+        "rows": {"data": "other"},
+        "settings": {"settings": {"rms_norm_eps": 1e-3}},
+    }[other]
     monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, *mine])
-    resume.check_ranks(recipe, origin, 2)
-    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, second])
-    said = {"seed": "another recipe", "rows": "other rows"}[other]
+    resume.check_ranks(recipe, origin, base, 2)
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, mine[0] | theirs])
+    said = {"seed": "another recipe", "rows": "other rows", "settings": "other settings of the base model"}[other]
     with pytest.raises(RecipeError, match=f"rank 1 was started with {said} than rank 0"):
-        resume.check_ranks(recipe, origin, 2)
+        resume.check_ranks(recipe, origin, base, 2)
 
 
 def test_K14_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):

@@ -14,12 +14,15 @@ import yaml
 from conftest import ROOT
 from tiny import recipe_text, write_recipe, write_rows
 
+from remix_cli import errors
 from remix_cli.errors import RecipeError
 from remix_cli.evaluate.statistics import difference_over_seeds, over_seeds, student
 from remix_cli.recipe.sweep import describe, load_sweep
 from remix_cli.runs import RunFolder
 from remix_cli.sweep import run as sweep_run
 from remix_cli.sweep import work
+from remix_cli.terminal import Console
+from remix_cli.sweep.report import edges
 
 ARMS = {
     "LoRA": {"adapter": {"method": "rslora", "rank": 4}},
@@ -289,7 +292,7 @@ def test_runs_on_other_rows_are_not_compared(stage, tmp_path, verb, monkeypatch)
     verb("sweep", path)
     write_rows(rows, 20, seed=2)
     path = sweep_file((stage[0], rows, None), tmp_path, {"arms": {"A": {"adapter.rank": 2}, "B": {"adapter.rank": 3}}})
-    _, err = verb("sweep", path, expect=1)
+    _, err = verb("sweep", path, expect=2)
     assert "B/seed0: trained on other rows than " in err
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["B"]["reports"] == []
 
@@ -330,7 +333,7 @@ TWO_RATES = {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}}
 
 def test_a_setting_that_diverges_loses(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
-    failing(monkeypatch, ["diverged at step 1: loss nan"])
+    failing(monkeypatch, [work.Failure("diverged at step 1: loss nan", 3)])
     verb("sweep", sweep_file(stage, tmp_path, TWO_RATES))
     arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
     first, second = arm["searched"]
@@ -338,12 +341,30 @@ def test_a_setting_that_diverges_loses(stage, tmp_path, verb, monkeypatch):
     assert arm["chosen"] == second["setting"] == {"train.learning_rate": 0.01}
 
 
+def test_a_sweep_ends_with_the_exit_code_of_its_first_failed_run(stage, tmp_path, verb, monkeypatch):
+    in_this_process(monkeypatch)
+    path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": 9.0, "train.max_grad_norm": 1e30}}})
+    real = work.train_run
+    monkeypatch.setattr(sweep_run, "train_run", lambda recipe: work.Failure("diverged at step 1", 3))
+    _, err = verb("sweep", path, expect=3)
+    assert err.splitlines()[-1].startswith("error: failed: sweep.arms.A; mend the cause")
+    monkeypatch.setattr(sweep_run, "train_run", real)
+    monkeypatch.setattr("remix_cli.train.loop.train", lambda *_, **__: [][0])  # a bug of ours
+    _, err = verb("sweep", path, expect=1)
+    assert "A/seed0: IndexError" in err
+    for error, code in ((errors.ArtefactError("x"), 5), (MemoryError(), 2), (errors.StorageError("x"), 4)):
+        assert work._told(error, Console(quiet=True)).exit_code == code
+
+
 def test_an_arm_is_not_chosen_from_while_a_setting_of_it_failed(stage, tmp_path, verb, monkeypatch):
     ran = in_this_process(monkeypatch)
-    failing(monkeypatch, ["OSError: no such thing"])
+    failing(monkeypatch, [work.Failure("disk full", 4)])
     path = sweep_file(stage, tmp_path, TWO_RATES)
-    _, err = verb("sweep", path, expect=1)
-    assert "learning_rate=0.02-seed0: OSError: no such thing" in err
+    _, err = verb("sweep", path, expect=4)
+    first, last = err.splitlines()
+    assert first.endswith("learning_rate=0.02-seed0: disk full")
+    assert "failed: " in last
+    assert "learning_rate=0.02-seed0; mend the cause (logs are beside the run folders) and give the same" in last
     arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
     assert (arm["chosen"], arm["reports"]) == (None, [])
     assert not any(job == "score_run" for job, _ in ran)
@@ -353,7 +374,7 @@ def test_an_arm_is_not_chosen_from_while_a_setting_of_it_failed(stage, tmp_path,
 
 def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
-    failing(monkeypatch, ["out of memory: OutOfMemoryError: CUDA out of memory"])
+    failing(monkeypatch, [work.Failure("out of memory: OutOfMemoryError: CUDA out of memory", 2)])
     path = sweep_file(stage, tmp_path, TWO_RATES)
     out, _ = verb("sweep", path, "--processes", "3")
     assert "1 runs lacked memory; now one at a time" in out
@@ -369,6 +390,14 @@ def test_a_sweep_that_is_not_finished_is_called_so(finished, tmp_path, verb):
     assert err.endswith("this sweep has not come to its end; the `remix sweep` that began it goes on\n")
     _, err = verb("compare", tmp_path / "sweep", finished, expect=5)
     assert err.endswith("a sweep, not a run; compare it alone, or name runs of it\n")
+
+
+def test_settings_that_are_lists_or_groups_have_no_edges():
+    """A sweep over target modules or tied settings ended in an error, after all its runs."""
+    values = [(["up_proj"], 1), (["down_proj"], 2), ({"rank": 4}, 3)]
+    searched = [{"setting": {"a": a, "b": b}, "value": 1.0} for a, b in values]
+    assert edges(searched, {"a": ["up_proj"], "b": 3}) == ["b=3"]
+    assert edges(searched, {"a": {"rank": 4}, "b": 2}) == []
 
 
 ARM = {"searched": [{"setting": {}, "run": "A/seed0", "value": 1.0, "error": None}], "chosen": {}, "reports": []}

@@ -146,9 +146,9 @@ def edges(searched: list[dict[str, Any]], chosen: dict[str, Any] | None) -> list
     """Settings of the best point that lie at the end of what was tried, so that the best may lie beyond."""
     found = []
     for key, value in (chosen or {}).items():
-        tried = {point["setting"].get(key) for point in searched if point["value"] is not None}
-        numbers = {v for v in tried if isinstance(v, int | float) and not isinstance(v, bool)}
-        if len(numbers) > 1 and value in (min(numbers), max(numbers)):
+        tried = [point["setting"].get(key) for point in searched if point["value"] is not None]
+        numbers = [v for v in tried if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(set(numbers)) > 1 and value in (min(numbers), max(numbers)):
             found.append(describe({key: value}))
     return found
 

@@ -108,7 +108,7 @@ class _Run:
         self.identity = identify(recipe.model, self.model, self.tokenizer)
         self.origin = origin_of(recipe, self.data, self.identity)
         self.trained_on = TrainedOn(self.origin.recipe, self.origin.data, self.data.held_out)
-        check_ranks(recipe, self.origin, accelerator.num_processes)
+        check_ranks(recipe, self.origin, self.identity, accelerator.num_processes)
         prepare.check_graphs(recipe, self.model)
         if not sharded:
             check_base(self.model, len(self.tokenizer))

@@ -94,14 +94,16 @@ def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity) -> Ori
     )
 
 
-def check_ranks(recipe: Recipe, origin: Origin, processes: int) -> None:
+def check_ranks(recipe: Recipe, origin: Origin, identity: BaseIdentity, processes: int) -> None:
     """All processes of a launch must train the same: each reads its own machine's files. Raises RecipeError."""
     if processes == 1:
         return
-    everyone = gather_object([asdict(origin) | {"recipe": recipe.model_dump_json()}])
+    works = {"settings": identity.base_settings, "probe": identity.tokenizer_probe}
+    everyone = gather_object([asdict(origin) | works | {"recipe": recipe.model_dump_json()}])
     first = everyone[0]
     for rank, other in enumerate(everyone):
-        different = [CAUSES[name] for name, value in other.items() if value != first[name]]
+        causes = CAUSES | {"settings": "other settings of the base model", "probe": "another tokenizer"}
+        different = [causes[name] for name, value in other.items() if value != first[name]]
         if different:
             raise RecipeError(
                 f"rank {rank} was started with {' and '.join(different)} than rank 0; give every process the same "
