@@ -11,6 +11,7 @@ from remix_cli.data.encode import EncodedRow
 from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
 from remix_cli.recipe import Recipe
+from remix_cli.recipe.schema import Adapter
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.step import accumulate_gradients
 
@@ -30,6 +31,12 @@ SHAPE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "pad_token_id": 0,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 4,
 }
 MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 GATES, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
@@ -59,6 +66,9 @@ CASES = [
     ("mamba", ["in_proj"], None),
     ("mamba", ["in_proj", "out_proj"], UNCALLED),
     ("gpt2", GATES, ABSENT),
+    ("bart", ["q_proj"], UNCALLED),  # attends to an encoder as well, which a causal run has not
+    ("bart", ["self_attn.q_proj", "fc1"], None),
+    ("gemma3n_text", GATES, None),
 ]
 
 
@@ -121,3 +131,62 @@ def test_a_method_without_a_router_adapts_shared_experts(tmp_path):
     step(wanted)
     with pytest.raises(RecipeError, match=UNCALLED):
         check_recipe(adapting(recipe(tmp_path, "mamba", ["out_proj"]), method="rslora"))
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "refused"),
+    [
+        ("gemma3n_text", "modality_router", "is not called as a whole"),
+        ("gemma3n_text", "per_layer_model_projection", "is not called with hidden states"),
+        ("gemma3n_text", "per_layer_input_gate", "no router can follow a row"),
+        ("ctrl", "0", "is a row of layers"),
+    ],
+)
+def test_a_block_at_whose_input_no_router_can_stand(family, target, refused, tmp_path):
+    by_block = recipe(tmp_path, family, [target])
+    with pytest.raises(RecipeError, match=refused):
+        check_recipe(by_block)
+    by_module = by_block.model_copy(update={"router": by_block.router.model_copy(update={"scope": "module"})})
+    if target == "modality_router":
+        with pytest.raises(RecipeError, match="ran twice"):
+            check_recipe(by_module)
+    else:
+        check_recipe(by_module)
+        step(by_module)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "vblora"])
+def test_what_peft_puts_on_an_uncalled_layer_is_refused_as_ours_is(method, tmp_path):
+    pytest.importorskip("peft")
+    wanted = recipe(tmp_path, "bart", ["q_proj"])
+    with pytest.raises(RecipeError, match=UNCALLED):
+        check_recipe(adapting(wanted, method=method, vector_length=4))
+    check_recipe(adapting(wanted, method=method, vector_length=4, target_modules=["self_attn.q_proj"]))
+
+
+def test_a_prefix_that_a_model_does_not_read_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    wanted = recipe(tmp_path, "bart", ["fc1"])
+    CONFIG_MAPPING["openai-gpt"](n_embd=32, n_layer=2, n_head=2, vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="prefix changes nothing in this model"):
+        check_recipe(wanted.model_copy(update={"adapter": Adapter(method="prefix", virtual_tokens=4)}))
+
+
+def test_ia3_needs_to_know_the_feed_forward_layers(tmp_path):
+    pytest.importorskip("peft")
+    wanted = adapting(recipe(tmp_path, "bart", ["fc1"]), method="ia3")
+    own = {key: value for key, value in SHAPE.items() if key != "intermediate_size"}
+    CONFIG_MAPPING["bart"](**own).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="no intermediate_size"):
+        check_recipe(wanted)
+
+
+def test_multi_head_latent_attention_takes_a_lora(tmp_path):
+    """Its keys and values are made of a tensor with four dimensions."""
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    wanted = adapting(recipe(tmp_path, "deepseek_v3", ["kv_b_proj"]), method="rslora")
+    shape = SHAPE | latent | {"num_key_value_heads": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    del shape["head_dim"]
+    CONFIG_MAPPING["deepseek_v3"](**shape).save_pretrained(tmp_path)
+    check_recipe(wanted)
+    step(wanted)

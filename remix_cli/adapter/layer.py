@@ -63,7 +63,7 @@ class Router(nn.Module):
         token, not D.
         """
         wide = _wide(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(_device_type(x), enabled=False):
             products = F.linear(wide, self.weight.to(wide.dtype))
         if not self.config.router_unit_input:
             return products, torch.ones_like(products[..., :1])
@@ -158,6 +158,11 @@ class Router(nn.Module):
         return Decision(x.detach(), logits.detach(), length.detach(), chosen, weights, gates, live)
 
 
+def _device_type(x: Tensor) -> str:
+    """As autocast has it, which knows nothing of skeletons."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def _wide_type(dtype: torch.dtype) -> torch.dtype:
     """float32, or `dtype` if wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -224,14 +229,17 @@ class RoutedLinear(nn.Module):
         """Does the product by hand apply? Not to a quantised layer, under autocast, or with dropout."""
         if not self.plain or (self.training and self.drops):
             return False
-        return base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+        return base.weight.dtype == x.dtype and not torch.is_autocast_enabled(_device_type(x))
 
     def _weighting(self, x: Tensor) -> Weighting:
         if self.router is None:
             return Weighting(self.state.cast(self.gates, x.dtype), None)
         weighting = self.router(x) if self.routes_itself else self.router.block.weighting
         if weighting is None:
-            raise RuntimeError(f"{self.router.name}: an adapted linear ran outside of its block's forward")
+            raise RecipeError(
+                f"adapter.target_modules: {self.router.name} is not called as a whole when its layers are, so no "
+                "router can choose at its input; set router.scope: module"
+            )
         return weighting
 
     def forward(self, x: Tensor) -> Tensor:

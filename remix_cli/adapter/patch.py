@@ -1,17 +1,21 @@
 """Put a routed adapter on a model and take it off again."""
 
-import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
 from remix_cli.adapter.config import POOLED, AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear, Router
 from remix_cli.adapter.trace import RoutingState, Seed, Trace, selection_noise
+from remix_cli.errors import RecipeError, shortened
+
+PATIENCE = 1.0  # seconds for a pattern and all names: a regular expression may take years
 
 
 class TargetError(ValueError):
@@ -30,7 +34,7 @@ def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head]
     found: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in linears if n == pattern or n.endswith(f".{pattern}") or _full_match(pattern, n)}
+        hits = {n for n in linears if n == pattern or n.endswith(f".{pattern}")} | _full_matches(pattern, linears)
         if not hits:
             have = ", ".join(last_names(linears)) or "no nn.Linear at all"
             raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")
@@ -50,11 +54,18 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
-def _full_match(pattern: str, name: str) -> bool:
+def _full_matches(pattern: str, names: list[str]) -> set[str]:
+    """Those of `names` that are the regular expression's as a whole. Raises TargetError."""
+    end = time.monotonic() + PATIENCE
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
+        expression = regex.compile(pattern)
+        return {n for n in names if expression.fullmatch(n, timeout=max(1e-3, end - time.monotonic()))}
+    except (RecursionError, MemoryError):  # thousands of brackets, (?R) without an end
+        raise TargetError(f"{shortened(pattern, 60)!r} is no regular expression that can be read") from None
+    except regex.error as error:
         raise TargetError(f"{pattern!r} is neither a module name nor a regular expression: {error}") from None
+    except TimeoutError:
+        raise TargetError(f"{pattern!r} takes too long to match; repeat nothing that repeats itself") from None
 
 
 class Adapter:
@@ -228,9 +239,20 @@ def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:
 def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
     """Let the router read the block's input and hold its choice while the block runs."""
 
+    if isinstance(block, nn.Sequential):  # it would run the router as one more layer
+        raise TargetError(
+            f"{router.name} is a row of layers, which has no place for a router; set router.scope: module"
+        )
+
     def choose(_: nn.Module, args: tuple, kwargs: dict) -> None:
         if not router.state.off:
-            router.block.weighting = router(args[0] if args else kwargs["hidden_states"])
+            inputs = args[0] if args else kwargs.get("hidden_states")
+            if inputs is None:
+                raise RecipeError(
+                    f"adapter.target_modules: {router.name} is not called with hidden states, from which a router "
+                    "could choose; set router.scope: module"
+                )
+            router.block.weighting = router(inputs)
 
     def forget(_: nn.Module, args: tuple, output: Any) -> None:
         router.block.weighting = None

@@ -92,7 +92,9 @@ def _describe(peft: Any, model: nn.Module, config: AdapterConfig) -> Any:
     targets = find_targets(model, config.target_modules)
     task["target_modules"] = targets
     if config.method == "ia3":
-        inner = model.config.get_text_config().intermediate_size  # type: ignore[union-attr, operator]
+        inner = getattr(model.config.get_text_config(), "intermediate_size", None)  # type: ignore[union-attr, operator]
+        if inner is None:
+            raise TargetError("ia3: the model's config does not tell its feed-forward layers (no intermediate_size)")
         widths = {name: model.get_submodule(name).in_features for name in targets}
         return peft.IA3Config(**task, feedforward_modules=[name for name, width in widths.items() if width == inner])
     if config.method == "vblora":

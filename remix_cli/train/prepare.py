@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from remix_cli.adapter.layer import ONE_LIST
-from remix_cli.adapter.patch import Adapter, TargetError, last_names
+from remix_cli.adapter.patch import Adapter, TargetError, find_targets
+from remix_cli.adapter.trace import Trace
 from remix_cli.data.sources import check_source
-from remix_cli.errors import RecipeError, StorageError
+from remix_cli.errors import RecipeError, StorageError, shortened
+from remix_cli.evaluate.tasks import SCORERS, Generating
 from remix_cli.methods.apply import apply_method
-from remix_cli.models import input_ranks, longest_input, skeleton
+from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
@@ -37,17 +39,25 @@ def check_recipe(recipe: Recipe) -> Adapter:
     for i, task in enumerate(recipe.eval.tasks):
         if task.source is not None:
             problems += check_source(task.source, f"eval.tasks.{i}.source")
+        if task.shots_from is not None:
+            problems += check_source(task.shots_from, f"eval.tasks.{i}.shots_from")
     try:
         model = skeleton(recipe.model)
         limit = longest_input(model)
-        front = recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0
+        front = virtual_tokens(recipe)
         if limit is not None and recipe.data.max_length + front > limit:
             also = f" and {front} virtual tokens" if front else ""
             problems.append(
                 f"data.max_length: {recipe.data.max_length}{also}, but the model reads at most {limit} tokens"
             )
-        adapter = apply_method(model, recipe.adapter_config(), seed=recipe.seed)
-        problems += _check_inputs(adapter)
+        for i in range(len(recipe.eval.tasks)):
+            problems += check_answers(recipe, i, limit, prompt=1)  # of rows that are read: see preview and Evaluation
+        ranks, runs = input_ranks(model)
+        config = recipe.adapter_config()
+        untargeted = config.method in (*PROMPTS, "none")
+        targets = [] if untargeted else find_targets(model, config.target_modules)
+        adapter = apply_method(model, config, seed=recipe.seed)
+        problems += _check_inputs(adapter, targets, ranks) or (_check_pass(adapter) if runs else [])
     except RecipeError as error:
         problems += error.problems
     except TargetError as error:
@@ -57,24 +67,67 @@ def check_recipe(recipe: Recipe) -> Adapter:
     return adapter
 
 
-def _check_inputs(adapter: Adapter) -> list[str]:
-    """Problems with how the model uses its targets: a LoRA needs to be called, a router to see rows and positions."""
-    if not adapter.linears:
+def virtual_tokens(recipe: Recipe) -> int:
+    """That the method puts in front of every sequence."""
+    return recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0
+
+
+def check_answers(recipe: Recipe, i: int, limit: int | None, prompt: int) -> list[str]:
+    """Problems with the answers to task `i`, of whose prompts the longest has so many tokens, at `limit` positions."""
+    task = recipe.eval.tasks[i]
+    scorer = SCORERS[task.task]
+    if limit is None or not issubclass(scorer, Generating):
         return []
+    new, front = task.max_new_tokens or scorer.max_new_tokens, virtual_tokens(recipe)
+    if front + prompt + new <= limit:
+        return []
+    also = f" and {front} virtual tokens" if front else ""
+    return [
+        f"eval.tasks.{i}.max_new_tokens: {new} after a prompt of {prompt}{also}, but the model reads at most {limit} "
+        "tokens; lower it"
+    ]
+
+
+def _check_inputs(adapter: Adapter, targets: list[str], ranks: dict[str, int]) -> list[str]:
+    """Problems with how the model uses its targets: a LoRA needs to be called, a router to see rows and positions."""
     model: Any = adapter.model
-    with adapter.disabled():
-        ranks = input_ranks(model)
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        head = next((name for name, module in model.named_modules() if module is output), None)
-    needed = (3,) if adapter.routers else (2, 3)
-    unfit = [name for name, rank in ranks.items() if rank not in needed]
-    bad = next((name for name in unfit if name in adapter.linears), None)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    head = next((name for name, module in model.named_modules() if module is output), None)
+    unfit = [name for name, rank in ranks.items() if not rank or (adapter.routers and rank != 3)]
+    bad = next((name for name in unfit if name in targets), None)
     if bad is None:
         return []
-    could = [name for name in last_names(ranks) if name not in last_names([*unfit, str(head)])]
+    useless = [*unfit, str(head)]
+    could = list(dict.fromkeys(end for name in ranks if (end := _end_of_none(name, useless))))
     uncalled = "is not called as a layer in training: its weight is read directly, or not at all"
     what = ONE_LIST if ranks[bad] else uncalled
     return [f"adapter.target_modules: {bad} {what}; {adapter.config.method} can adapt: {', '.join(could) or 'nothing'}"]
+
+
+def _end_of_none(name: str, others: list[str]) -> str | None:
+    """The last word of `name`, or the last two, whichever no other ends with."""
+    words = name.split(".")
+    ends = (".".join(words[-count:]) for count in (1, 2))
+    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), None)
+
+
+def _check_pass(adapter: Adapter) -> list[str]:
+    """Problems that a pass of the adapted skeleton runs into; the unadapted one has come to its end."""
+    ids = meta_ids()
+    trace = Trace(prompt=torch.ones_like(ids, dtype=torch.bool))
+    with rehearsing(adapter.model):
+        try:
+            with adapter.tracing(trace):
+                logits = adapter.model(input_ids=ids, use_cache=False).logits
+        except RecipeError as error:
+            return error.problems
+        except Exception as error:  # of whatever code a model or PEFT brings
+            said = shortened(f"{type(error).__name__}: {error}", 120)
+            return [f"adapter.target_modules: {adapter.config.method} cannot adapt these in this model: {said}"]
+    if adapter.parameters() and not logits.requires_grad:
+        return [f"adapter: {adapter.config.method} changes nothing in this model: its output does not depend on it"]
+    missed = next((name for name in adapter.routers if name not in trace.decisions), None)
+    return [f"adapter.target_modules: {missed} is not called in training; leave it out"] if missed else []
 
 
 def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

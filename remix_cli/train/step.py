@@ -21,6 +21,7 @@ from remix_cli.adapter import routing
 from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Decision, Seed, Trace
 from remix_cli.data.batches import Batch
+from remix_cli.errors import RecipeError
 from remix_cli.models import batch_losses
 from remix_cli.objective import ESTIMATORS, Rollouts, TopPass, router_surrogate
 from remix_cli.recipe.schema import Router as RouterRecipe
@@ -189,8 +190,11 @@ def _top_pass(adapter: Adapter, trace: Trace, losses: Tensor) -> TopPass:
 
 
 def _stack(adapter: Adapter, traces: list[Trace], part: Callable[[Decision], Tensor]) -> Tensor:
-    """(M, L, ...)"""
-    return torch.stack([torch.stack([part(t.decisions[name]) for name in adapter.routers]) for t in traces])
+    """(M, L, ...). Raises RecipeError for a router that the pass has not come to."""
+    try:
+        return torch.stack([torch.stack([part(t.decisions[name]) for name in adapter.routers]) for t in traces])
+    except KeyError as error:
+        raise RecipeError(f"adapter.target_modules: {error.args[0]} is not called in training; leave it out") from None
 
 
 def _weight_gradient(decision: Decision) -> Tensor:
