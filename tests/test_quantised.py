@@ -120,3 +120,14 @@ def test_a_quantised_run_from_start_to_end(stage, tmp_path, verb):
         assert "base model is in 4bit" in err
     _, err = verb("train", path, "train.shard_base=true", "output_dir=x", expect=2)
     assert "cannot be combined with model.quantization" in err
+
+
+def test_dora_on_an_8_bit_base_is_refused_on_a_cpu(stage, tmp_path, verb):
+    pytest.importorskip("peft")
+    recipe = recipe_text(*stage[:2], tmp_path / "run") | {"adapter": {"method": "dora", "rank": 2}}
+    del recipe["router"]
+    recipe["model"]["quantization"] = "8bit"
+    _, err = verb("train", write_recipe(tmp_path / "r.yaml", recipe), expect=2)
+    assert err.count("error: ") == 1
+    assert "dora on an 8-bit base needs a GPU; set model.quantization" in err
+    assert not (tmp_path / "run").exists()

@@ -30,6 +30,11 @@ class PeftAdapter(Adapter):
             raise RecipeError(
                 f"adapter.method: {config.method} needs PEFT, which is not installed; pip install 'remix-cli[peft]'"
             ) from None
+        if config.method == "dora" and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+            # PEFT reads such a weight by moving it, and a move to a CPU loses its scales
+            raise RecipeError(
+                "adapter.method: dora on an 8-bit base needs a GPU; set model.quantization to 4bit or none here"
+            )
         described = _describe(peft, model, config)
         with torch.random.fork_rng(), warnings.catch_warnings():  # PEFT draws from the global generators
             warnings.simplefilter("ignore", FutureWarning)  # of what it asks transformers
