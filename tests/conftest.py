@@ -24,6 +24,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+# What no command imports that only refuses or explains: a clock would say little on a busy machine.
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "peft", "safetensors", "tokenizers", "sympy"}
 
 
 def close(a: Tensor, b: Tensor, relative: float) -> bool:

@@ -5,10 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
+from conftest import HEAVY
 from rich.console import Console
 from tiny import recipe_text, write_recipe
 
@@ -85,20 +85,19 @@ def test_the_rows_of_the_run_go_before_others_of_the_same_name(project, tmp_path
     ],
     ids=" ".join,
 )
-def test_a_run_that_is_not_there_is_refused_without_loading_torch(verb, tmp_path, monkeypatch, ask):
+def test_a_run_that_is_not_there_is_refused_without_loading_torch(tmp_path, monkeypatch, ask):
+    """Nor anything else that takes a noticeable while: so it takes a quarter of a second on an idle machine."""
     monkeypatch.chdir(tmp_path)
     asked = [ask[0], "absent", *ask[1:]]
     code = (
         f"import sys; sys.argv = ['remix', *{asked}]\n"
         "from remix_cli.cli import main\n"
         "try: main()\n"
-        "except SystemExit as e: print('torch' in sys.modules, e.code)\n"
+        f"except SystemExit as e: print(e.code, *(sys.modules.keys() & {HEAVY}))\n"
     )
-    begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.split() == ["False", "5"], done.stderr
+    assert done.stdout.split() == ["5"], done.stderr
     assert done.stderr.startswith("error: absent: ")
-    assert time.monotonic() - begun < 3  # 0.4 s on an idle machine
     assert not list(tmp_path.iterdir())
 
 

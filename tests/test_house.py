@@ -4,11 +4,10 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HEAVY, ROOT
 
 PACKAGE = ROOT / "remix_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -135,13 +134,11 @@ def test_help_is_quick_and_needs_no_torch(verb):
         "from remix_cli.cli import app\n"
         "try: app(prog_name='remix')\n"
         "except SystemExit as e: assert e.code == 0\n"
-        "assert 'torch' not in sys.modules"
+        f"assert not sys.modules.keys() & {HEAVY}"
     )
-    begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: remix" in done.stdout
-    assert time.monotonic() - begun < 3  # 0.3 s on an idle machine
 
 
 def test_every_fault_of_the_reliability_page_has_a_test_of_its_name():
