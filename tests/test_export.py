@@ -221,6 +221,33 @@ def test_experts_and_hf_hold_the_same_numbers(verb, trained, tmp_path):
     assert torch.equal(whole[6:9], expert["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"])
 
 
+def test_experts_active_together_are_one_selection(verb, trained, tmp_path):
+    """Loaded by PEFT as the folder's README says: W + omega (B_0 A_0 + B_2 A_2) in every adapted layer."""
+    peft = pytest.importorskip("peft")
+    run, _ = ours(trained())
+    verb("export", run.folder.path, "--format", "peft-experts", "-o", tmp_path / "e")
+    base, by_hand = (AutoModelForCausalLM.from_pretrained(run.recipe.model.name_or_path).float() for _ in range(2))
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "e" / "lora-0"), adapter_name="0").eval()
+    theirs.load_adapter(str(tmp_path / "e" / "lora-2"), adapter_name="2")
+    theirs.base_model.set_adapter(["0", "2"])
+    c = run.stored.config
+    with torch.no_grad():
+        for name, linear in run.adapter.linears.items():
+            for i in (0, 2):
+                rows = slice(i * c.rank, (i + 1) * c.rank)
+                update = linear.lora_B[:, rows] @ linear.lora_A[rows] * c.scale
+                by_hand.get_submodule(name).weight += update
+        expected = by_hand(input_ids=IDS, use_cache=False).logits
+        assert close(theirs(input_ids=IDS, use_cache=False).logits, expected, 1e-5)
+    readme = (tmp_path / "e" / "README.md").read_text()
+    assert f"Any {c.active} of them, active together" in readme
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {
+        "README.md",
+        "router.safetensors",
+        *(f"lora-{i}" for i in range(c.pool_size)),
+    }
+
+
 @pytest.mark.parametrize("method", ["rslora", "lora", "dora", "ia3", "vblora", "prompt", "prefix", "p_tuning"])
 def test_what_has_no_router_becomes_pefts_own_folder(method, stage, tmp_path, verb):
     peft = pytest.importorskip("peft")

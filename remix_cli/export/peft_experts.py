@@ -1,7 +1,7 @@
 """`--format peft-experts`: every LoRA of the pool as a stock PEFT adapter, and the router as its own file.
 
-PEFT cannot route, so nothing of this folder is the trained model by itself: with all n LoRAs active at once
-it equals a pool with k = n, and with any fixed k of them it is one selection of the router's.
+PEFT cannot route, so nothing of this folder is the trained model by itself: any k of its LoRAs, active together in
+every block, are one selection that the routers could have made.
 """
 
 import json
@@ -20,7 +20,7 @@ README = """# LoRAs of a ReMix pool
 Made from a routed adapter by `remix export --format peft-experts`; base model `{base}`.
 
 - `lora-0` .. `lora-{last}`: stock PEFT adapters of rank {rank}, each scaled by omega = {scale:.6g}
-  (`lora_alpha` = omega * r). Any k of them, active together, are one selection of the router.
+  (`lora_alpha` = omega * r). Any {active} of them, active together, are one selection that the routers could make.
 - `router.safetensors`: for each {place} the matrix P, (n, D) float32. For its input x the trained model
   activates the {active} LoRAs with the largest P x, {level}.
 

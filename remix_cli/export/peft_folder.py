@@ -22,8 +22,9 @@ def export_peft(run: LoadedRun, target: Path) -> float:
     """
     c = run.stored.config
     if c.routed or c.method == "none":
+        others = "use hf, merged, peft-merged or peft-experts" if c.method == "remix" else "nor can another format"
         raise RecipeError(
-            f"--format peft: PEFT cannot hold a {c.method} run; use hf, merged, peft-merged or peft-experts"
+            f"--format peft: PEFT cannot hold a {c.method} run; {others}"
             if c.routed
             else "--format peft: the run has no adapter"
         )
