@@ -58,8 +58,10 @@ class Arm:
     token: str = "raw"  # what the router reads of the token: raw, centred (the mean input taken away) or none
     prompt: str = "none"  # and of the prompt's mean input: none, raw or centred
     prompt_weight: float = 1.0  # of the prompt's part, when both are read; each part has unit length
+    clusters: int = 0  # read, instead of the prompt itself, which of so many clusters it is in (one-hot)
+    oracle: bool = False  # read the task itself (one-hot): what knowing it is worth
+    first: bool = False  # every block's router reads what the first block's reads
     shared: bool = False  # one decision for all blocks, taken in the first
-    oracle: bool = False  # a random set for each task, known beforehand: what routing by task is worth
 
     @property
     def scale(self) -> float:
@@ -67,12 +69,12 @@ class Arm:
 
     @property
     def by_sequence(self) -> bool:
-        return self.token == "none"
+        return self.token == "none" or self.oracle
 
     @property
     def prepared(self) -> bool:
         """Does the router read anything but the token's own input?"""
-        return self.token != "raw" or self.prompt != "none"
+        return self.token != "raw" or self.prompt != "none" or self.oracle
 
     def router_of(self, index: int) -> int:
         return 0 if self.shared else index
@@ -160,9 +162,9 @@ class Stack:
             one = torch.randn(self.pool_size, width, generator=generator)
             self.routers.append(torch.stack([one * a.init_std for a in self.arms]).to(self.device))  # (R, n, D)
         self.start = [p.clone() for p in self.routers]
-        self.by_task = torch.randn(len(self.blocks), 256, self.pool_size, generator=generator).to(self.device)
         self.mean = torch.zeros(len(self.blocks), width, device=self.device)
         self.prompt_mean = torch.zeros(len(self.blocks), width, device=self.device)
+        self.centroids: dict[int, Tensor] = {}  # number of clusters to (L, clusters, D)
 
     def _hook(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -197,10 +199,16 @@ class Stack:
         token_weights = of_arms([float(a.token != "none") for a in arms])
         prompt_weights = of_arms([a.prompt_weight * (a.prompt != "none") for a in arms])
         found = F.normalize(token_weights * token + prompt_weights * F.normalize(prompt, dim=-1), dim=-1)
+        for i, arm in enumerate(arms):
+            if arm.oracle:
+                found[i] = F.one_hot(self.tasks, found.shape[-1]).float()[:, None]
+            elif arm.clusters:
+                nearest = (found[i, :, 0] @ self.centroids[arm.clusters][index].T).argmax(-1)  # (B,)
+                found[i] = F.one_hot(nearest, found.shape[-1]).float()[:, None]
         if index == 0:
             self.first = found
         for i, arm in enumerate(arms):
-            if arm.shared:
+            if arm.shared or arm.first:
                 found[i] = self.first[i]
         return found
 
@@ -214,10 +222,6 @@ class Stack:
         features = self.features(index, x.view(count, -1, *x.shape[1:]))
         matrices = torch.stack([self.routers[self.arms[place].router_of(index)][place] for place in self.sub])
         logits = torch.einsum("rbtd,rnd->rbtn", features, matrices)
-        for i, place in enumerate(self.sub):
-            if self.arms[place].oracle:
-                by_task = self.by_task[index][self.tasks][:, None]
-                logits[i] = by_task if self.arms[place].by_sequence else by_task + logits[i] / self.arms[place].init_std
         absent = self.absent[self.sub][:, None, None]
         logits = logits.masked_fill(absent, -1e9)
         scores = logits
@@ -445,6 +449,20 @@ def shuffled(stack: Stack) -> Callable[[int, Tensor], Tensor]:
     return choose
 
 
+def spherical_k_means(rows: Tensor, count: int, rounds: int = 30) -> Tensor:
+    """Centroids (count, D) of unit length, from rows (N, D) of unit length: started at rows far from one another."""
+    chosen = [0]
+    nearest = rows @ rows[0]
+    for _ in range(count - 1):
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
+    centroids = rows[chosen]
+    for _ in range(rounds):
+        members = F.one_hot((rows @ centroids.T).argmax(-1), count).float()
+        centroids = F.normalize(members.T @ rows + 1e-6 * centroids, dim=-1)
+    return centroids
+
+
 @torch.no_grad()
 def kept(stack: Stack, rows: list[EncodedRow], tasks_of: Callable[..., Tensor]) -> list[float]:
     """The share of each arm's chosen LoRAs that its routers would have chosen at the start."""
@@ -465,15 +483,19 @@ def kept(stack: Stack, rows: list[EncodedRow], tasks_of: Callable[..., Tensor]) 
 
 @torch.no_grad()
 def prepare_features(stack: Stack, data: TrainingData, tasks_of: Callable[..., Tensor], batches: int = 32) -> None:
-    """The mean input and the mean of the prompts' means, by block, over the base model's first batches."""
-    stack.seen = [[] for _ in stack.blocks]
+    """From the base model's first batches, by block: the mean input, the mean of the prompts' means, their clusters."""
+    stack.seen, centred = [[] for _ in stack.blocks], []
     for rows in data.plan.epoch(0)[:batches]:
         part = [data.train.rows[i] for i in rows]
         forward(stack, collate(part).to(stack.device), tasks_of(part), [0])
     for index, seen in enumerate(stack.seen):
         stack.mean[index] = torch.stack([mean for mean, _ in seen]).mean(0)
-        stack.prompt_mean[index] = torch.cat([means for _, means in seen]).mean(0)
+        prompts = torch.cat([means for _, means in seen])
+        stack.prompt_mean[index] = prompts.mean(0)
+        centred.append(F.normalize(prompts - stack.prompt_mean[index], dim=-1))
     stack.seen = None
+    for count in {a.clusters for a in stack.arms if a.clusters}:
+        stack.centroids[count] = torch.stack([spherical_k_means(x, count) for x in centred])
 
 
 def main() -> None:

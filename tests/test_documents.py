@@ -177,17 +177,20 @@ def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, mon
         "fixed": small,
         "the same": small,
         "narrow": {"pool_size": 2, "active": 1, "rank": 2, "token": "centred"},
-        "known": small | {"oracle": True, "token": "none", "prompt": "raw"},
+        "known": small | {"oracle": True},
         "straight": small | {"estimator": "straight_through", "router_learning_rate": 0.3},
         "rtg": small | {"estimator": "rtg", "router_learning_rate": 0.3, "start": 0.5},
         "one": small | {"estimator": "control_variate", "selections": 1, "token": "none", "prompt": "raw"},
-        "both": small | {"oracle": True, "prompt": "centred", "prompt_weight": 0.5},
+        "both": small | {"prompt": "centred", "prompt_weight": 0.5},
+        "clusters": small | {"token": "none", "prompt": "centred", "clusters": 3, "first": True},
         "once": small | {"estimator": "straight_through", "token": "none", "prompt": "centred", "shared": True},
     }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
     names = ("recipe.yaml", "arms.json", "rows.jsonl", "out.jsonl")
     write_recipe(tmp_path / "recipe.yaml", recipe)
-    monkeypatch.setattr(sys, "argv", ["screen_routers.py", *(str(tmp_path / name) for name in names), "--at-once", "9"])
+    monkeypatch.setattr(
+        sys, "argv", ["screen_routers.py", *(str(tmp_path / name) for name in names), "--at-once", "10"]
+    )
     runpy.run_path("scripts/screen_routers.py", run_name="__main__")
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     found = {line["arm"]: line for line in map(json.loads, lines)}
