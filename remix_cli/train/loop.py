@@ -63,6 +63,9 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
             check_same_recipe(recipe, load_recipe(folder.recipe, stored=True), folder)
+        if main:  # of a complete run too: the disk may have refused to remove the last scratch
+            recover(folder.path)
+            recover(folder.checkpoints)
         if resume and folder.summary.exists():
             summary, problem = folder.read_summary(), _problem_of(folder)
             line = f"{problem}; taken from the last checkpoint" if problem else "already complete; nothing to do"
@@ -72,8 +75,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
                 return summary
         if main:
             prepare.check_space(recipe, skeleton)
-            recover(folder.path)
-            recover(folder.checkpoints)
         accelerator.wait_for_everyone()
         return _Run(recipe, accelerator, folder, console, resume).execute()
 
@@ -148,8 +149,9 @@ class _Run:
         if self.main:
             if not self.resumed:  # only now: whatever could be refused has been
                 prepare.clear_output(self.folder)
-            with storage_errors(self.folder.summary):  # a kill must not leave what it says beside another adapter
-                remove(self.folder.summary)
+            else:
+                with storage_errors(self.folder.summary):  # a kill must not leave what it says beside another adapter
+                    remove(self.folder.summary)
             self.folder.write_recipe(self.recipe)
             self.recorder = Recorder(self.recipe, self.folder, self.state.step, self.state.evaluation_due)
         with (
