@@ -132,11 +132,11 @@ class _Answers(TorchDispatchMode):
 
 
 @contextmanager
-def rehearsing(model: Any) -> Iterator[None]:
-    """Context: a skeleton runs as it would in training."""
+def rehearsing(model: Any, training: bool = True) -> Iterator[None]:
+    """Context: a skeleton runs as it would in training, or in an evaluation."""
     if hasattr(model, "set_experts_implementation"):  # the others look at numbers
         model.set_experts_implementation("batched_mm")
-    model.train()
+    model.train(training)
     try:
         with _one_sequence_a_row(), quiet(), _Answers():
             yield

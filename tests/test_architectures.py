@@ -172,6 +172,15 @@ def test_a_prefix_that_a_model_does_not_read_is_refused(tmp_path):
         check_recipe(wanted.model_copy(update={"adapter": Adapter(method="prefix", virtual_tokens=4)}))
 
 
+def test_a_weight_that_only_an_evaluation_reads(tmp_path):
+    shape = {"vocab_size": 64, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 24}
+    wanted = recipe(tmp_path, "llama", ["output"])
+    CONFIG_MAPPING["rwkv"](**shape, num_hidden_layers=2, context_length=64).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"remix cannot adapt these in this model.*weight"):
+        check_recipe(wanted)
+    check_recipe(adapting(wanted, target_modules=["receptance"]))
+
+
 def test_ia3_needs_to_know_the_feed_forward_layers(tmp_path):
     pytest.importorskip("peft")
     wanted = adapting(recipe(tmp_path, "bart", ["fc1"]), method="ia3")

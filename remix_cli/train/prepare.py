@@ -112,22 +112,38 @@ def _end_of_none(name: str, others: list[str]) -> str | None:
 
 
 def _check_pass(adapter: Adapter) -> list[str]:
-    """Problems that a pass of the adapted skeleton runs into; the unadapted one has come to its end."""
+    """Problems that a pass of the adapted skeleton runs into.
+
+    As in an evaluation, with which training begins: how training uses the targets, `_check_inputs` has seen.
+    """
     ids = meta_ids()
     trace = Trace(prompt=torch.ones_like(ids, dtype=torch.bool))
-    with rehearsing(adapter.model):
+    with rehearsing(adapter.model, training=False):
         try:
             with adapter.tracing(trace):
                 logits = adapter.model(input_ids=ids, use_cache=False).logits
         except RecipeError as error:
             return error.problems
         except Exception as error:  # of whatever code a model or PEFT brings
+            if not _runs_alone(adapter, ids):
+                return []
             said = shortened(f"{type(error).__name__}: {error}", 120)
             return [f"adapter.target_modules: {adapter.config.method} cannot adapt these in this model: {said}"]
     if adapter.parameters() and not logits.requires_grad:
         return [f"adapter: {adapter.config.method} changes nothing in this model: its output does not depend on it"]
     missed = next((name for name in adapter.routers if name not in trace.decisions), None)
     return [f"adapter.target_modules: {missed} is not called in training; leave it out"] if missed else []
+
+
+@torch.no_grad()
+def _runs_alone(adapter: Adapter, ids: torch.Tensor) -> bool:
+    """Does the skeleton come to the end of a pass without its adapter?"""
+    try:
+        with adapter.disabled():
+            adapter.model(input_ids=ids, use_cache=False)
+    except Exception:
+        return False
+    return True
 
 
 def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
