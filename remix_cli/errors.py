@@ -58,6 +58,14 @@ class SandboxError(RemixError):
     exit_code = 7
 
 
+class FailedRuns(RemixError):
+    """Runs of a sweep failed. The exit code is what the first of them alone would have ended with."""
+
+    def __init__(self, exit_code: int, *problems: str):
+        super().__init__(*problems)
+        self.exit_code = exit_code
+
+
 class Interrupted(RemixError):
     """A signal ended the run after a checkpoint was written."""
 

@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from safetensors.torch import load_file
-from tiny import recipe_text, write_recipe
+from tiny import recipe_text, write_recipe, write_rows
 
 
 def test_a_run_leaves_exactly_its_files(finished):
@@ -163,6 +167,7 @@ def test_D8_rows_that_lose_every_supervised_token_are_refused(verb, stage, tmp_p
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"question": "w1 " * 20, "answer": "w2"}) + "\n")
     recipe = recipe_text(stage[0], rows, tmp_path / "out", data={"max_length": 16, "validation_fraction": 0.0})
+    del recipe["train"]["eval_steps"]
     _, err = verb("train", write_recipe(tmp_path / "r.yaml", recipe), expect=2)
     assert "no row has a supervised token within data.max_length = 16" in err
 
@@ -233,3 +238,62 @@ def test_a_rank_without_a_launch_hides_nothing(verb, monkeypatch, rank):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     _, err = verb("train", "absent.yaml", expect=2)
     assert err == "error: absent.yaml: no such recipe file\n"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_K8_ctrl_c_while_modules_are_imported_ends_quietly(ignored):
+    """Sent as soon as the first module beyond the standard library is looked for."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Look:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.meta_path.insert(0, Look())\n"
+        "sys.argv = ['remix', '--help']\n"
+        "runpy.run_module('remix_cli', run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0 if ignored else 130, "")
+
+
+def test_a_run_is_resumed_from_any_folder(verb, stage, tmp_path, monkeypatch):
+    """Its relative paths count from where it was begun, or from where its project was moved."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    rows = write_rows(tmp_path / "a" / "rows.jsonl", 20)
+    recipe = recipe_text(stage[0], "rows.jsonl", "runs/x", train={"eval_steps": None})
+    monkeypatch.chdir(rows.parent)
+    verb("train", write_recipe(tmp_path / "a" / "r.yaml", recipe))
+    for project in ("a", "b"):
+        if project == "b":
+            (tmp_path / "a").rename(tmp_path / "b")
+        monkeypatch.chdir(tmp_path)
+        run = tmp_path / project / "runs" / "x"
+        (run / "summary.json").unlink()
+        out, _ = verb("train", f"{project}/runs/x/recipe.yaml", "--resume")
+        assert f"paths count from {tmp_path / project}, where the run was begun" in out
+        assert (run / "summary.json").is_file()
+        assert not (tmp_path / "runs").exists()
+
+
+def test_an_old_run_may_hold_keys_that_are_refused_now(verb, finished, stage, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    old = yaml.safe_load((run / "recipe.yaml").read_text())
+    old["router"] |= {"balance": 0.5}
+    old["train"] |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.2}
+    write_recipe(run / "recipe.yaml", old)
+    verb("eval", run, "--task", "nll", "--limit", 4)
+    verb("route-stats", run, "--limit", 4)
+    verb("export", run, "--output", tmp_path / "experts", "--format", "peft-experts")
+    verb("train", run / "recipe.yaml", f"output_dir={tmp_path / 'new'}", expect=2)
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("--html", "folder"), ("--trace", "folder"), ("--plot", "file")])
+def test_a_folder_is_no_file_and_the_reverse(verb, finished, tmp_path, flag, kind):
+    place = tmp_path / "there"
+    place.mkdir() if kind == "folder" else place.write_text("mine")
+    _, err = verb("route-stats", finished, flag, place, expect=2)
+    assert f"{flag}: {place} is a {kind}; name a" in err
+    assert place.is_dir() or place.read_text() == "mine"

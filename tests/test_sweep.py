@@ -1,5 +1,6 @@
 """Sweeps: what a file stands for, and a whole one from search to table."""
 
+import functools
 import json
 import os
 import signal
@@ -21,7 +22,6 @@ from remix_cli.recipe.sweep import describe, load_sweep
 from remix_cli.runs import RunFolder
 from remix_cli.sweep import run as sweep_run
 from remix_cli.sweep import work
-from remix_cli.terminal import Console
 from remix_cli.sweep.report import edges
 
 ARMS = {
@@ -341,6 +341,10 @@ def test_a_setting_that_diverges_loses(stage, tmp_path, verb, monkeypatch):
     assert arm["chosen"] == second["setting"] == {"train.learning_rate": 0.01}
 
 
+def raising(error, *_, **__):
+    raise error
+
+
 def test_a_sweep_ends_with_the_exit_code_of_its_first_failed_run(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
     path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": 9.0, "train.max_grad_norm": 1e30}}})
@@ -353,7 +357,8 @@ def test_a_sweep_ends_with_the_exit_code_of_its_first_failed_run(stage, tmp_path
     _, err = verb("sweep", path, expect=1)
     assert "A/seed0: IndexError" in err
     for error, code in ((errors.ArtefactError("x"), 5), (MemoryError(), 2), (errors.StorageError("x"), 4)):
-        assert work._told(error, Console(quiet=True)).exit_code == code
+        monkeypatch.setattr("remix_cli.train.loop.train", functools.partial(raising, error))
+        _, err = verb("sweep", path, expect=code)
 
 
 def test_an_arm_is_not_chosen_from_while_a_setting_of_it_failed(stage, tmp_path, verb, monkeypatch):
@@ -547,3 +552,17 @@ def test_every_sweep_file_of_ours_loads(path):
     sweep = load_sweep(path)
     assert len(sweep.points) > 1
     assert f"remix sweep {path.relative_to(ROOT)}" in path.read_text().splitlines()[0]
+
+
+def test_a_budget_beyond_any_adapter_is_refused(stage, tmp_path, verb):
+    model, data, _ = stage
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(model, data, tmp_path / "out"))
+    for absurd in (10**15, 10**30):
+        _, err = verb("budget", path, "--parameters", absurd, expect=2)
+        assert err.startswith(f"error: --parameters: {absurd:,} are more than four times the model itself (5,968)")
+
+
+def test_arms_are_matched_in_a_bounded_time(stage, tmp_path):
+    path = sweep_file(stage, tmp_path, {"arms": {"a-name-that-is-not-so-very-long": {}}})
+    with pytest.raises(RecipeError, match="takes too long to match"):
+        load_sweep(path, only=r"(.|\w|a)+[#!]")

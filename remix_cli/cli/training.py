@@ -1,6 +1,7 @@
 """Commands that start from a recipe: train, sweep, budget, validate, schema; and verify-estimator, which needs none."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,8 @@ def train(
         raise RecipeError("--resume, --overwrite: one goes on with the run, the other replaces it; give one of them")
     from remix_cli.recipe import load_recipe
 
+    if resume:
+        recipe = _from_where_it_was_begun(recipe, console)
     loaded = load_recipe(recipe, overrides or [])
     from remix_cli.train.loop import train as run_training
 
@@ -48,6 +51,21 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _from_where_it_was_begun(recipe: Path, console: Console) -> Path:
+    """Go to the folder from which the paths of a run's own recipe count; the recipe as it is called there."""
+    from remix_cli.folders import RunFolder
+
+    folder = RunFolder(recipe.parent)
+    begun_in = folder.begun_in() if recipe == folder.recipe and recipe.is_file() else None
+    if begun_in is None or begun_in.samefile(Path.cwd()):
+        return recipe
+    if launch_rank() == 0:
+        console.print(f"paths count from {begun_in}, where the run was begun", highlight=False, soft_wrap=True)
+    recipe = recipe.absolute()
+    os.chdir(begun_in)
+    return recipe
 
 
 @app.command()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import regex
 from pydantic import Field, ValidationError
 
 from remix_cli.errors import RecipeError
@@ -128,8 +129,10 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
 
 def _matching(arms: list[str], only: str | None) -> list[str]:
     try:
-        found = [arm for arm in arms if only is None or re.fullmatch(only, arm)]
-    except re.error as error:
+        found = [arm for arm in arms if only is None or regex.fullmatch(only, arm, timeout=1)]
+    except (RecursionError, MemoryError, TimeoutError):
+        raise RecipeError(f"--only: {only!r} takes too long to match; repeat nothing that repeats itself") from None
+    except regex.error as error:
         raise RecipeError(f"--only: {only!r} is not a regular expression: {error}") from None
     if not found:
         raise RecipeError(f"--only: {only!r} matches no arm; there are {', '.join(arms)}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from remix_cli.errors import Interrupted, RecipeError, RemixError
+from remix_cli.errors import ArtefactError, DivergedError, FailedRuns, Interrupted, RecipeError
 from remix_cli.evaluate.run import check_code
 from remix_cli.evaluate.tasks import Settings
 from remix_cli.folders import read_sweep
@@ -30,7 +30,7 @@ from remix_cli.recipe.schema import SCORES, tasks_while_training
 from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
-from remix_cli.sweep.work import DIVERGED, NO_MEMORY, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.sweep.work import DIVERGED, NO_MEMORY, Failure, is_scored, report_file, score_run, set_up, train_run
 from remix_cli.train.checkpoints import rows_of_last
 from remix_cli.train.evaluation import cost
 from remix_cli.train.prepare import check_recipe
@@ -38,8 +38,8 @@ from remix_cli.train.resume import check_same_recipe
 
 FILE = "sweep.json"
 Say = Callable[[str], None]
-Work = Callable[[Recipe], str | None]  # what went wrong, in one line
-Then = Callable[[str | None], None]
+Work = Callable[[Recipe], Failure | None]  # what went wrong
+Then = Callable[[Failure | None], None]
 Job = tuple[Work, Recipe, Then]
 
 
@@ -81,7 +81,14 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
         document["arms"] = {name: known[name] for name in sweep.arms if name in known}
         write_json(sweep.folder / FILE, document)
     if done.failures:
-        raise RemixError(*done.failures)
+        (first, failure), *others = done.failures.items()
+        more = f" and {len(others)} more" if others else ""
+        raise FailedRuns(
+            failure.exit_code,
+            *(f"{what}: {failed.line}" for what, failed in done.failures.items()),
+            f"failed: {first}{more}; mend the cause (logs are beside the run folders) and give the same command again, "
+            "which keeps what is done",
+        )
     return sweep.folder / FILE
 
 
@@ -146,7 +153,7 @@ class _Sweep:
         self.sweep, self.say, self.allow_code = sweep, say, allow_code
         self.arms = {name: _Arm(name, points) for name, points in sweep.points.items()}
         self.errors: dict[Path, str] = {}
-        self.failures: list[str] = []
+        self.failures: dict[str, Failure] = {}  # by run folder, or arm
         self.again: list[Job] = []  # for want of memory
         self.count = 0
         self.rows: dict[str, tuple[Path, tuple[str, str | None]]] = {}  # by what the recipe says of them
@@ -177,15 +184,15 @@ class _Sweep:
             pool.until_idle()
 
     def _submit(self, job: Work, recipe: Recipe, then: Then) -> None:
-        def done(problem: str | None) -> None:
-            if problem is not None and problem.startswith(NO_MEMORY) and self.pool.processes > 1:
+        def done(problem: Failure | None) -> None:
+            if problem is not None and problem.line.startswith(NO_MEMORY) and self.pool.processes > 1:
                 self.again.append((job, recipe, then))
             else:
                 then(problem)
 
         self.pool.submit(job, recipe, done)
 
-    def _trained(self, arm: _Arm, point: Point, problem: str | None) -> None:
+    def _trained(self, arm: _Arm, point: Point, problem: Failure | None) -> None:
         arm.waiting -= 1
         self.count += 1
         value = math.inf
@@ -193,16 +200,16 @@ class _Sweep:
             try:
                 value = _cost(self.sweep.metric, RunFolder(point.folder))
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                problem = f"metrics.jsonl: {error}"
+                problem = Failure(f"metrics.jsonl: {error}", ArtefactError.exit_code)
         problem = problem or self._other_rows(point)
         if problem is not None:
             value = math.inf
-            self.errors[point.folder] = problem
-            if not problem.startswith(DIVERGED):
+            self.errors[point.folder] = problem.line
+            if not problem.line.startswith(DIVERGED):
                 arm.sound = False
-                self.failures.append(f"{point.folder}: {problem}")
+                self.failures[str(point.folder)] = problem
         arm.values[point.folder] = value
-        shown = f"{self.sweep.metric} {abs(value):.4f}" if problem is None else problem
+        shown = f"{self.sweep.metric} {abs(value):.4f}" if problem is None else problem.line
         setting = describe(point.setting)
         name = f"{arm.name}{f' ({setting})' if setting else ''}, seed {point.seed}"
         self.say(f"{self.count:>4} trained  {name}: {shown}")
@@ -211,7 +218,7 @@ class _Sweep:
         elif arm.chosen is not None and problem is None:
             self._score(point)
 
-    def _other_rows(self, point: Point) -> str | None:
+    def _other_rows(self, point: Point) -> Failure | None:
         """Was the run trained on other rows than those before it whose recipes name the same?"""
         found = rows_of_last(RunFolder(point.folder).checkpoints)
         if found is None:
@@ -220,14 +227,16 @@ class _Sweep:
         first, rows = self.rows.setdefault(asked, (point.folder, found))
         if rows == found:
             return None
-        return f"trained on other rows than {first}: a data file was changed between them; begin a new output_dir"
+        line = f"trained on other rows than {first}: a data file was changed between them; begin a new output_dir"
+        return Failure(line, RecipeError.exit_code)
 
     def _choose(self, arm: _Arm) -> None:
         if not arm.sound:
             return
         best = min(arm.points, key=lambda point: arm.values[point.folder])
         if not math.isfinite(arm.values[best.folder]):
-            self.failures.append(f"sweep.arms.{arm.name}: every setting of it diverged; try lower rates")
+            line = "every setting of it diverged; try lower rates"
+            self.failures[f"sweep.arms.{arm.name}"] = Failure(line, DivergedError.exit_code)
             return
         arm.chosen = best
         self._score(best)
@@ -244,10 +253,10 @@ class _Sweep:
         job = functools.partial(score_run, allow_code=self.allow_code)
         self._submit(job, point.recipe, functools.partial(self._scored, point))
 
-    def _scored(self, point: Point, problem: str | None) -> None:
+    def _scored(self, point: Point, problem: Failure | None) -> None:
         if problem is not None:
-            self.failures.append(f"{point.folder}: {problem}")
-        self.say(f"     scored   {point.arm}, seed {point.seed}{f': {problem}' if problem else ''}")
+            self.failures[str(point.folder)] = problem
+        self.say(f"     scored   {point.arm}, seed {point.seed}{f': {problem.line}' if problem else ''}")
 
     def document(self) -> dict[str, Any]:
         """What sweep.json holds; folders are relative to its own."""
@@ -326,7 +335,8 @@ class _Pool:
                     except Interrupted as error:  # the signal went to the worker, too, which was quicker
                         raise _Asked(error.signal_number) from None
                     except BrokenProcessPool:
-                        raise RemixError("a worker process was killed; the same command goes on") from None
+                        line = "a worker process was killed, perhaps for want of memory; the same command goes on"
+                        raise FailedRuns(2, line) from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

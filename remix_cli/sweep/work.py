@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ WIDTH = 100  # of a log
 PATIENCE = 10.0  # seconds a worker whose parent is gone has to save
 NO_MEMORY, DIVERGED = "out of memory", "diverged"  # what a problem's line begins with
 _ended: Any = None  # in a worker: an event, set when the sweep is to end
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a run, in one line, and the exit code with which the run alone would have ended."""
+
+    line: str
+    exit_code: int
 
 
 def set_up(devices: Any, threads: int, ended: Any) -> None:
@@ -45,8 +54,8 @@ def set_up(devices: Any, threads: int, ended: Any) -> None:
     torch.set_num_threads(threads)
 
 
-def train_run(recipe: Recipe) -> str | None:
-    """Train, or go on, or do nothing if the run is complete. What went wrong, in one line; None if nothing.
+def train_run(recipe: Recipe) -> Failure | None:
+    """Train, or go on, or do nothing if the run is complete. What went wrong; None if nothing.
 
     Output goes to a log beside the run's folder. Raises Interrupted.
     """
@@ -68,7 +77,7 @@ def train_run(recipe: Recipe) -> str | None:
     return None
 
 
-def score_run(recipe: Recipe, allow_code: bool) -> str | None:
+def score_run(recipe: Recipe, allow_code: bool) -> Failure | None:
     """Score the finished run on the recipe's tasks, unless that is done. As `train_run`."""
     from remix_cli.evaluate.run import evaluate
     from remix_cli.evaluate.tasks import Settings
@@ -139,7 +148,7 @@ def _check_ended() -> None:
         raise Interrupted(signal.SIGTERM, "not begun")
 
 
-def _told(error: Exception, console: Console) -> str:
+def _told(error: Exception, console: Console) -> Failure:
     if not isinstance(error, RemixError):
         console.print_exception()
     line = "; ".join(error.problems) if isinstance(error, RemixError) else f"{type(error).__name__}: {error}"
@@ -148,7 +157,8 @@ def _told(error: Exception, console: Console) -> str:
     if isinstance(error, DivergedError) and not line.startswith(DIVERGED):
         line = f"{DIVERGED}: {line}"
     console.print(f"error: {line}", highlight=False, soft_wrap=True)
-    return " ".join(line.split())[:300]
+    code = error.exit_code if isinstance(error, RemixError) else 2 if is_out_of_memory(error) else 1
+    return Failure(" ".join(line.split())[:300], code)
 
 
 def _let_go() -> None:

@@ -18,6 +18,7 @@ from remix_cli.recipe.schema import Adapter as AdapterRecipe
 from remix_cli.stats.parameters import count_parameters
 
 Count = Literal["trained", "active"]
+MOST = 4  # times the base model: beyond any adapter; some methods take real memory to be counted
 KNOBS = {"prefix": "virtual_tokens", "prompt": "virtual_tokens", "p_tuning": "virtual_tokens", "vblora": "vectors"}
 
 
@@ -47,6 +48,10 @@ def solve_budget(recipe: Recipe, target: int | None, what: Count) -> tuple[int, 
     except TargetError as error:
         raise RecipeError(f"adapter.target_modules: {error}") from None
     target = target or own[what]
+    if target > MOST * own["base"]:
+        raise RecipeError(
+            f"--parameters: {target:,} are more than four times the model itself ({own['base']:,}); give fewer"
+        )
     sizes = []
     for method, facts in METHODS.items():
         if method == "none":

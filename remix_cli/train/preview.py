@@ -1,5 +1,6 @@
 """`remix validate`: what a run would do, without weights and without writing anything."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,13 +8,17 @@ from rich.console import Console
 from rich.text import Text
 
 from remix_cli.cross_entropy import CHUNK
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.encode import EncodedRow, Encoder
 from remix_cli.data.splits import load_data
 from remix_cli.evaluate.statistics import too_few
+from remix_cli.evaluate.tasks import SCORERS, Generating, Settings
 from remix_cli.models import load_tokenizer
-from remix_cli.recipe import Recipe
+from remix_cli.recipe import Recipe, Task
+from remix_cli.recipe.sources import named_locally
+from remix_cli.runs import Subject
 from remix_cli.stats.parameters import ParameterCounts, count_parameters
 from remix_cli.stats.tables import parameter_table
+from remix_cli.train.evaluation import check_prompts
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.step import Passes, describe_router
 
@@ -48,6 +53,10 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
     adapter = check_recipe(recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer, processes)
+    subject = Subject(recipe, adapter.model, tokenizer, adapter, Encoder.of(tokenizer, recipe.data))
+    for task in recipe.eval.tasks:
+        if _at_hand(task):
+            check_prompts(subject, task, SCORERS[task.task](subject, task, Settings()))
     row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
     counts = count_parameters(adapter)
     config: Any = adapter.model.config
@@ -63,6 +72,15 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
         counts,
         memory,
     )
+
+
+def _at_hand(task: Task) -> bool:
+    """Does it ask for answers, to rows that need not be fetched?"""
+    if not issubclass(SCORERS[task.task], Generating):
+        return False
+    sources = [source for source in (task.source, task.shots_from) if source is not None]
+    local = all(s.path is None or named_locally(s.path) or os.path.exists(s.path) for s in sources)
+    return local and (task.source is not None or task.task != "humaneval")
 
 
 def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
