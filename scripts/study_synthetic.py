@@ -49,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "paper-M8": remix("paper", 8),
     "control_variate-M2": remix("control_variate", 2),
     "straight_through-M1": remix("straight_through", 1),
-    "frozen-M2": remix("rtg", 2) | {"router.learning_rate": 0} | RATES,
+    "frozen-M2": remix("control_variate", 2) | {"router.learning_rate": 0} | RATES,  # the default: none is read
 }
 RECIPE: dict[str, Any] = {
     "model": {"dtype": "float32"},
