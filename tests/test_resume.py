@@ -104,6 +104,17 @@ def test_K3_K4_K6_a_stopped_run_ends_with_the_same_bits(stage, whole, monkeypatc
     assert interrupted_run(stage, tmp_path / "run", monkeypatch, *stops) == whole
 
 
+def test_a_complete_run_is_tidied_when_it_is_resumed(stage, tmp_path):
+    """A disk that refuses to remove the last scratch leaves it to nobody else."""
+    recipe = recipe_for(stage, tmp_path / "run", train={"max_steps": 1})
+    run(recipe)
+    left = [tmp_path / "run" / ".tmp-adapter-1", tmp_path / "run" / "checkpoints" / ".tmp-step-000001-2"]
+    for scratch in left:
+        scratch.mkdir(parents=True)
+    run(recipe, resume=True)
+    assert not any(scratch.exists() for scratch in left)
+
+
 @pytest.mark.parametrize("broken", ["optimizer", "coefficient", "seed"])
 def test_K5_the_comparison_sees_a_resume_that_forgets_something(stage, whole, monkeypatch, tmp_path, broken):
     """Negative controls: without optimizer state, without the coefficient, with other draws."""
