@@ -19,7 +19,8 @@ def schedule_of(tmp_path, steps, **train):
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
 def test_the_curves_are_those_of_transformers_after_the_warm_up(kind, tmp_path):
-    ours = schedule_of(tmp_path, STEPS, lr_scheduler_type=kind, warmup_ratio=0.1)
+    warm = {} if kind == "constant" else {"warmup_ratio": 0.1}
+    ours = schedule_of(tmp_path, STEPS, lr_scheduler_type=kind, **warm)
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     theirs = get_scheduler(kind, stand_in, 4, STEPS).lr_lambdas[0]
     assert [ours(step) for step in range(4, STEPS)] == pytest.approx([theirs(step) for step in range(4, STEPS)])
