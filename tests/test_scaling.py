@@ -127,7 +127,7 @@ def test_what_cannot_be_sharded_is_refused(stage, tmp_path, verb, monkeypatch):
     path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run", train={"shard_base": True}))
     _, err = verb("train", path, expect=2)
     assert "one process has nobody to share with" in err
-    _, err = verb("train", path, "train.eval_tasks_limit=4", expect=2)
+    _, err = verb("train", path, "train.eval_tasks_limit=4", "eval.tasks=[{task: gsm8k}]", expect=2)
     assert "train.shard_base: cannot be combined with train.eval_tasks_limit" in err
     _, err = verb("train", path, "adapter={method: dora}", expect=2)
     assert "train.shard_base: cannot be combined with adapter.method: dora" in err
