@@ -58,10 +58,18 @@ def load_model(model: Model, device: torch.device) -> Any:
     with quiet():
         loaded = _loading(model, lambda: AutoModelForCausalLM.from_pretrained(**_where(model), **options))
     if model.quantization == "none":
-        loaded.to(device=device, dtype=DTYPES[model.dtype])  # a GGUF file is dequantised to float32
+        if model.name_or_path.endswith(".gguf"):  # dequantised to float32, whatever is asked for
+            _cast_parameters(loaded, DTYPES[model.dtype])
+        loaded.to(device)
     if model.quantization == "4bit":
         _keep_differentiable(loaded)
     return loaded.requires_grad_(False).eval()
+
+
+def _cast_parameters(base: nn.Module, dtype: torch.dtype) -> None:
+    """Not the buffers: rotary frequencies stay in float32, as in every model that transformers loads."""
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _quantization(model: Model) -> Any:

@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from tiny import recipe_text, write_rows
+from tiny import recipe_text, tiny_model, write_rows
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from remix_cli import models
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
+from remix_cli.models import load_model
 from remix_cli.recipe import Recipe
-from remix_cli.recipe.schema import Adapter
+from remix_cli.recipe.schema import Adapter, Model
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.step import accumulate_gradients
 
@@ -199,3 +201,17 @@ def test_multi_head_latent_attention_takes_a_lora(tmp_path):
     CONFIG_MAPPING["deepseek_v3"](**shape).save_pretrained(tmp_path)
     check_recipe(wanted)
     step(wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_base_in_bfloat16_computes_as_transformers_has_it(family, tmp_path):
+    """Its rotary frequencies stay in float32: rounded, they turn far positions by the wrong angle."""
+    tiny_model(family).save_pretrained(tmp_path)
+    ids = torch.randint(2, 60, (1, 48), generator=torch.Generator().manual_seed(1))
+    ours = load_model(Model(name_or_path=str(tmp_path), dtype="bfloat16"), torch.device("cpu"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in ours.parameters())
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    widened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    models._cast_parameters(widened, torch.bfloat16)  # as a dequantised GGUF file
+    assert torch.equal(widened(input_ids=ids).logits, theirs(input_ids=ids).logits)
