@@ -20,7 +20,7 @@ from remix_cli.adapter.patch import is_linear, set_module
 from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
-from remix_cli.errors import ArtefactError, RecipeError, shortened
+from remix_cli.errors import ArtefactError, RecipeError, is_out_of_memory, shortened
 from remix_cli.recipe.schema import Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -332,7 +332,14 @@ def check_base(model: nn.Module, vocabulary: int) -> None:
             f"model.name_or_path: the tokenizer has {vocabulary} tokens, the model embeds {rows}; "
             "resize the model's embeddings or use its own tokenizer"
         )
-    if not is_causal(model, vocabulary):  # nor is one whose logits are not finite
+    try:
+        causal = is_causal(model, vocabulary)
+    except Exception as error:  # of whatever code a model brings
+        if is_out_of_memory(error):
+            raise
+        said = shortened(f"{type(error).__name__}: {error}", 200)
+        raise RecipeError(f"model.name_or_path: the base model's own code fails on a plain batch: {said}") from error
+    if not causal:  # nor is one whose logits are not finite
         bad = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
         if bad:
             raise ArtefactError(f"model.name_or_path: the base model's {bad} holds non-finite values")

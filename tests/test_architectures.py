@@ -215,3 +215,10 @@ def test_a_base_in_bfloat16_computes_as_transformers_has_it(family, tmp_path):
     widened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     models._cast_parameters(widened, torch.bfloat16)  # as a dequantised GGUF file
     assert torch.equal(widened(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_a_base_whose_own_code_fails_is_refused_in_one_line():
+    model = tiny_model()
+    model.model.layers[0].forward = lambda *_, **__: 1 // 0
+    with pytest.raises(RecipeError, match="own code fails on a plain batch: ZeroDivisionError"):
+        models.check_base(model, 64)
