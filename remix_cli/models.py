@@ -110,7 +110,8 @@ def skeleton(model: Model) -> Any:
     config = load_config(model)
     code = model.trust_remote_code
     with torch.device("meta"), quiet():
-        return _loading(model, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=code))
+        made = _loading(model, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=code))
+    return made.to("meta")  # some code makes weights by constructors that no device context reaches
 
 
 class _Probe(nn.Module):

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remix_cli.adapter import routing
+from remix_cli.adapter.clusters import spherical_k_means
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow, Encoder
@@ -58,7 +59,7 @@ class Arm:
     token: str = "raw"  # what the router reads of the token: raw, centred (the mean input taken away) or none
     prompt: str = "none"  # and of the prompt's mean input: none, raw or centred
     prompt_weight: float = 1.0  # of the prompt's part, when both are read; each part has unit length
-    clusters: int = 0  # read, instead of the prompt itself, which of so many clusters it is in (one-hot)
+    clusters: int = 0  # read, instead of the prompt itself, the nearest of so many clusters' centres
     oracle: bool = False  # read the task itself (one-hot): what knowing it is worth
     first: bool = False  # every block's router reads what the first block's reads
     shared: bool = False  # one decision for all blocks, taken in the first
@@ -164,7 +165,7 @@ class Stack:
         self.start = [p.clone() for p in self.routers]
         self.mean = torch.zeros(len(self.blocks), width, device=self.device)
         self.prompt_mean = torch.zeros(len(self.blocks), width, device=self.device)
-        self.centroids: dict[int, Tensor] = {}  # number of clusters to (L, clusters, D)
+        self.centres: dict[int, Tensor] = {}  # number of clusters to (L, clusters, D)
 
     def _hook(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -203,8 +204,8 @@ class Stack:
             if arm.oracle:
                 found[i] = F.one_hot(self.tasks, found.shape[-1]).float()[:, None]
             elif arm.clusters:
-                nearest = (found[i, :, 0] @ self.centroids[arm.clusters][index].T).argmax(-1)  # (B,)
-                found[i] = F.one_hot(nearest, found.shape[-1]).float()[:, None]
+                centres = self.centres[arm.clusters][index]
+                found[i] = centres[(found[i, :, 0] @ centres.T).argmax(-1)][:, None]
         if index == 0:
             self.first = found
         for i, arm in enumerate(arms):
@@ -449,20 +450,6 @@ def shuffled(stack: Stack) -> Callable[[int, Tensor], Tensor]:
     return choose
 
 
-def spherical_k_means(rows: Tensor, count: int, rounds: int = 30) -> Tensor:
-    """Centroids (count, D) of unit length, from rows (N, D) of unit length: started at rows far from one another."""
-    chosen = [0]
-    nearest = rows @ rows[0]
-    for _ in range(count - 1):
-        chosen.append(int(nearest.argmin()))
-        nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
-    centroids = rows[chosen]
-    for _ in range(rounds):
-        members = F.one_hot((rows @ centroids.T).argmax(-1), count).float()
-        centroids = F.normalize(members.T @ rows + 1e-6 * centroids, dim=-1)
-    return centroids
-
-
 @torch.no_grad()
 def kept(stack: Stack, rows: list[EncodedRow], tasks_of: Callable[..., Tensor]) -> list[float]:
     """The share of each arm's chosen LoRAs that its routers would have chosen at the start."""
@@ -495,7 +482,7 @@ def prepare_features(stack: Stack, data: TrainingData, tasks_of: Callable[..., T
         centred.append(F.normalize(prompts - stack.prompt_mean[index], dim=-1))
     stack.seen = None
     for count in {a.clusters for a in stack.arms if a.clusters}:
-        stack.centroids[count] = torch.stack([spherical_k_means(x, count) for x in centred])
+        stack.centres[count] = torch.stack([spherical_k_means(x, count) for x in centred])
 
 
 def main() -> None:

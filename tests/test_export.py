@@ -34,7 +34,7 @@ def trained(stage, tmp_path_factory):
     made = {}
 
     def run(**router):
-        name = "-".join([*router.values(), "run"])
+        name = "-".join([*map(str, router.values()), "run"])
         if name not in made:
             folder = tmp_path_factory.mktemp("trained")
             train_more = {"max_steps": 12, "learning_rate": 0.2, "eval_steps": None, "save_steps": None}
@@ -58,7 +58,10 @@ def ours(folder):
     return run, routed
 
 
-@pytest.mark.parametrize("router", [{}, {"level": "sequence"}, {"scope": "module"}], ids=str)
+CLUSTERS = {"level": "sequence", "clusters": 3}
+
+
+@pytest.mark.parametrize("router", [{}, {"level": "sequence"}, CLUSTERS, {"scope": "module"}], ids=str)
 @pytest.mark.parametrize("reference", [False, True])
 def test_the_hf_folder_is_the_routed_model(verb, trained, tmp_path, router, reference):
     run, logits = ours(trained(**router))

@@ -42,7 +42,7 @@ def test_chunks_halve_when_memory_runs_out_and_lose_nothing():
         Decoding(6, temperature=0.7, selection_seed=5),
     ],
 )
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "clusters"])
 def test_answers_do_not_depend_on_batches(stage, tmp_path, decoding, level):
     from rich.console import Console
 
@@ -50,7 +50,8 @@ def test_answers_do_not_depend_on_batches(stage, tmp_path, decoding, level):
     from remix_cli.train.loop import train
 
     model, rows, _ = stage
-    recipe = recipe_text(model, rows, tmp_path / level, router={"level": level})
+    router = {"level": "sequence", "clusters": 3} if level == "clusters" else {"level": level}
+    recipe = recipe_text(model, rows, tmp_path / level, router=router)
     train(load_recipe(write_recipe(tmp_path / "r.yaml", recipe)), Console(quiet=True))
     subject = load_run(tmp_path / level)
     for name, parameter in subject.adapter.parameters().items():  # so that the routing matters

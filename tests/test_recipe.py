@@ -336,7 +336,7 @@ OTHER = {  # for each key a value that is not its default
     | {"virtual_tokens": 3, "vectors": 3, "vector_length": 3},
     "router": {"selections": 4, "estimator": "rtg", "fixed": True, "lora_gradient": "one", "scope": "module"}
     | {"level": "sequence", "learning_rate": 0.2, "init_std": 1.0, "unit_input": False, "max_grad_norm": 2.0}
-    | {"balance": 0.5},
+    | {"balance": 0.5, "clusters": 3},
     "alarm": {"ess": 2.0, "commonest": 0.5, "dead": 0.4, "patience": 3},
     "train": {"warmup_ratio": 0.1, "eval_steps": 5, "eval_tasks_limit": 5, "per_device_eval_batch_size": 2}
     | {"metric_for_best_model": "nll/loss"},
@@ -347,7 +347,7 @@ HELD = {"train": [FILE], "validation": [HUB]}
 # key -> a situation in which nothing reads it
 UNREAD = {f"router.{key}": {"adapter": ALL} for key in LEARNT}
 UNREAD |= {f"router.{key}": {"adapter": LORA} for key in ("scope", "level", "init_std", "unit_input")}
-UNREAD |= {"router.balance": {}}
+UNREAD |= {"router.balance": {}, "router.clusters": {"router": {"level": "token"}}}
 UNREAD |= {f"alarm.{key}": {"adapter": LORA} for key in ("ess", "commonest", "dead", "patience")}
 UNREAD |= {f"adapter.{key}": {"adapter": {"method": "none"}} for key in OTHER["adapter"]}
 UNREAD |= {"train.warmup_ratio": {"train": {"lr_scheduler_type": "constant"}}}
@@ -363,6 +363,8 @@ MORE = [
     *[(f"alarm.{key}", {"adapter": ALL}) for key in OTHER["alarm"]],
     ("alarm.dead", {"adapter": {"method": "hydralora"}}),
     ("alarm.ess", {"adapter": {"active": 1}}),
+    ("router.clusters", {"adapter": {"method": "mixlora"}, "router": {"level": "sequence"}}),
+    ("router.unit_input", {"router": {"level": "sequence", "clusters": 3}}),
     ("router.estimator", {"router": {"learning_rate": 0}}),
     ("router.max_grad_norm", {"router": {"learning_rate": 0}}),
     ("train.eval_tasks_limit", {"eval": {"tasks": []}}),

@@ -1,6 +1,7 @@
 """The library core: a routed pool of LoRAs on a frozen model. Needs torch and safetensors only.
 
     config.py    AdapterConfig: what is adapted and how it is routed
+    clusters.py  which prompts belong together
     routing.py   pure functions: draw k of n, log-probabilities, inclusion probabilities, entropy, ESS
     layer.py     RoutedLinear (the masked-stack product) and Router
     patch.py     find targets, apply and remove the adapter

@@ -10,7 +10,8 @@ Method = Literal[
 ]
 ROUTED = ("remix", "mixlora", "hydralora")  # methods with a pool and a router
 POOLED = (*ROUTED, "lora", "rslora")  # those that our own layer computes
-YOUNGER = {"virtual_tokens", "vectors", "vector_length"}  # settings that adapters of the first release do not name
+# settings that adapters of the first release do not name
+YOUNGER = {"virtual_tokens", "vectors", "vector_length", "clusters"}
 Scope = Literal["block", "module"]
 Level = Literal["token", "sequence"]
 
@@ -27,7 +28,8 @@ class AdapterConfig:
     `scope`: `block` places one router on each module that holds targets (an FFN) and lets it read that
     module's input; `module` gives each adapted linear its own router. `level`: one selection for each
     position, or one for each sequence, from the mean of the router's inputs over the prompt.
-    `router_unit_input`: the router reads x / ||x|| instead of x.
+    `router_unit_input`: the router reads x / ||x|| instead of x. `clusters`: with `level: sequence`, the router reads
+    the nearest of so many centres of the prompts' means instead (clusters.py); 0: the mean itself.
     """
 
     pool_size: int = 8
@@ -44,6 +46,7 @@ class AdapterConfig:
     virtual_tokens: int = 20
     vectors: int = 256
     vector_length: int = 64
+    clusters: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for any value that could not be meant, so that a damaged file is not computed with."""
@@ -57,6 +60,10 @@ class AdapterConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < most:
                 raise ValueError(f"{name} ({value!r}) must be a number from 0 to below {most}")
+        if type(self.clusters) is not int or self.clusters < 0:
+            raise ValueError(f"clusters ({self.clusters!r}) must be a whole number, 0 or more")
+        if self.clusters and self.level != "sequence":
+            raise ValueError("clusters are of prompts: they need level sequence")
         if type(self.router_unit_input) is not bool:
             raise ValueError(f"router_unit_input ({self.router_unit_input!r}) must be true or false")
         if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
@@ -106,6 +113,7 @@ class AdapterConfig:
         if self.method in POOLED:
             sizes = {".lora_A": (self.rank if self.shares_a else stacked, None), ".lora_B": (None, stacked)}
             sizes |= {".router": (self.pool_size, None)} if self.routed else {}
+            sizes |= {".router_common": (None,), ".router_centres": (self.clusters, None)} if self.clusters else {}
         elif self.method == "dora":
             sizes = {".lora_A.weight": (self.rank, None), ".lora_B.weight": (None, self.rank)}
         elif self.method == "vblora":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remix_cli.adapter import kernel, routing
+from remix_cli.adapter.clusters import centred
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.product import gates_of, pool_linear
 from remix_cli.adapter.trace import Decision, RoutingState, Trace, Weighting
@@ -35,7 +36,7 @@ class Router(nn.Module):
     the model's width changes how fast the router learns, and the initial logits have the standard
     deviation `router_init_std` everywhere; `router_unit_input: false` takes P x, as published. x is detached
     for ReMix: given the selection the loss does not depend on P, and the score's gradient with respect to x is
-    noise for the LoRAs below.
+    noise for the LoRAs below. With `clusters` x is the centre nearest to the prompt's mean input.
     """
 
     def __init__(
@@ -48,6 +49,11 @@ class Router(nn.Module):
         self.active, self.scale = config.active, config.scale  # k and omega; see Adapter.activating
         self.local = False  # True: no attention follows, so a choice at s changes only the loss at s
         self.weight = nn.Parameter(torch.zeros(config.pool_size, width, dtype=torch.float32, device=device))
+        # What prompts have in common, (D,), and the clusters' centres, (C, D): found before training, never trained.
+        self.common: Tensor
+        self.centres: Tensor
+        self.register_buffer("common", torch.zeros(width, device=device), persistent=False)
+        self.register_buffer("centres", torch.zeros(config.clusters, width, device=device), persistent=False)
         self.state = state
         self.block = BlockPass()
 
@@ -69,6 +75,13 @@ class Router(nn.Module):
             return products, torch.ones_like(products[..., :1])
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
         return products / length, length
+
+    @torch.no_grad()
+    def nearest_centre(self, x: Tensor) -> Tensor:
+        """The centre, (..., D), of the cluster that each prompt's mean x (..., D) belongs to."""
+        prompts = centred(x, self.common.to(x.dtype))
+        nearest = (prompts @ self.centres.to(x.dtype).mT).argmax(-1)
+        return self.centres.to(x.dtype)[nearest]
 
     @torch.no_grad()
     def add_gradient(self, inputs: list[Tensor], scaled: Tensor) -> None:
@@ -111,6 +124,8 @@ class Router(nn.Module):
         x = x if soft else x.detach()
         if self.config.level == "sequence":
             x = _mean_over_prompt(x, mode.prompt)
+            if self.config.clusters and mode.quantise:
+                x = self.nearest_centre(x)
         if not (soft or trace.record) and kernel.serves(x, self.config.pool_size):
             weighting = Weighting(kernel.choose_gates(x, self.weight.detach(), noise, self._rule(), dtype), None)
         else:

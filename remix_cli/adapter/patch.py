@@ -132,9 +132,21 @@ class Adapter:
         """Every trained parameter by name: `<linear>.lora_A`, `<linear>.lora_B`, `<block>.router`."""
         return self.lora_parameters() | self.router_parameters()
 
+    def cluster_tensors(self) -> dict[str, Tensor]:
+        """What routers with `clusters` go by, `<block>.router_common` (D,) and `<block>.router_centres` (C, D)."""
+        named: dict[str, Tensor] = {}
+        for name, router in self.routers.items():
+            if self.config.clusters:
+                named[f"{name}.router_common"], named[f"{name}.router_centres"] = router.common, router.centres
+        return named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that makes up the adapter, trained or found before training, by name."""
+        return self.parameters() | self.cluster_tensors()
+
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy `tensors` into the parameters. Raises ValueError for other names or shapes."""
-        own = self.parameters()
+        """Copy `tensors` into the adapter's. Raises ValueError for other names or shapes."""
+        own = self.tensors()
         if own.keys() != tensors.keys():
             missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
             raise ValueError(

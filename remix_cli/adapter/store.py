@@ -60,7 +60,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def save_adapter(folder: Path, adapter: Adapter, identity: BaseIdentity, trained_on: TrainedOn) -> None:
     """Write both files into `folder`, which must exist. Equal adapters give equal bytes."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.parameters().items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
     weights = folder / WEIGHTS_FILE
     weights.write_bytes(save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG_FILE, Description(adapter.config, identity, sha256(weights), trained_on).to_dict())

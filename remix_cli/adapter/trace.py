@@ -54,7 +54,8 @@ class Trace:
     replacement; None: top k of the logits. `selection_grad`: let the backward pass leave dL/dz in each
     decision's `weights.grad`. `prompt` (B, T) bool: the positions that routing by sequence chooses from.
     `record`: keep every decision, for one forward pass; False keeps none. `replay`: repeat that trace's mode
-    and selections, recording nothing.
+    and selections, recording nothing. `quantise`: False, to find the clusters, lets routers with `clusters` read the
+    prompt's mean itself.
     """
 
     noise: Tensor | None = None
@@ -62,6 +63,7 @@ class Trace:
     prompt: Tensor | None = None
     record: bool = True
     replay: Trace | None = None
+    quantise: bool = True
     decisions: dict[str, Decision] = field(default_factory=dict)
     kept: dict[str, Weighting] = field(default_factory=dict)  # in force for a whole generation, by router
 

@@ -105,6 +105,11 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
                 f"{source.path or source.reasoning_gym}: no row has a supervised token within "
                 f"data.max_length = {recipe.data.max_length}; raise it"
             )
+    if recipe.router.clusters > len(train.rows):
+        raise DataError(
+            f"router.clusters: {recipe.router.clusters} clusters need at least as many training rows, there are "
+            f"{len(train.rows)}"
+        )
     plan = Plan(
         lengths=train.lengths,
         counts=tuple(len(p.rows) for p in parts),

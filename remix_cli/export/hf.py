@@ -28,6 +28,8 @@ from remix_cli.storage import publish_folder
 CODE = "modeling_remix.py"
 CLASS = "RemixForCausalLM"
 SHARD = "4GB"
+# the end of a tensor's name in an adapter, and in modeling_remix.py
+ROUTER_PARTS = {"router": "weight", "router_common": "common", "router_centres": "centres"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def _description(run: LoadedRun, reference_base: bool) -> dict[str, Any]:
         "scale": c.scale,
         "scope": c.scope,
         "level": c.level,
+        "clusters": c.clusters,
         "linears": list(run.adapter.linears),
         "base_model": run.stored.identity.base_model if reference_base else None,
     }
@@ -129,8 +132,8 @@ def _adapter_tensors(run: LoadedRun) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in run.stored.tensors.items():
         module, _, part = name.rpartition(".")
-        if part == "router":
-            tensors[f"{module}.remix_router.weight"] = tensor.contiguous()
+        if part in ROUTER_PARTS:
+            tensors[f"{module}.remix_router.{ROUTER_PARTS[part]}"] = tensor.contiguous()
         else:
             tensors[name] = tensor.to(dtype).contiguous()
     return tensors

@@ -25,14 +25,22 @@ class RemixRouter(nn.Module):
         super().__init__()
         self.c = c
         self.weight = nn.Parameter(torch.empty(c["pool_size"], width, dtype=torch.float32))
+        if c["clusters"]:  # then x is the mean over a prompt, and P reads the nearest of these centres instead
+            self.common = nn.Parameter(torch.empty(width, dtype=torch.float32))
+            self.centres = nn.Parameter(torch.empty(c["clusters"], width, dtype=torch.float32))
         self.gates = None
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())  # |x| > 0 changes no order, so it is left out
+            x = self.nearest_centre(x.float()) if self.c["clusters"] else x.float()
+            logits = F.linear(x, self.weight.float())  # |x| > 0 changes no order, so it is left out
         chosen = logits.topk(self.c["active"], dim=-1).indices
         weights = torch.zeros_like(logits).scatter_(-1, chosen, self.c["scale"])
         return weights.repeat_interleave(self.c["rank"], -1)
+
+    def nearest_centre(self, x):
+        prompts = F.normalize(x, dim=-1) - self.common.float()  # whose length changes no order either
+        return self.centres.float()[(prompts @ self.centres.float().T).argmax(-1)]
 
 
 class RemixLinear(nn.Module):

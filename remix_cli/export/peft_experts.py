@@ -37,7 +37,7 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
     with publish_folder(target) as scratch:
         for i in range(stored.config.pool_size):
             _write_lora(scratch / f"lora-{i}", stored, i)
-        routers = {k: v for k, v in stored.tensors.items() if k.endswith(".router")}
+        routers = {k: v for k, v in stored.tensors.items() if not k.endswith((".lora_A", ".lora_B"))}
         (scratch / "router.safetensors").write_bytes(save(routers, metadata={"format": "pt"}))
         (scratch / "README.md").write_text(_readme(stored), encoding="utf-8")
     return target
@@ -48,14 +48,23 @@ def _readme(stored: StoredAdapter) -> str:
     return README.format(
         base=stored.identity.base_model,
         place="block" if stored.config.scope == "block" else "adapted layer",
-        level="token by token"
-        if stored.config.level == "token"
-        else "once for a sequence, x being the mean over its prompt",
+        level=_level(c),
         last=c.pool_size - 1,
         rank=c.rank,
         scale=c.scale,
         active=c.active,
         pool=c.pool_size,
+    )
+
+
+def _level(c: AdapterConfig) -> str:
+    if c.level == "token":
+        return "token by token"
+    if not c.clusters:
+        return "once for a sequence, x being the mean over its prompt"
+    return (
+        "once for a sequence. There x is the row of `router_centres` whose product with m / |m| - `router_common` "
+        "is largest, m being the mean over the prompt"
     )
 
 

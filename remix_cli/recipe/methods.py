@@ -11,7 +11,7 @@ from remix_cli.adapter.config import Method
 LINEARS = ("rank", "target_modules", "dropout")
 POOL = ("pool_size", "active", "omega", *LINEARS)
 SOFT_ROUTER = ("scope", "level", "learning_rate", "init_std", "unit_input", "max_grad_norm")
-SAMPLED_ROUTER = ("fixed", "selections", "estimator", "lora_gradient", *SOFT_ROUTER)
+SAMPLED_ROUTER = ("fixed", "clusters", "selections", "estimator", "lora_gradient", *SOFT_ROUTER)
 ROUTER = (*SAMPLED_ROUTER, "balance")
 PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that put trained vectors in front of the sequence
 
@@ -87,12 +87,18 @@ METHODS: dict[Method, MethodFacts] = {
 }
 
 
-def unread_of_router(method: str, fixed: Any, estimator: Any, lora_gradient: Any) -> dict[str, str]:
+def unread_of_router(
+    method: str, fixed: Any, estimator: Any, lora_gradient: Any, level: Any, clusters: Any
+) -> dict[str, str]:
     """Keys of the `router` group that a run with these settings does not read, each with the reason."""
     facts = METHODS[method]  # type: ignore[index]
     unread = {key: f"does nothing for adapter.method {method}" for key in ROUTER if key not in facts.router_settings}
     if "fixed" in unread:
         return unread
+    if level != "sequence":
+        unread["clusters"] = "counts clusters of prompts, and needs router.level: sequence"
+    elif clusters:
+        unread["unit_input"] = "scales what the router reads, and a cluster's centre has unit length"
     if fixed is True:
         trained = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
         return unread | dict.fromkeys(trained, "says how the router is trained, and router.fixed is true")

@@ -110,6 +110,10 @@ class Router(Strict):
         "token",
         description="One selection for each token, or one for each sequence, made from its prompt and kept.",
     )
+    clusters: Annotated[int, Field(ge=0, le=4096)] = Field(
+        0,
+        description="With level: sequence, read which of so many clusters a prompt is in; 0: the prompt's mean.",
+    )
     learning_rate: Annotated[float, Field(ge=0, le=100)] = Field(
         0.3,
         description="The router's own; 0 freezes it. Its input has unit length whatever the model.",
@@ -319,7 +323,8 @@ class Recipe(Strict):
 
     def _unread_of_router(self) -> dict[str, str]:
         router = self.router
-        return unread_of_router(self.adapter.method, router.fixed, router.estimator, router.lora_gradient)
+        how = (router.fixed, router.estimator, router.lora_gradient, router.level, router.clusters)
+        return unread_of_router(self.adapter.method, *how)
 
     @model_validator(mode="after")
     def _estimator_fits(self) -> Self:
@@ -417,4 +422,5 @@ class Recipe(Strict):
             virtual_tokens=a.virtual_tokens,
             vectors=a.vectors,
             vector_length=a.vector_length,
+            clusters=self.router.clusters if self.router.level == "sequence" else 0,
         )

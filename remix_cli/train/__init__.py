@@ -3,6 +3,7 @@
 prepare.py      refusals that cost nothing
 preview.py      what `remix validate` shows
 step.py         the gradients of one micro-batch: M sampled forward passes, LoRA and router gradients
+clusters.py     the prompts' clusters, found before the first step
 loop.py         steps, evaluation, checkpoints, signals
 optim.py        parameter groups, schedule, clipping, the one all-reduce of a step
 checkpoints.py  durable training state

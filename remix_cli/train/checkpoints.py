@@ -103,7 +103,7 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 def adapter_bytes(adapter: Adapter) -> int:
     """Size of the adapter's weights on disk; a checkpoint holds them and AdamW's two moments, three times as much."""
-    return sum(4 * p.numel() for p in adapter.parameters().values())
+    return sum(4 * p.numel() for p in adapter.tensors().values())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ from remix_cli.stats.parameters import count_parameters
 from remix_cli.storage import lock_folder, publish_folder, recover, remove, storage_errors, write_json
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
+from remix_cli.train.clusters import find_clusters, rows_to_cluster
 from remix_cli.train.console import TrainingConsole
 from remix_cli.train.evaluation import Evaluation, cost
 from remix_cli.train.graphed import StepGraphs
@@ -134,8 +135,10 @@ class _Run:
             self.graphs = StepGraphs(self.model, self.adapter, recipe.router, accelerator.backward)
         self.optimizer = optim.make_optimizer(self.adapter, recipe)
         self.state = TrainingState()
-        if resume:
-            self._restore()
+        restored = resume and self._restore()
+        if recipe.router.clusters and not restored:
+            rows = rows_to_cluster(self.data.train.rows, recipe.router.clusters, recipe.seed)
+            find_clusters(self.adapter, rows, recipe.train.per_device_eval_batch_size, accelerator)
         self.schedule = optim.make_schedule(recipe, self.total)
         self.prepared = accelerator.prepare(self.optimizer)
         self.coefficient = Coefficient(**self.state.coefficient)
@@ -396,19 +399,21 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Take up the newest checkpoint, if there is one."""
         checkpoint, skipped = checkpoints.newest_valid(self.folder.checkpoints)
         for line in skipped:
             self._tell(f"skipped a damaged checkpoint: {line}")
         if checkpoint is None:
             check_nothing_was_saved(self.recipe, self.folder, self.total)
             self._tell("no checkpoint was saved before the interruption: the run starts from step 0")
-            return
+            return False
         self.state, different = checkpoints.restore(
             checkpoint, self.adapter, self.optimizer, self.origin, self.identity
         )
         if different:
             self._tell(f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made")
+        return True
 
     def _tell(self, line: str) -> None:
         if self.main:
