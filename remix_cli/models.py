@@ -21,6 +21,8 @@ from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
 from remix_cli.errors import ArtefactError, RecipeError, is_out_of_memory, shortened
+from remix_cli.recipe import Recipe
+from remix_cli.recipe.methods import PROMPTS
 from remix_cli.recipe.schema import Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -108,9 +110,11 @@ def _keep_differentiable(base: nn.Module) -> None:
 def skeleton(model: Model) -> Any:
     """The model's modules without memory for weights: for target names and parameter counts."""
     config = load_config(model)
-    code = model.trust_remote_code
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation != "flash_attention_2":  # which cannot run here, and need not be installed
+        options["attn_implementation"] = model.attn_implementation
     with torch.device("meta"), quiet():
-        made = _loading(model, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=code))
+        made = _loading(model, lambda: AutoModelForCausalLM.from_config(config, **options))
     return made.to("meta")  # some code makes weights by constructors that no device context reaches
 
 
@@ -159,12 +163,12 @@ def meta_ids() -> Tensor:
 
 
 @torch.no_grad()
-def input_ranks(model: Any) -> tuple[dict[str, int], bool]:
+def input_ranks(model: Any) -> dict[str, int]:
     """Of a skeleton: how many dimensions the input of each linear layer has in a training pass over two rows, by name.
 
     3 where rows, positions and width come apart; 2 where tokens come as one list, as those of shared experts do; 0
-    where the layer is not called, or its weight is read past it. And whether the pass came to its end: missing is what
-    comes after an operation that needs more than one number, which a skeleton has none of.
+    where the layer is not called, or its weight is read past it. Missing is what comes after an operation that needs
+    more than one number, which a skeleton has none of.
     """
     found: dict[str, int] = {}
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -174,11 +178,11 @@ def input_ranks(model: Any) -> tuple[dict[str, int], bool]:
         with rehearsing(model):
             model(input_ids=meta_ids(), use_cache=False)
     except Exception:  # of whatever code a model brings: the rest shows in the first pass of training
-        return found, False
+        return found
     finally:
         for name, module in linears.items():
             set_module(model, name, module)
-    return dict.fromkeys(linears, 0) | found, True
+    return dict.fromkeys(linears, 0) | found
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -200,6 +204,9 @@ def _loading(model: Model, load: Any) -> Any:
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        if 'attn_implementation="eager"' in str(error):  # its advice, at the end of a long text
+            said = f"{name} has no {model.attn_implementation}; use eager"
+            raise RecipeError(f"model.attn_implementation: {said}") from None
         reason = shortened(str(error), 240)
         raise RecipeError(f"model.name_or_path: {name}: cannot be loaded: {reason}") from None
 
@@ -335,11 +342,15 @@ def check_base(model: nn.Module, vocabulary: int) -> None:
         )
     try:
         causal = is_causal(model, vocabulary)
+        model.train()  # some code then wants rows of one length, or more than tokens
+        model(input_ids=_plain_ids(model, vocabulary), use_cache=False)
     except Exception as error:  # of whatever code a model brings
         if is_out_of_memory(error):
             raise
         said = shortened(f"{type(error).__name__}: {error}", 200)
         raise RecipeError(f"model.name_or_path: the base model's own code fails on a plain batch: {said}") from error
+    finally:
+        model.eval()
     if not causal:  # nor is one whose logits are not finite
         bad = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
         if bad:
@@ -350,8 +361,7 @@ def check_base(model: nn.Module, vocabulary: int) -> None:
 @torch.no_grad()
 def is_causal(model: nn.Module, vocabulary: int) -> bool:
     """Do earlier logits ignore later tokens? Reward-to-go credit and unmasked right padding rest on it."""
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device).remainder(vocabulary).unsqueeze(0)
+    ids = _plain_ids(model, vocabulary)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % vocabulary
     first, second = (model(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
@@ -359,6 +369,17 @@ def is_causal(model: nn.Module, vocabulary: int) -> bool:
     return bool((first - second).norm() <= 1e-3 * first.norm())  # some kernels round by what else is in the batch
 
 
+def _plain_ids(model: nn.Module, vocabulary: int) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.arange(8, device=device).remainder(vocabulary).unsqueeze(0)
+
+
 def longest_input(model: Any) -> int | None:
-    """How many tokens the model was made to read at once; None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """How many tokens the model was made to read at once; None where its config does not say, or says there is no end."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if length is not None and length > 0 else None
+
+
+def virtual_tokens(recipe: Recipe) -> int:
+    """That the method puts in front of every sequence."""
+    return recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0

@@ -79,6 +79,8 @@ def recipe(folder, family, targets, scope="block") -> Recipe:
     config.save_pretrained(folder)
     rows = write_rows(folder / "rows.jsonl", 4)
     text = recipe_text(folder, rows, folder / "out", router={"scope": scope}, adapter={"target_modules": targets})
+    if family in ("gpt_oss", "xlnet"):
+        text["model"]["attn_implementation"] = "eager"
     return Recipe.model_validate(text)
 
 
@@ -219,6 +221,41 @@ def test_a_base_in_bfloat16_computes_as_transformers_has_it(family, tmp_path):
 
 def test_a_base_whose_own_code_fails_is_refused_in_one_line():
     model = tiny_model()
+    forward = model.model.forward
+    model.model.forward = lambda *a, **k: 1 // 0 if model.training else forward(*a, **k)
+    with pytest.raises(RecipeError, match="own code fails on a plain batch: ZeroDivisionError"):
+        models.check_base(model, 64)
+    assert not model.training
     model.model.layers[0].forward = lambda *_, **__: 1 // 0
     with pytest.raises(RecipeError, match="own code fails on a plain batch: ZeroDivisionError"):
         models.check_base(model, 64)
+
+
+def test_a_base_without_the_attention_asked_for_is_refused_without_its_weights(tmp_path):
+    wanted = recipe(tmp_path, "gpt_oss", ATTENTION)
+    asked = wanted.model.model_copy(update={"attn_implementation": "sdpa"})
+    with pytest.raises(RecipeError, match=r"model.attn_implementation: \S+ has no sdpa; use eager"):
+        check_recipe(wanted.model_copy(update={"model": asked}))
+
+
+def test_a_base_that_says_no_length_has_none(tmp_path):
+    """XLNet's config says -1; and its weights come from constructors that make real ones on a skeleton."""
+    pytest.importorskip("peft")
+    wanted = recipe(tmp_path, "xlnet", ["layer_1"])
+    shape = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 24}
+    CONFIG_MAPPING["xlnet"](**shape).save_pretrained(tmp_path)
+    check_recipe(adapting(wanted, method="rslora"))
+    check_recipe(wanted.model_copy(update={"adapter": Adapter(method="p_tuning", virtual_tokens=4)}))
+
+
+def test_a_prefix_of_the_wrong_shape_for_a_model_of_which_no_skeleton_runs(tmp_path):
+    pytest.importorskip("peft")
+    wanted = recipe(tmp_path, "llama", GATES)
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"ffn_hidden_size": 24, "expert_ffn_hidden_size": 12, "zero_expert_num": 2, "moe_topk": 2}
+    shape = SHAPE | latent | experts | {"head_dim": 4, "num_key_value_heads": 2, "num_layers": 2}
+    del shape["num_hidden_layers"]
+    CONFIG_MAPPING["longcat_flash"](**shape).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"adapter.method: prefix does not suit this model: RuntimeError"):
+        check_recipe(wanted.model_copy(update={"adapter": Adapter(method="prefix", virtual_tokens=4)}))
+    check_recipe(wanted.model_copy(update={"adapter": Adapter(method="prompt", virtual_tokens=4)}))

@@ -106,8 +106,9 @@ def test_the_clusters_are_those_of_the_base_models_inputs():
 def test_a_sample_of_the_rows_is_enough_and_the_same_for_a_seed():
     rows = kinds_of_rows(1000)
     some = rows_to_cluster(rows, 3, 5)
-    assert len(some) == 3 * 64
-    assert len({id(row) for row in some}) == 3 * 64
+    assert len(some) == 256
+    assert len({id(row) for row in some}) == 256
+    assert len(rows_to_cluster(rows, 20, 5)) == 320
     assert [id(r) for r in some] == [id(r) for r in rows_to_cluster(rows, 3, 5)]
     assert [id(r) for r in some] != [id(r) for r in rows_to_cluster(rows, 3, 6)]
 

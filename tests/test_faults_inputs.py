@@ -368,7 +368,7 @@ def test_load_recipe_never_leaves_with_another_exception(tmp_path):
         ),
         (
             "eval={tasks: [{task: gsm8k, max_new_tokens: 256}]}",
-            "max_new_tokens: 256 after a prompt of 1, but the model",
+            "max_new_tokens: 256 after a prompt, but the model",
         ),
         # 256 positions: the prompts are of eight tokens or so
         ("eval={tasks: [{task: gsm8k, max_new_tokens: 254}]}", "max_new_tokens: 254 after a prompt of "),

@@ -21,7 +21,9 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the LoRA that merged formats fit; by default k r.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=8, help="Rows that merged formats fit on, and are priced on.")] = 128,
+    rows: Annotated[
+        int | None, typer.Option(min=8, help="Rows that merged formats fit on, and are priced on; by default 128.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Merged formats: exactly what is chosen for this prompt (routing by sequence).")
     ] = None,
@@ -51,6 +53,17 @@ def export(
     one = prompt is not None or selection is not None
     if one and (form not in ("merged", "peft-merged") or (prompt is not None and selection is not None)):
         raise RecipeError("--prompt, --selection: give one of them, with --format merged or peft-merged")
+    merges = form in ("merged", "peft-merged") and not one
+    needs = {
+        "--rank": (rank is not None and not merges, "--format merged or peft-merged, for all prompts"),
+        "--rows": (rows is not None and not merges, "--format merged or peft-merged, for all prompts"),
+        "--reference-base": (reference_base and form != "hf", "--format hf"),
+        "--any-base": (any_base and form == "peft-experts", "a format that loads the base model"),
+        "--public": (public and push_to_hub is None, "--push-to-hub"),
+    }
+    unread = next((f"{flag}: is for {what}; leave it out" for flag, (said, what) in needs.items() if said), None)
+    if unread:
+        raise RecipeError(unread)
     if output.exists() or output.is_symlink():
         raise RecipeError(f"--output: {output} exists; choose a new folder")
     folder = check_run(run, best=best)
@@ -75,7 +88,7 @@ def _export(
     output: Path,
     form: str,
     rank: int | None,
-    rows: int,
+    rows: int | None,
     prompt: str | None,
     selection: Path | None,
     reference_base: bool,
@@ -105,7 +118,7 @@ def _export(
     from remix_cli.export.selected import check_sequence_level, read_selection, selection_for
 
     if prompt is None and selection is None:
-        cost = export_merged(loaded, output, into_weights=form == "merged", rank=rank, rows=rows)
+        cost = export_merged(loaded, output, into_weights=form == "merged", rank=rank, rows=rows or 128)
         yield from (f"{name:<45}{value:8.4f}" for name, value in cost.items())
         return
     check_sequence_level(loaded)

@@ -17,7 +17,7 @@ from remix_cli.adapter.trace import Trace
 from remix_cli.data.chunks import in_chunks
 from remix_cli.errors import DataError
 from remix_cli.evaluate.graphed import fixed_cache, graphed
-from remix_cli.models import longest_input
+from remix_cli.models import longest_input, virtual_tokens
 from remix_cli.recipe import Task
 from remix_cli.runs import Subject
 
@@ -33,15 +33,23 @@ class Decoding:
     selection_seed: int | None = None  # sample the LoRAs, too, instead of taking the top k
 
 
-def check_fits(subject: Subject, task: Task, texts: Sequence[Sized]) -> None:
-    """Raises DataError for token ids of a task that are longer than what the model can read."""
-    limit = longest_input(subject.model)
+def check_fits(subject: Subject, task: Task, texts: Sequence[Sized], new: int = 0) -> None:
+    """Raises DataError for token ids of a task that, with `new` ones of an answer, the model cannot read at once."""
+    limit, front = longest_input(subject.model), virtual_tokens(subject.recipe)
     longest = max(map(len, texts), default=0)
-    if limit is not None and longest > limit:
+    if limit is None or front + longest + new <= limit:
+        return
+    also = f" and {front} virtual tokens" if front else ""
+    if front + longest >= limit:
         fix = "ask for fewer shots" if task.shots else "take long rows out"
         raise DataError(
-            f"eval task {task.task}: the longest row has {longest} tokens, but the model reads at most {limit}; {fix}"
+            f"eval task {task.task}: the longest row has {longest} tokens{also}, but the model reads at most {limit}; "
+            f"{fix}"
         )
+    raise DataError(
+        f"eval task {task.task}: max_new_tokens: {new} after a prompt of {longest}{also}, but the model reads at most "
+        f"{limit} tokens; lower it"
+    )
 
 
 def generate(

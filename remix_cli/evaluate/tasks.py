@@ -104,7 +104,7 @@ class Generating(Scorer):
     def ask(self, prompts: list[list[int]]) -> None:
         """Set the prompts, and the keys from them."""
         self.prompts, self.keys = prompts, [_key(ids) for ids in prompts]
-        check_fits(self.subject, self.task, prompts)
+        check_fits(self.subject, self.task, prompts, new=self.decoding().max_new_tokens)
 
     def stamp(self) -> dict[str, Any]:
         temperature, how = self.task.temperature, self.decoding()
@@ -296,7 +296,7 @@ class HumanEval(Generating):
         self.prompts = [ids for problem in self.problems for ids in [self._ids(problem)] * self.task.samples]
         if self.shots and not self.chat:
             raise DataError("eval task humaneval: shots: the bare prompt takes no solved examples; leave them out")
-        check_fits(self.subject, self.task, self.prompts)
+        check_fits(self.subject, self.task, self.prompts, new=self.decoding().max_new_tokens)
         self.data = self.problems
         self.keys = [_key(ids, [i % self.task.samples]) for i, ids in enumerate(self.prompts)]
 

@@ -15,13 +15,13 @@ from remix_cli.data.chunks import in_chunks
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import batch_losses
 
-ROWS_PER_CLUSTER = 64  # of which the centres are made; more rows move them little
+ROWS_PER_CLUSTER, FEWEST_ROWS = 16, 256  # of which the centres are made; more rows move them little
 
 
 def rows_to_cluster(rows: Sequence[EncodedRow], clusters: int, seed: int) -> list[EncodedRow]:
-    """A sample without replacement of `ROWS_PER_CLUSTER` for each cluster, or all rows."""
+    """A sample without replacement, of all rows if there are not enough."""
     order = np.random.default_rng([seed, 2]).permutation(len(rows))
-    return [rows[i] for i in order[: ROWS_PER_CLUSTER * clusters]]
+    return [rows[i] for i in order[: max(FEWEST_ROWS, ROWS_PER_CLUSTER * clusters)]]
 
 
 @torch.no_grad()

@@ -8,14 +8,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from remix_cli.data.encode import EncodedRow
-from remix_cli.errors import RecipeError
 from remix_cli.evaluate.nll import row_losses
-from remix_cli.evaluate.tasks import SCORERS, Generating, Scorer, Settings
-from remix_cli.models import longest_input
-from remix_cli.recipe import Task
+from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
 from remix_cli.recipe.schema import tasks_while_training
 from remix_cli.runs import Subject
-from remix_cli.train.prepare import check_answers
 
 
 class Evaluation:
@@ -28,7 +24,6 @@ class Evaluation:
             for label, task in tasks_while_training(subject.recipe.eval.tasks):
                 settings = Settings(limit=min(limit, task.limit or limit))
                 self.scorers[label] = SCORERS[task.task](subject, task, settings)
-                check_prompts(subject, task, self.scorers[label])
 
     def measure(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """`eval_loss`, `eval_tokens`, `eval_rows`, and `<task>/<score>` for each task. `advance` hears of rows done."""
@@ -55,16 +50,6 @@ class Evaluation:
             scores = scorer.scores([everything[i] for i in sorted(everything)])
             found |= {f"{label}/{name}": score.value for name, score in scores.items()}
         return found
-
-
-def check_prompts(subject: Subject, task: Task, scorer: Scorer) -> None:
-    """Raises RecipeError if the model cannot read the longest prompt and its answer at once."""
-    if isinstance(scorer, Generating):
-        longest = max(map(len, scorer.prompts))
-        i = subject.recipe.eval.tasks.index(task)
-        problems = check_answers(subject.recipe, i, longest_input(subject.model), longest)
-        if problems:
-            raise RecipeError(*problems)
 
 
 def cost(metric: str, record: dict[str, Any]) -> float:

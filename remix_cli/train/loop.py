@@ -136,9 +136,7 @@ class _Run:
         self.optimizer = optim.make_optimizer(self.adapter, recipe)
         self.state = TrainingState()
         restored = resume and self._restore()
-        if recipe.router.clusters and not restored:
-            rows = rows_to_cluster(self.data.train.rows, recipe.router.clusters, recipe.seed)
-            find_clusters(self.adapter, rows, recipe.train.per_device_eval_batch_size, accelerator)
+        self.clusters_due = recipe.router.clusters > 0 and not restored
         self.schedule = optim.make_schedule(recipe, self.total)
         self.prepared = accelerator.prepare(self.optimizer)
         self.coefficient = Coefficient(**self.state.coefficient)
@@ -162,6 +160,8 @@ class _Run:
             TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,
         ):
             self.view.announce(self.recipe, self.data, count_parameters(self.adapter), self.state.step, self.total)
+            if self.clusters_due:
+                self._find_clusters()
             if self.state.step == 0 or self.state.evaluation_due:
                 self._evaluate_or_stop()
             self.model.train()
@@ -172,6 +172,12 @@ class _Run:
             checkpoints.prune(self.folder.checkpoints, self.state.step, self.recipe.train.save_total_limit)
         self._write_adapter(self.folder.adapter)
         return self._summary()
+
+    def _find_clusters(self) -> None:
+        count = self.recipe.router.clusters
+        rows = rows_to_cluster(self.data.train.rows, count, self.recipe.seed)
+        self.view.line(f"clusters  {count}, of {len(rows)} training prompts as the base model reads them")
+        find_clusters(self.adapter, rows, self.recipe.train.per_device_eval_batch_size, self.accelerator)
 
     def _open_window(self) -> None:
         """Start measuring speed anew: after a log line, and after an evaluation, which is not training."""

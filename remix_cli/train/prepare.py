@@ -15,7 +15,7 @@ from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError, shortened
 from remix_cli.evaluate.tasks import SCORERS, Generating
 from remix_cli.methods.apply import apply_method
-from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton
+from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton, virtual_tokens
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
@@ -51,13 +51,13 @@ def check_recipe(recipe: Recipe) -> Adapter:
                 f"data.max_length: {recipe.data.max_length}{also}, but the model reads at most {limit} tokens"
             )
         for i in range(len(recipe.eval.tasks)):
-            problems += check_answers(recipe, i, limit, prompt=1)  # of rows that are read: see preview and Evaluation
-        ranks, runs = input_ranks(model)
+            problems += _check_answers(recipe, i, limit)
+        ranks = input_ranks(model)
         config = recipe.adapter_config()
         untargeted = config.method in (*PROMPTS, "none")
         targets = [] if untargeted else find_targets(model, config.target_modules)
         adapter = apply_method(model, config, seed=recipe.seed)
-        problems += _check_inputs(adapter, targets, ranks) or (_check_pass(adapter) if runs else [])
+        problems += _check_inputs(adapter, targets, ranks) or _check_pass(adapter)
     except RecipeError as error:
         problems += error.problems
     except TargetError as error:
@@ -67,23 +67,18 @@ def check_recipe(recipe: Recipe) -> Adapter:
     return adapter
 
 
-def virtual_tokens(recipe: Recipe) -> int:
-    """That the method puts in front of every sequence."""
-    return recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0
-
-
-def check_answers(recipe: Recipe, i: int, limit: int | None, prompt: int) -> list[str]:
-    """Problems with the answers to task `i`, of whose prompts the longest has so many tokens, at `limit` positions."""
+def _check_answers(recipe: Recipe, i: int, limit: int | None) -> list[str]:
+    """Problems with the answers to task `i` at `limit` positions, whatever its prompts: those count when it is read."""
     task = recipe.eval.tasks[i]
     scorer = SCORERS[task.task]
     if limit is None or not issubclass(scorer, Generating):
         return []
     new, front = task.max_new_tokens or scorer.max_new_tokens, virtual_tokens(recipe)
-    if front + prompt + new <= limit:
+    if front + 1 + new <= limit:
         return []
     also = f" and {front} virtual tokens" if front else ""
     return [
-        f"eval.tasks.{i}.max_new_tokens: {new} after a prompt of {prompt}{also}, but the model reads at most {limit} "
+        f"eval.tasks.{i}.max_new_tokens: {new} after a prompt{also}, but the model reads at most {limit} "
         "tokens; lower it"
     ]
 
@@ -125,9 +120,11 @@ def _check_pass(adapter: Adapter) -> list[str]:
         except RecipeError as error:
             return error.problems
         except Exception as error:  # of whatever code a model or PEFT brings
-            if not _runs_alone(adapter, ids):
+            if type(_alone(adapter, ids)) is type(error):  # what a skeleton cannot do at all
                 return []
             said = shortened(f"{type(error).__name__}: {error}", 120)
+            if adapter.config.method in PROMPTS:
+                return [f"adapter.method: {adapter.config.method} does not suit this model: {said}"]
             return [f"adapter.target_modules: {adapter.config.method} cannot adapt these in this model: {said}"]
     if adapter.parameters() and not logits.requires_grad:
         return [f"adapter: {adapter.config.method} changes nothing in this model: its output does not depend on it"]
@@ -136,14 +133,14 @@ def _check_pass(adapter: Adapter) -> list[str]:
 
 
 @torch.no_grad()
-def _runs_alone(adapter: Adapter, ids: torch.Tensor) -> bool:
-    """Does the skeleton come to the end of a pass without its adapter?"""
+def _alone(adapter: Adapter, ids: torch.Tensor) -> Exception | None:
+    """What a pass of the skeleton without its adapter ends with."""
     try:
         with adapter.disabled():
             adapter.model(input_ids=ids, use_cache=False)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
 
 
 def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -18,7 +18,6 @@ from remix_cli.recipe.sources import named_locally
 from remix_cli.runs import Subject
 from remix_cli.stats.parameters import ParameterCounts, count_parameters
 from remix_cli.stats.tables import parameter_table
-from remix_cli.train.evaluation import check_prompts
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.step import Passes, describe_router
 
@@ -56,7 +55,7 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
     subject = Subject(recipe, adapter.model, tokenizer, adapter, Encoder.of(tokenizer, recipe.data))
     for task in recipe.eval.tasks:
         if _at_hand(task):
-            check_prompts(subject, task, SCORERS[task.task](subject, task, Settings()))
+            SCORERS[task.task](subject, task, Settings())  # which reads the rows and counts their tokens
     row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
     counts = count_parameters(adapter)
     config: Any = adapter.model.config
