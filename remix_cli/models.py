@@ -375,7 +375,7 @@ def _plain_ids(model: nn.Module, vocabulary: int) -> Tensor:
 
 
 def longest_input(model: Any) -> int | None:
-    """How many tokens the model was made to read at once; None where its config does not say, or says there is no end."""
+    """How many tokens the model was made to read at once; None where its config does not say, or says -1."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if length is not None and length > 0 else None
 

@@ -42,6 +42,7 @@ SHAPE = {
 }
 MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 GATES, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
+NO_SDPA = ("gpt_oss", "mamba")
 ABSENT, LISTED, UNCALLED = "no linear layer matches", "as one list", "is not called as a layer"
 CASES = [
     ("llama", GATES, None),
@@ -79,9 +80,13 @@ def recipe(folder, family, targets, scope="block") -> Recipe:
     config.save_pretrained(folder)
     rows = write_rows(folder / "rows.jsonl", 4)
     text = recipe_text(folder, rows, folder / "out", router={"scope": scope}, adapter={"target_modules": targets})
-    if family in ("gpt_oss", "xlnet"):
+    if family in NO_SDPA:
         text["model"]["attn_implementation"] = "eager"
     return Recipe.model_validate(text)
+
+
+def eager(wanted: Recipe) -> Recipe:
+    return wanted.model_copy(update={"model": wanted.model.model_copy(update={"attn_implementation": "eager"})})
 
 
 def adapting(wanted: Recipe, **changes) -> Recipe:
@@ -170,7 +175,7 @@ def test_what_peft_puts_on_an_uncalled_layer_is_refused_as_ours_is(method, tmp_p
 
 def test_a_prefix_that_a_model_does_not_read_is_refused(tmp_path):
     pytest.importorskip("peft")
-    wanted = recipe(tmp_path, "bart", ["fc1"])
+    wanted = eager(recipe(tmp_path, "bart", ["fc1"]))
     CONFIG_MAPPING["openai-gpt"](n_embd=32, n_layer=2, n_head=2, vocab_size=64).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="prefix changes nothing in this model"):
         check_recipe(wanted.model_copy(update={"adapter": Adapter(method="prefix", virtual_tokens=4)}))
@@ -178,7 +183,7 @@ def test_a_prefix_that_a_model_does_not_read_is_refused(tmp_path):
 
 def test_a_weight_that_only_an_evaluation_reads(tmp_path):
     shape = {"vocab_size": 64, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 24}
-    wanted = recipe(tmp_path, "llama", ["output"])
+    wanted = eager(recipe(tmp_path, "llama", ["output"]))
     CONFIG_MAPPING["rwkv"](**shape, num_hidden_layers=2, context_length=64).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"remix cannot adapt these in this model.*weight"):
         check_recipe(wanted)
@@ -241,7 +246,7 @@ def test_a_base_without_the_attention_asked_for_is_refused_without_its_weights(t
 def test_a_base_that_says_no_length_has_none(tmp_path):
     """XLNet's config says -1; and its weights come from constructors that make real ones on a skeleton."""
     pytest.importorskip("peft")
-    wanted = recipe(tmp_path, "xlnet", ["layer_1"])
+    wanted = eager(recipe(tmp_path, "llama", ["layer_1"]))
     shape = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 24}
     CONFIG_MAPPING["xlnet"](**shape).save_pretrained(tmp_path)
     check_recipe(adapting(wanted, method="rslora"))

@@ -12,13 +12,15 @@ from pydantic import ValidationError
 
 from remix_cli.adapter.store import TrainedOn
 from remix_cli.data.splits import digest_of, split_examples
-from remix_cli.errors import ArtefactError
+from remix_cli.errors import ArtefactError, DataError
 from remix_cli.evaluate import arc, gsm8k, run, tasks
+from remix_cli.evaluate.generate import check_fits
 from remix_cli.evaluate.humaneval import load_problems, program_of
 from remix_cli.evaluate.request import requested_tasks
 from remix_cli.evaluate.results import open_lines
 from remix_cli.evaluate.tasks import SCORERS, Settings
 from remix_cli.recipe import Source, Task
+from remix_cli.recipe.schema import Adapter
 from remix_cli.runs import RunFolder, load_run
 
 
@@ -217,9 +219,8 @@ def test_held_out_rows_that_a_package_makes_otherwise_now_are_refused(loaded):
     for digest in (now, "of other rows"):
         stored = replace(loaded.stored, trained_on=TrainedOn(held_out=digest))
         with nullcontext() if digest == now else pytest.raises(ArtefactError, match="chain_sum: changed since"):
-            SCORERS["reasoning_gym"](
-                replace(loaded, recipe=recipe, stored=stored), Task(task="reasoning_gym"), Settings()
-            )
+            task = Task(task="reasoning_gym", max_new_tokens=200)
+            SCORERS["reasoning_gym"](replace(loaded, recipe=recipe, stored=stored), task, Settings())
 
 
 @pytest.mark.parametrize("how", ["{", "[1]", '{"results": [{"task": "nll"}]}', '{"results": 5}'])
@@ -240,6 +241,24 @@ def test_a_flag_that_the_scored_thing_cannot_heed_is_refused(verb, finished, sta
     ask = ["eval", stage[0], "--task", "gsm8k", "--data", stage[1]]
     for flags in (["--active", "2"], ["--selection", "sample"], ["--best"], ["--any-base"]):
         assert f"{flags[0]}" in verb(*ask, *flags, expect=2)[1]
+
+
+def test_an_answer_beyond_the_positions_is_refused(verb, finished):
+    """The model has 256; a prompt of these rows 6 tokens."""
+    ask = ["eval", finished, "--task", "gsm8k", "--limit", 2]
+    err = verb(*ask, "--max-new-tokens", 251, expect=2)[1]
+    assert "max_new_tokens: 251 after a prompt of 6, but the model reads at most 256 tokens; lower it" in err
+    err = verb("generate", finished, "w1 w2 w7 ?", "--max-new-tokens", 251, expect=2)[1]
+    assert "--max-new-tokens: 251 after a prompt of 6, but the model reads at most 256 tokens; give 250 or fewer" in err
+    verb("generate", finished, "w1 w2 w7 ?", "--max-new-tokens", 250)
+
+
+def test_virtual_tokens_count_among_the_positions_of_options(loaded):
+    front = Adapter.model_construct(method="prefix", virtual_tokens=250)
+    wanted = replace(loaded, recipe=loaded.recipe.model_copy(update={"adapter": front}))
+    check_fits(wanted, Task(task="nll"), [[0] * 6])
+    with pytest.raises(DataError, match="longest row has 7 tokens and 250 virtual tokens"):
+        check_fits(wanted, Task(task="nll"), [[0] * 7])
 
 
 def test_other_numbers_of_active_loras(loaded):
@@ -443,7 +462,7 @@ def test_a_model_folder_is_evaluated_like_the_base_of_a_run(verb, finished, stag
     import shutil
 
     model = shutil.copytree(stage[0], tmp_path / "model")
-    verb("eval", model, "--task", "gsm8k", "--data", stage[1], "--limit", 5)
+    verb("eval", model, "--task", "gsm8k", "--data", stage[1], "--limit", 5, "--max-new-tokens", 200)
     verb("eval", finished, "--task", "gsm8k", "--data", stage[1], "--limit", 5, "--base")
     theirs, ours = (f / "eval" / n for f, n in ((model, "model-gsm8k@rows.jsonl"), (finished, "base-gsm8k@rows.jsonl")))
     assert [json.loads(a)["prompt"] for a in theirs.read_text().splitlines()] == [

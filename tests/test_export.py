@@ -167,6 +167,13 @@ def test_export_refuses_what_it_cannot_do_and_leaves_nothing(verb, trained, stag
     _, err = verb("export", run, "--format", "merged", "--rank", "99", "-o", tmp_path / "m", expect=2)
     assert "n r = 12" in err
     verb("export", run, "--format", "onnx", "-o", tmp_path / "o", expect=2)
+    for unread in (["--rank", "4"], ["--rows", "8"], ["--public"], ["--any-base", "--format", "peft-experts"]):
+        assert f"{unread[0]}: is for " in verb("export", run, *unread, "-o", tmp_path / "o", expect=2)[1]
+    for flag in ("--rank", "--rows"):
+        ask = ["export", run, "--format", "merged", "--prompt", "w1", flag, "8", "-o", tmp_path / "o"]
+        assert f"{flag}: is for --format merged or peft-merged, for all prompts; leave" in verb(*ask, expect=2)[1]
+    err = verb("export", run, "--format", "merged", "--reference-base", "-o", tmp_path / "o", expect=2)[1]
+    assert "--reference-base: is for --format hf" in err
     assert not list(tmp_path.glob("[mo]*"))
 
 
