@@ -288,6 +288,9 @@ def test_an_old_run_may_hold_keys_that_are_refused_now(verb, finished, stage, tm
     verb("route-stats", run, "--limit", 4)
     verb("export", run, "--output", tmp_path / "experts", "--format", "peft-experts")
     verb("train", run / "recipe.yaml", f"output_dir={tmp_path / 'new'}", expect=2)
+    write_recipe(run / "recipe.yaml", old | {"output_dir": str(run)})
+    assert "already complete" in verb("train", run / "recipe.yaml", "--resume")[0]
+    assert "train.warmup_ratio" in verb("train", run / "recipe.yaml", "train.warmup_ratio=0.2", "--resume", expect=2)[1]
 
 
 @pytest.mark.parametrize(("flag", "kind"), [("--html", "folder"), ("--trace", "folder"), ("--plot", "file")])

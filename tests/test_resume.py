@@ -1,5 +1,6 @@
 """Stopping and going on: the same bits as a run that was never stopped."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 
 from remix_cli.adapter.store import BaseIdentity
 from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
-from remix_cli.recipe import load_recipe
+from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.storage import lock_folder
 from remix_cli.train import checkpoints, loop, resume
 from remix_cli.train.step import MicroResult
@@ -475,3 +476,17 @@ def test_K14_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):
     shutil.move(folder, tmp_path / "there")
     run(recipe_for(stage, tmp_path / "there"), resume=True)
     assert outcome(tmp_path / "there") == whole
+
+
+@pytest.mark.parametrize(
+    ("level", "digest"),
+    [("token", "7be1ff2861b08ce0"), ("sequence", "b003c565c31e6cb7")],
+)
+def test_a_recipe_is_what_it_was_to_runs_that_knew_fewer_keys(level, digest):
+    """As checkpoints of November 2026 hold it. A new key that fails here belongs in resume.LATER."""
+    recipe = recipe_text(Path("model"), Path("rows.jsonl"), Path("out"), router={"level": level})
+    text = json.dumps(resume._binding(Recipe.model_validate(recipe)), sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+    if level == "sequence":
+        recipe["router"]["clusters"] = 3
+        assert resume._binding(Recipe.model_validate(recipe))["router.clusters"] == 3

@@ -31,9 +31,10 @@ def train(
         raise RecipeError("--resume, --overwrite: one goes on with the run, the other replaces it; give one of them")
     from remix_cli.recipe import load_recipe
 
+    stored = False
     if resume:
-        recipe = _from_where_it_was_begun(recipe, console)
-    loaded = load_recipe(recipe, overrides or [])
+        recipe, stored = _from_where_it_was_begun(recipe, console)
+    loaded = load_recipe(recipe, overrides or [], stored=stored)
     from remix_cli.train.loop import train as run_training
 
     outlive(f"training goes on; its log is {loaded.output_dir}/metrics.jsonl")
@@ -53,19 +54,20 @@ def train(
     )
 
 
-def _from_where_it_was_begun(recipe: Path, console: Console) -> Path:
-    """Go to the folder from which the paths of a run's own recipe count; the recipe as it is called there."""
+def _from_where_it_was_begun(recipe: Path, console: Console) -> tuple[Path, bool]:
+    """Go to the folder from which the paths of a run's own recipe count; the recipe as it is called there, and whether
+    it is a run's own."""
     from remix_cli.folders import RunFolder
 
     folder = RunFolder(recipe.parent)
     begun_in = folder.begun_in() if recipe == folder.recipe and recipe.is_file() else None
     if begun_in is None or begun_in.samefile(Path.cwd()):
-        return recipe
+        return recipe, begun_in is not None
     if launch_rank() == 0:
         console.print(f"paths count from {begun_in}, where the run was begun", highlight=False, soft_wrap=True)
     recipe = recipe.absolute()
     os.chdir(begun_in)
-    return recipe
+    return recipe, True
 
 
 @app.command()

@@ -79,14 +79,14 @@ def _refuse(node: yaml.Node, problem: str) -> NoReturn:
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = (), *, stored: bool = False) -> Recipe:
     """The recipe at `path` with `key.path=value` overrides applied on top.
 
-    `stored`: that of a run which is there already; what it says and nothing reads is left out. Raises RecipeError with
-    one line per problem: file:line, dotted key, what is wrong, the nearest name.
+    `stored`: that of a run which is there already; what it says and nothing reads is left out, but for overrides.
+    Raises RecipeError with one line per problem: file:line, dotted key, what is wrong, the nearest name.
     """
     raw = read_raw(path, overrides)
     if "sweep" in raw.values:
         raise RecipeError(f"{path}: has a `sweep` group, so it is for `remix sweep`; take it out to train one run")
     if stored:
-        drop_unread(raw)
+        drop_unread(raw, keep=raw.overridden)
     return build(raw)
 
 

@@ -25,6 +25,8 @@ MAY_CHANGE_TRAIN = {
     "report_to",
     "per_device_eval_batch_size",
 }
+# Keys that came later, with the value at which a run is what it was before: it may be one that knew no such key.
+LATER = {"router.clusters": 0}
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
 
     free = {f"train.{name}" for name in MAY_CHANGE_TRAIN}
     values = flatten(recipe.model_dump(), "")
-    return {k: v for k, v in values.items() if k not in free and k.split(".")[0] not in MAY_CHANGE}
+    kept = {k: v for k, v in values.items() if k not in free and k.split(".")[0] not in MAY_CHANGE}
+    return {k: v for k, v in kept.items() if k not in LATER or v != LATER[k]}
 
 
 def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
