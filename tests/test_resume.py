@@ -490,3 +490,16 @@ def test_a_recipe_is_what_it_was_to_runs_that_knew_fewer_keys(level, digest):
     if level == "sequence":
         recipe["router"]["clusters"] = 3
         assert resume._binding(Recipe.model_validate(recipe))["router.clusters"] == 3
+
+
+def test_a_checkpoint_of_another_recipe_than_the_run_now_says_is_not_blamed_on_the_user_alone(
+    stage, monkeypatch, tmp_path
+):
+    """The recipes agree, the checkpoint's hash does not: an earlier version, or a recipe.yaml that was edited."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            run(recipe_for(stage, tmp_path / "run"))
+    monkeypatch.setattr(resume, "LATER", {"seed": 0})
+    with pytest.raises(ArtefactError, match=r"an earlier version of remix.*or the run's recipe.yaml was changed"):
+        run(recipe_for(stage, tmp_path / "run"), resume=True)

@@ -188,10 +188,10 @@ def restore(
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     made = manifest["origin"]
     changed = [CAUSES[name] for name, value in asdict(origin).items() if name in made and made[name] != value]
-    if changed == [CAUSES["recipe"]] and manifest["format"] == UNSEALED:  # the run's own recipe has been compared
+    if changed == [CAUSES["recipe"]]:  # and the run's recipe.yaml, which has been compared, says what this one says
         raise ArtefactError(
-            f"{checkpoint}: begun under an earlier version of remix, whose recipes meant something else; go on with "
-            "that version, or start a new output_dir"
+            f"{checkpoint}: begun under an earlier version of remix, whose recipes meant something else, or the run's "
+            "recipe.yaml was changed; go on with that version, put the file back, or start a new output_dir"
         )
     stored = load_stored(checkpoint)
     changed = changed or [f"another {what}" for what in stored.identity.differences(identity)]
