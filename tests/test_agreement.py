@@ -45,8 +45,9 @@ def test_arc_choices_are_those_of_lm_eval(subject, adapted):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from remix_cli.evaluate.tasks import SCORERS, Settings
     from remix_cli.recipe import Source, Task
+    from remix_cli.tasks.base import Settings
+    from remix_cli.tasks.registry import task_class
 
     path = DATA / "arc_challenge" / "test.jsonl"
     task = {
@@ -69,7 +70,7 @@ def test_arc_choices_are_those_of_lm_eval(subject, adapted):
             bootstrap_iters=0,
         )["samples"]["arc_local"]
         source = Source(path=str(path), format="arc", limit=ITEMS)
-        scorer = SCORERS["arc"](subject, Task(task="arc", source=source), Settings())
+        scorer = task_class("arc")(subject, Task(task="arc", source=source), Settings())
         ours = dict(scorer.run(list(range(ITEMS))))
         return sorted(theirs, key=lambda sample: sample["doc_id"]), ours
 
@@ -114,7 +115,7 @@ def lm_eval_verdicts(outputs: list[str], answers: list[str]) -> dict[str, list[b
 
 def test_gsm8k_verdicts_are_those_of_lm_eval():
     """On the reference answers, mutated as models do; and on REMIX_ANSWERS, a file of `remix eval`, if given."""
-    from remix_cli.evaluate.gsm8k import flexible_answer, strict_answer
+    from remix_cli.tasks.gsm8k import flexible_answer, strict_answer
 
     rows = [json.loads(line) for line in (DATA / "gsm8k" / "test.jsonl").read_text().splitlines()][:ITEMS]
     answers = [row["answer"] for row in rows]

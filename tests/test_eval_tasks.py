@@ -13,15 +13,17 @@ from pydantic import ValidationError
 from remix_cli.adapter.store import TrainedOn
 from remix_cli.data.splits import digest_of, split_examples
 from remix_cli.errors import ArtefactError, DataError
-from remix_cli.evaluate import arc, gsm8k, run, tasks
+from remix_cli.evaluate import run
 from remix_cli.evaluate.generate import check_fits
-from remix_cli.evaluate.humaneval import load_problems, program_of
 from remix_cli.evaluate.request import requested_tasks
 from remix_cli.evaluate.results import open_lines
-from remix_cli.evaluate.tasks import SCORERS, Settings
 from remix_cli.recipe import Source, Task
 from remix_cli.recipe.schema import Adapter
 from remix_cli.runs import RunFolder, load_run
+from remix_cli.tasks import arc, gsm8k
+from remix_cli.tasks.base import Measure, Settings
+from remix_cli.tasks.humaneval import load_problems, program_of
+from remix_cli.tasks.registry import task_class
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def questions(tmp_path):
 
 
 def test_arc_scores_are_the_options_likelihoods(loaded, questions):
-    scorer = SCORERS["arc"](loaded, Task(task="arc", source=Source(path=str(questions), format="arc")), Settings())
+    scorer = task_class("arc")(loaded, Task(task="arc", source=Source(path=str(questions), format="arc")), Settings())
     lines = dict(scorer.run([0, 1, 2, 3]))
     tok, model = loaded.tokenizer, loaded.model
     question = scorer.questions[1]
@@ -68,7 +70,7 @@ def test_arc_scores_are_the_options_likelihoods(loaded, questions):
 def test_arc_letters_are_supervised_alone_and_after_the_shots(loaded, questions):
     source = Source(path=str(questions), format="arc")
     task = Task(task="arc", source=source, shots=2, shots_from=source)
-    scorer = SCORERS["arc"](loaded, task, Settings())
+    scorer = task_class("arc")(loaded, task, Settings())
     for rows in (*scorer.letters, *scorer.texts):
         for row in rows:
             assert row.supervised.any()
@@ -77,7 +79,7 @@ def test_arc_letters_are_supervised_alone_and_after_the_shots(loaded, questions)
     words = loaded.tokenizer.decode(scorer.letters[3][0].input_ids)
     assert words.count("<bot>") == 3
     assert [r.supervised.sum() for r in scorer.letters[0]] == [1, 1, 1]
-    bare = SCORERS["arc"](loaded, Task(task="arc", source=source), Settings())
+    bare = task_class("arc")(loaded, Task(task="arc", source=source), Settings())
     assert scorer.keys != bare.keys
     assert scorer.stamp()["data"] == bare.stamp()["data"]
 
@@ -135,7 +137,7 @@ def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finis
     one = Task(task=task, source=source, max_new_tokens=None if task in ("nll", "arc") else 4)
     settings = Settings(limit=4, allow_code=True)
     asked = []
-    scorer = SCORERS[task]
+    scorer = task_class(task)
     plain = scorer.run
 
     def stops(self, todo):
@@ -184,7 +186,7 @@ class _silent:
 def test_an_interrupted_evaluation_of_another_kind_is_not_continued(finished, loaded):
     one = Task(task="gsm8k", max_new_tokens=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.Gsm8k, "run", _one_answer_then_stop)
+        patch.setattr(gsm8k.Gsm8k, "run", _one_answer_then_stop)
         with pytest.raises(KeyboardInterrupt):
             run.evaluate(loaded, [one], Settings(), _silent)
     other = run.evaluate(loaded, [one.model_copy(update={"max_new_tokens": 4})], Settings(), _silent)
@@ -220,7 +222,7 @@ def test_held_out_rows_that_a_package_makes_otherwise_now_are_refused(loaded):
         stored = replace(loaded.stored, trained_on=TrainedOn(held_out=digest))
         with nullcontext() if digest == now else pytest.raises(ArtefactError, match="chain_sum: changed since"):
             task = Task(task="reasoning_gym", max_new_tokens=200)
-            SCORERS["reasoning_gym"](replace(loaded, recipe=recipe, stored=stored), task, Settings())
+            task_class("reasoning_gym")(replace(loaded, recipe=recipe, stored=stored), task, Settings())
 
 
 @pytest.mark.parametrize("how", ["{", "[1]", '{"results": [{"task": "nll"}]}', '{"results": 5}'])
@@ -389,13 +391,13 @@ def test_X11_a_killed_evaluation_counts_every_item_once(finished, tmp_path):
     shutil.rmtree(folder / "eval", ignore_errors=True)
     code = (
         "import os, sys\n"
-        "from remix_cli.evaluate import tasks\n"
-        "plain = tasks.Gsm8k.run\n"
+        "from remix_cli.tasks import gsm8k\n"
+        "plain = gsm8k.Gsm8k.run\n"
         "def dies(self, todo):\n"
         "    for n, answer in enumerate(plain(self, todo)):\n"
         "        if n == 3: os.kill(os.getpid(), 9)\n"
         "        yield answer\n"
-        "tasks.Gsm8k.run = dies\n"
+        "gsm8k.Gsm8k.run = dies\n"
         "from remix_cli.cli import main\n"
         f"sys.argv = ['remix', 'eval', {str(folder)!r}, '--task', 'gsm8k']\n"
         "main()"
@@ -475,7 +477,7 @@ def test_a_model_folder_is_evaluated_like_the_base_of_a_run(verb, finished, stag
 @pytest.mark.parametrize(("name", "refused"), [("countdown", True), ("n_queens", True), ("chain_sum", False)])
 def test_verifiers_that_run_answers_as_code_are_not_used(name, refused, tmp_path):
     from remix_cli.errors import DataError
-    from remix_cli.evaluate.reasoning import Verifier
+    from remix_cli.tasks.reasoning_gym import Verifier
 
     source = Source(reasoning_gym=name, size=2)
     if refused:
@@ -495,7 +497,7 @@ def test_answers_of_any_characters_are_kept_and_compared(verb, finished, monkeyp
         for i in todo:
             yield i, {"output": odd, "gold": "1", "strict": None, "strict_correct": False, "flexible_correct": i == 0}
 
-    monkeypatch.setattr(tasks.Gsm8k, "run", answer)
+    monkeypatch.setattr(gsm8k.Gsm8k, "run", answer)
     verb("eval", finished, "--task", "gsm8k", "--base")
     verb("eval", finished, "--task", "gsm8k")
     found = json.loads(verb("compare", finished / "eval" / "base.json", finished, "--json")[0])
@@ -508,7 +510,7 @@ def test_samples_of_one_problem_are_one_item_in_comparisons():
     from remix_cli.evaluate.compare import parts_of_lines
 
     lines = [{"correct": c} for c in (1, 0, 1, 1, 0, 0)]
-    assert parts_of_lines(lines, "pass@1", 2).tolist() == [[1, 2, 0], [2, 2, 2]]
+    assert parts_of_lines(lines, Measure("pass@1", "correct"), 2).tolist() == [[1, 2, 0], [2, 2, 2]]
 
 
 def test_text_keeps_the_space_that_follows_the_prompt():

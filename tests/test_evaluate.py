@@ -9,8 +9,8 @@ from tiny import fill_adapter, tiny_model
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.data.encode import EncodedRow
-from remix_cli.evaluate.gsm8k import flexible_answer, strict_answer
 from remix_cli.evaluate.nll import mean_loss, row_losses
+from remix_cli.tasks.gsm8k import flexible_answer, strict_answer
 
 
 @pytest.mark.parametrize(

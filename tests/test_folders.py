@@ -166,9 +166,9 @@ def damage(path, how):
 @pytest.fixture(scope="module")
 def evaluated(finished, tmp_path_factory):
     from remix_cli.evaluate.run import evaluate
-    from remix_cli.evaluate.tasks import Settings
     from remix_cli.recipe import Task
     from remix_cli.runs import load_run
+    from remix_cli.tasks.base import Settings
 
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "run")
 

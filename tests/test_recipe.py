@@ -378,7 +378,7 @@ ALWAYS_READ = {
     "data.train": "data.splits",
     "data.validation": "data.splits",
     "data.max_length data.use_chat_template data.allow_special_tokens": "data.encode",
-    "data.train.* data.validation.* eval.tasks.*": "data.sources, evaluate.tasks",
+    "data.train.* data.validation.* eval.tasks.*": "data.sources, tasks",
     "train.num_train_epochs train.max_steps": "data.splits; max_steps is said to override num_train_epochs",
     "train.per_device_train_batch_size train.gradient_accumulation_steps train.group_by_length": "data.batches",
     "train.learning_rate train.weight_decay train.lr_scheduler_type": "train.optim",

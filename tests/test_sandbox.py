@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from remix_cli.errors import SandboxError
-from remix_cli.evaluate.humaneval import load_problems
 from remix_cli.sandbox import outside
 from remix_cli.sandbox.outside import Program, judge, judge_all
+from remix_cli.tasks.humaneval import load_problems
 
 SECRET = "token-3f9a-never-to-be-seen"
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"

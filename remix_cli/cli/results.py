@@ -11,6 +11,7 @@ import typer
 
 from remix_cli.cli.common import AllowCode, AnyBase, Bars, Best, Json, Limit, RunPath, app
 from remix_cli.errors import RecipeError
+from remix_cli.tasks.registry import TASKS
 from remix_cli.terminal import Console
 
 
@@ -19,7 +20,7 @@ def evaluate(
     run: RunPath,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="nll, gsm8k, arc, humaneval or reasoning_gym; by default the recipe's eval.tasks."),
+        typer.Option(help=f"{', '.join(TASKS)}; by default the recipe's eval.tasks."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Score this file instead of the recipe's rows.")] = None,
     data_format: Annotated[
@@ -57,17 +58,17 @@ def evaluate(
     folder = RunFolder(run)
     if not folder.is_model:
         check_run(run, best=best)
-    from remix_cli.evaluate.request import check_base, check_model, requested_active, requested_tasks
+    from remix_cli.evaluate.request import all_bring_rows, check_base, check_model, requested_active, requested_tasks
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
-    from remix_cli.evaluate.tasks import Settings
     from remix_cli.runs import load_model_folder, load_run
+    from remix_cli.tasks.base import Settings
 
     console = Console(stderr=as_json)
     if selection not in (None, "top", "sample"):
         raise RecipeError(f"--selection: {selection!r} is not known; use top or sample")
     recipe = folder.load_recipe()  # whatever is wrong with the flags shows before the model loads
-    if folder.is_model and not (task and (data or task == ["humaneval"])):
+    if folder.is_model and not (task and (data or all_bring_rows(task))):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
     flags = {"--active": active, "--selection sample": selection == "sample", "--best": best}
     check_base(base, flags)

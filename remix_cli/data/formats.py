@@ -4,10 +4,12 @@ import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remix_cli.errors import shortened
-from remix_cli.recipe.sources import Source
+
+if TYPE_CHECKING:
+    from remix_cli.recipe.sources import Source  # which checks tasks, which read these rows
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -28,7 +30,7 @@ class Example:
     task: str
 
 
-def to_example(row: Row, source: Source) -> Example:
+def to_example(row: Row, source: "Source") -> Example:
     """Raises RowError for a missing column, a value of another type or a blank answer."""
     messages = FORMATS[source.format](row, source)
     for number, message in enumerate(messages, start=1):
@@ -67,11 +69,11 @@ def _fill(template: str, row: Row) -> str:
     return template.format(**texts)
 
 
-def _prompt_completion(row: Row, source: Source) -> list[Message]:
+def _prompt_completion(row: Row, source: "Source") -> list[Message]:
     return _turns(_fill(source.prompt, row), _fill(source.completion, row))
 
 
-def _messages(row: Row, source: Source) -> list[Message]:
+def _messages(row: Row, source: "Source") -> list[Message]:
     messages = _value(row, "messages")
     if not isinstance(messages, list) or not messages:
         raise RowError(f"column 'messages' should be a list of {{role, content}}, is {_kind(messages)}")
@@ -120,7 +122,7 @@ def _kind(value: Any) -> str:
     return "empty" if value == [] else "null" if value is None else type(value).__name__
 
 
-def _gsm8k(row: Row, source: Source) -> list[Message]:
+def _gsm8k(row: Row, source: "Source") -> list[Message]:
     return _turns(_text(row, "question"), CALCULATOR.sub("", _text(row, "answer")))
 
 
@@ -139,7 +141,7 @@ def arc_options(row: Row) -> tuple[list[str], list[str]]:
     return labels, texts
 
 
-def _arc(row: Row, source: Source) -> list[Message]:
+def _arc(row: Row, source: "Source") -> list[Message]:
     question, answer = _text(row, "question"), _text(row, "answerKey")
     labels, texts = arc_options(row)
     if answer not in labels:
@@ -148,13 +150,13 @@ def _arc(row: Row, source: Source) -> list[Message]:
     return _turns(f"{question}\n{options}\nAnswer with the letter of the right option.", answer)
 
 
-def _codealpaca(row: Row, source: Source) -> list[Message]:
+def _codealpaca(row: Row, source: "Source") -> list[Message]:
     instruction = _text(row, "instruction")
     extra = _text(row, "input") if row.get("input") is not None else ""
     return _turns(f"{instruction}\n\n{extra}" if extra else instruction, _text(row, "output"))
 
 
-FORMATS: dict[str, Callable[[Row, Source], list[Message]]] = {
+FORMATS: "dict[str, Callable[[Row, Source], list[Message]]]" = {
     "prompt_completion": _prompt_completion,
     "messages": _messages,
     "gsm8k": _gsm8k,

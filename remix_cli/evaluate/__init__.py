@@ -1,7 +1,6 @@
 """Evaluation with routed top-k inference. See docs/evaluation.md.
 
-tasks.py       the tasks: items, a line per answer, scores from the lines
-  nll.py, gsm8k.py, arc.py, humaneval.py, reasoning.py   what is particular to each
+nll.py         the loss of rows
 generate.py    batched generation with the KV cache
 results.py     the per-example files, which an interrupted evaluation continues
 run.py         `remix eval` from start to end, and the stamp

@@ -11,20 +11,11 @@ import numpy as np
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.evaluate.statistics import paired_difference
 from remix_cli.folders import RunFolder, read_report, report_file
+from remix_cli.tasks.base import Measure
+from remix_cli.tasks.registry import TASKS, task_class
 
 # What must agree for two scores to mean the same.
 SAME = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts", "protocol", "samples")
-# Which entries of a line make a score: (numerator, denominator), None for 1.
-PARTS = {
-    "loss": ("nats", "tokens"),
-    "strict": ("strict_correct", None),
-    "flexible": ("flexible_correct", None),
-    "letter": ("letter_correct", None),
-    "text": ("text_correct", None),
-    "text_norm": ("text_norm_correct", None),
-    "pass@1": ("correct", None),
-    "score": ("score", None),
-}
 
 
 @dataclass
@@ -141,7 +132,15 @@ def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> di
 
 def scores_in_common(results: list[dict[str, Any]]) -> list[str]:
     """Scores that all results of one task have and that can be compared item by item."""
-    return [score for score in results[0]["scores"] if score in PARTS and all(score in r["scores"] for r in results)]
+    comparable = _comparable(results[0])
+    return [s for s in results[0]["scores"] if s in comparable and all(s in r["scores"] for r in results)]
+
+
+def _comparable(result: dict[str, Any]) -> dict[str, Measure]:
+    """The measures of its task that are made of what each line holds."""
+    kind = result["protocol"]["task"]
+    measures = task_class(kind).measures if kind in TASKS else ()
+    return {measure.name: measure for measure in measures if measure.above is not None}
 
 
 def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
@@ -150,7 +149,7 @@ def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
     assert result is not None  # who asks has found it there
     samples = result["protocol"].get("samples", 1)
     try:
-        parts = parts_of_lines(run.lines(task), score, samples)
+        parts = parts_of_lines(run.lines(task), _comparable(result)[score], samples)
         whole = parts.shape[1] * samples == result["count"]
     except (KeyError, TypeError, ValueError):
         whole = False
@@ -162,10 +161,10 @@ def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
     return parts
 
 
-def parts_of_lines(lines: list[dict[str, Any]], score: str, samples: int) -> np.ndarray:
-    above, below = PARTS[score]
-    numerators = [float(line[above]) for line in lines]
-    denominators = [float(line[below]) if below else 1.0 for line in lines]
+def parts_of_lines(lines: list[dict[str, Any]], measure: Measure, samples: int) -> np.ndarray:
+    assert measure.above is not None
+    numerators = [float(line[measure.above]) for line in lines]
+    denominators = [float(line[measure.below]) if measure.below else 1.0 for line in lines]
     return np.array([numerators, denominators]).reshape(2, -1, samples).sum(-1)
 
 

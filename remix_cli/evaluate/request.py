@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe, Source, Task
-from remix_cli.recipe.schema import LIKELIHOODS, OF_ANSWERS, TaskName
+from remix_cli.recipe.schema import OF_ANSWERS
+from remix_cli.tasks.registry import TASKS, task_class
 
 
 def requested_tasks(
@@ -22,26 +23,27 @@ def requested_tasks(
     formats = get_args(Source.model_fields["format"].annotation)
     if data_format is not None and (data is None or data_format not in formats):
         raise RecipeError(f"--data-format: {data_format!r}: with --data, one of {', '.join(formats)}")
-    unknown = [name for name in names or [] if name not in get_args(TaskName)]
+    unknown = [name for name in names or [] if name not in TASKS]
     if unknown:
-        raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(get_args(TaskName))}")
+        raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(TASKS)}")
     tasks = list(recipe.eval.tasks)
     if names:
         tasks = [task for name in names for task in _of_kind(recipe, name)]
     changed = {key: value for key, value in changes.items() if value is not None}
     if shots_from is not None and not any(changed.get("shots", task.shots) for task in tasks):
         raise RecipeError("--shots-from: say with --shots how many solved examples to take from it")
-    generating = any(task.task not in LIKELIHOODS for task in tasks)
+    generating = any(task_class(task.task).generates for task in tasks)
     made: list[Task] = []
     for task in tasks:
         task = override_source(recipe, task, data)
         if data_format is not None and task.source is not None:
             task = task.model_copy(update={"source": task.source.model_copy(update={"format": data_format})})
         update = dict(changed)
-        if task.task in LIKELIHOODS and generating:  # the flags are for the others
+        kind = task_class(task.task)
+        if generating and not kind.generates:  # the flags are for the others
             update = {key: value for key, value in update.items() if key not in OF_ANSWERS}
         if shots_from is not None:
-            example = task.source or Source(path=shots_from, format="gsm8k" if task.task == "gsm8k" else "arc")
+            example = task.source or Source(path=shots_from, **_row_format(task))
             update["shots_from"] = example.at(shots_from)
         try:
             asked = Task(**(dict(task) | update))
@@ -54,7 +56,7 @@ def requested_tasks(
 
 def _of_kind(recipe: Recipe, name: str) -> list[Task]:
     """The recipe's tasks of this kind, all of them; else the kind with its defaults."""
-    return [task for task in recipe.eval.tasks if task.task == name] or [Task(task=name)]  # type: ignore[arg-type]
+    return [task for task in recipe.eval.tasks if task.task == name] or [Task(task=name)]
 
 
 def _flag(message: str, context: dict[str, Any]) -> str:
@@ -102,7 +104,15 @@ def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
     """The task on another file: in the task's own format, or for `nll` in that of the recipe's first source."""
     if path is None:
         return task
-    default = recipe.data.train[0] if task.task == "nll" else Source(path=path)
-    if task.task in ("gsm8k", "arc"):
-        default = Source(path=path, format=task.task)
+    default = recipe.data.train[0] if task_class(task.task).any_rows else Source(path=path, **_row_format(task))
     return task.model_copy(update={"source": (task.source or default).at(path)})
+
+
+def _row_format(task: Task) -> dict[str, Any]:
+    row_format = task_class(task.task).row_format
+    return {} if row_format is None else {"format": row_format}
+
+
+def all_bring_rows(names: list[str]) -> bool:
+    """Do the tasks of these names need no file? Not so for a name that is none."""
+    return all(name in TASKS and task_class(name).brings_rows for name in names)

@@ -16,12 +16,13 @@ import transformers
 import remix_cli
 from remix_cli.errors import RecipeError
 from remix_cli.evaluate.results import Lines, open_lines
-from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
 from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.schema import labelled
 from remix_cli.runs import LoadedRun
 from remix_cli.sandbox import outside as sandbox
 from remix_cli.storage import write_json
+from remix_cli.tasks.base import Scorer, Settings
+from remix_cli.tasks.registry import task_class
 
 Progress = Callable[[str, int, int], Any]  # (task, total, done) -> an object with advance(n, value)
 
@@ -43,7 +44,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         kept = {r["task"]: r["protocol"]["data"] for r in _earlier(target)[0]}
         scorers = {}
         for label, task in zip(result_labels(run.recipe, tasks), tasks, strict=True):
-            scorer = SCORERS[task.task](run, task, settings)
+            scorer = task_class(task.task)(run, task, settings)
             data = scorer.stamp()["data"]
             if OTHER_DATA in label and kept.get(label, data) != data:  # another file of the same name
                 label = f"{label}-{data[:6]}"
@@ -147,11 +148,12 @@ def _asked(scorer: Scorer) -> Task:
 
 def check_code(tasks: list[Task], settings: Settings) -> None:
     """Before anything is loaded or generated. Raises RecipeError or SandboxError."""
-    if not any(task.task == "humaneval" for task in tasks):
+    running = [task.task for task in tasks if task_class(task.task).runs_code]
+    if not running:
         return
     if not settings.allow_code:
         raise RecipeError(
-            "eval task humaneval runs programs that the model writes; add --allow-code-execution "
+            f"eval task {running[0]} runs programs that the model writes; add --allow-code-execution "
             "(they are confined, see docs/sandbox.md)"
         )
     sandbox.check_available()

@@ -3,12 +3,14 @@
 The descriptions are what `remix schema` prints and editors show. Defaults are stated here and nowhere else.
 """
 
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -28,9 +30,22 @@ from remix_cli.recipe.sources import (
     Strict,
     refuse_unread,
 )
+from remix_cli.tasks.registry import TASKS, task_class, task_classes
+
+if TYPE_CHECKING:
+    from remix_cli.tasks.base import Measure
 
 Rate = Annotated[float, Field(gt=0, le=10)]
-TaskName = Literal["nll", "gsm8k", "arc", "humaneval", "reasoning_gym"]
+
+
+def _known_task(name: Any) -> Any:
+    if name not in TASKS:
+        *most, last = (repr(known) for known in TASKS)
+        raise PydanticCustomError("literal_error", "Input should be {known}", {"known": f"{', '.join(most)} or {last}"})
+    return name
+
+
+TaskName = Annotated[str, BeforeValidator(_known_task), WithJsonSchema({"enum": list(TASKS), "type": "string"})]
 
 
 class Model(Strict):
@@ -164,8 +179,7 @@ class Train(Strict):
     report_to: Literal["none", "tensorboard"] = "none"
 
 
-LIKELIHOODS = ("nll", "arc")  # tasks that generate nothing
-OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that do
+OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that generate
 
 
 class Task(Strict):
@@ -174,19 +188,19 @@ class Task(Strict):
     limit: Positive | None = Field(None, description="Score so many rows, spread evenly over all.")
     shots: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Solved examples in front of each question.")
     shots_from: Source | None = Field(None, description="Where those come from: its first rows.")
-    max_new_tokens: Positive | None = Field(None, description="Of an answer; by default 256, humaneval 512.")
+    max_new_tokens: Positive | None = Field(None, description="Of an answer; by default the task's own, 256 for most.")
     samples: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Answers per problem, for pass@k.")
     temperature: Annotated[float, Field(ge=0, le=5)] = Field(0.0, description="0 is greedy.")
 
     @model_validator(mode="after")
     def _only_what_is_read(self) -> Self:
-        """Of the sources: arc and humaneval score rows of their own columns, whatever the format."""
+        """Of the sources: some tasks score rows of their own columns, whatever the format."""
         weight = {"weight": "says how often a row is trained on"}
         if self.shots_from is not None:
             refuse_unread(self.shots_from, weight, "shots_from")
         if self.source is not None:
             unread = dict(weight)
-            if self.task in ("arc", "humaneval"):
+            if task_class(self.task).own_columns:
                 forms = ("format", "prompt", "completion") if self.source.format != self.task else ()
                 unread |= dict.fromkeys(forms, f"says how rows are read, and {self.task} has columns of its own")
             refuse_unread(self.source, unread, "source")
@@ -194,7 +208,7 @@ class Task(Strict):
 
     @model_validator(mode="after")
     def _generates(self) -> Self:
-        if self.task in LIKELIHOODS:
+        if not task_class(self.task).generates:
             reason = f"says how answers are generated, and {self.task} compares likelihoods"
             refuse_unread(self, dict.fromkeys(OF_ANSWERS, reason))
         return self
@@ -203,12 +217,14 @@ class Task(Strict):
     def _fits(self) -> Self:
         if self.shots and self.shots_from is None:
             raise ValueError("shots: say in shots_from which file the solved examples come from")
-        if self.shots and self.task == "nll":
-            raise ValueError("shots: the loss is of the rows as they are, without solved examples in front")
+        kind = task_class(self.task)
+        if self.shots and not kind.takes_shots:
+            raise ValueError(f"shots: {self.task} scores the rows as they are, without solved examples in front")
         if self.shots_from is not None and "shots" not in self.model_fields_set:
             raise ValueError("shots: say how many solved examples to take from shots_from")
-        if self.samples > 1 and self.task != "humaneval":
-            raise ValueError("samples: more than one answer per problem is for humaneval (pass@k)")
+        if self.samples > 1 and not kind.takes_samples:
+            able = ", ".join(name for name, other in task_classes().items() if other.takes_samples)
+            raise ValueError(f"samples: more than one answer per problem is for {able} (pass@k)")
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples: greedy answers are all the same; set temperature, for example 0.8")
         return self
@@ -232,7 +248,28 @@ def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:
 
 def tasks_while_training(tasks: list[Task]) -> list[tuple[str, Task]]:
     """Those that training may score: programs are not run unasked, and the held-out loss is measured anyway."""
-    return [(label, t) for label, t in labelled(tasks) if t.task != "humaneval" and (t.task != "nll" or t.source)]
+    found = []
+    for label, task in labelled(tasks):
+        kind = task_class(task.task)
+        if not kind.runs_code and (task.source is not None or not kind.any_rows):
+            found.append((label, task))
+    return found
+
+
+def measures_while_training(tasks: list[Task]) -> dict[str, "Measure"]:
+    """What training measures beside `eval_loss`, by its name there, and may choose the best adapter by."""
+    return {
+        f"{label}/{measure.name}": measure
+        for label, task in tasks_while_training(tasks)
+        for measure in task_class(task.task).measures
+        if measure.chooses
+    }
+
+
+def cost(metric: str, value: float, tasks: list[Task]) -> float:
+    """`value` of `eval_loss` or of a measure of `tasks` such that less is better; its own inverse."""
+    measure = measures_while_training(tasks).get(metric)
+    return value if measure is None or measure.lower_is_better else -value
 
 
 class Alarm(Strict):
@@ -242,15 +279,6 @@ class Alarm(Strict):
     commonest: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="One set serves this share of tokens.")
     dead: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="More than this share of a pool is unused.")
     patience: Positive = Field(10, description="Logged steps in a row before training warns.")
-
-
-# What train.metric_for_best_model may name besides eval_loss.
-SCORES = {
-    "nll": ("loss", "perplexity"),
-    "gsm8k": ("strict", "flexible"),
-    "arc": ("letter", "text", "text_norm"),
-    "reasoning_gym": ("score",),
-}
 
 
 def _refuse(key: str, other: str) -> NoReturn:
@@ -391,8 +419,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         metric = self.train.metric_for_best_model
-        tasks = tasks_while_training(self.eval.tasks)
-        known = [f"{label}/{score}" for label, task in tasks for score in SCORES[task.task]]
+        known = list(measures_while_training(self.eval.tasks))
         if metric != "eval_loss" and (metric not in known or self.train.eval_tasks_limit is None):
             fix = "set train.eval_tasks_limit" if metric in known else f"use {', '.join(['eval_loss', *known])}"
             raise PydanticCustomError(

@@ -23,16 +23,15 @@ from typing import Any
 
 from remix_cli.errors import ArtefactError, DivergedError, FailedRuns, Interrupted, RecipeError
 from remix_cli.evaluate.run import check_code
-from remix_cli.evaluate.tasks import Settings
 from remix_cli.folders import read_sweep
 from remix_cli.recipe import Recipe, load_recipe
-from remix_cli.recipe.schema import SCORES, tasks_while_training
+from remix_cli.recipe.schema import cost, measures_while_training
 from remix_cli.recipe.sweep import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
 from remix_cli.sweep.work import DIVERGED, NO_MEMORY, Failure, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.tasks.base import Settings
 from remix_cli.train.checkpoints import rows_of_last
-from remix_cli.train.evaluation import cost
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import check_same_recipe
 
@@ -131,8 +130,8 @@ def _check_metric(sweep: Sweep) -> None:
     """Raises RecipeError if an arm's training does not measure the metric."""
     for points in sweep.points.values():
         recipe = points[0].recipe
-        tasks = tasks_while_training(recipe.eval.tasks) if recipe.train.eval_tasks_limit else []
-        known = ["eval_loss", *(f"{label}/{score}" for label, task in tasks for score in SCORES[task.task])]
+        tasks = recipe.eval.tasks if recipe.train.eval_tasks_limit else []
+        known = ["eval_loss", *measures_while_training(tasks)]
         if sweep.metric not in known:
             raise RecipeError(
                 f"sweep.metric: {sweep.metric} is not measured on held-out rows while training; use "
@@ -198,7 +197,7 @@ class _Sweep:
         value = math.inf
         if problem is None:
             try:
-                value = _cost(self.sweep.metric, RunFolder(point.folder))
+                value = _cost(self.sweep.metric, point)
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 problem = Failure(f"metrics.jsonl: {error}", ArtefactError.exit_code)
         problem = problem or self._other_rows(point)
@@ -266,7 +265,7 @@ class _Sweep:
                 {
                     "setting": point.setting,
                     "run": self._relative(point.folder),
-                    "value": _finite(arm.values.get(point.folder), self.sweep.metric),
+                    "value": _finite(arm.values.get(point.folder), self.sweep.metric, point),
                     "error": self.errors.get(point.folder),
                 }
                 for point in arm.points
@@ -283,19 +282,21 @@ class _Sweep:
         return str(folder.relative_to(self.sweep.folder))
 
 
-def _finite(value: float | None, metric: str) -> float | None:
+def _finite(value: float | None, metric: str, point: Point) -> float | None:
     """The metric itself from its cost, which is its own inverse; None if there is none."""
-    return cost(metric, {metric: value}) if value is not None and math.isfinite(value) else None
+    if value is None or not math.isfinite(value):
+        return None
+    return cost(metric, value, point.recipe.eval.tasks)
 
 
-def _cost(metric: str, folder: RunFolder) -> float:
+def _cost(metric: str, point: Point) -> float:
     """The metric of the run's last measurement on held-out rows, such that less is better."""
     value = math.nan
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+    for line in RunFolder(point.folder).metrics.read_text(encoding="utf-8").splitlines():
         value = json.loads(line).get(metric, value)
     if math.isnan(value):
         raise ValueError(f"no {metric} was measured; are there held-out rows?")
-    return cost(metric, {metric: value})
+    return cost(metric, value, point.recipe.eval.tasks)
 
 
 class _Pool:

@@ -80,8 +80,8 @@ def train_run(recipe: Recipe) -> Failure | None:
 def score_run(recipe: Recipe, allow_code: bool) -> Failure | None:
     """Score the finished run on the recipe's tasks, unless that is done. As `train_run`."""
     from remix_cli.evaluate.run import evaluate
-    from remix_cli.evaluate.tasks import Settings
     from remix_cli.runs import load_run
+    from remix_cli.tasks.base import Settings
 
     _check_ended()
     folder = RunFolder(Path(recipe.output_dir))

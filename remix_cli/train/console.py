@@ -13,13 +13,13 @@ from remix_cli.recipe.methods import METHODS
 from remix_cli.stats.parameters import ParameterCounts
 from remix_cli.train.step import describe_router
 
-SHOWN = ("flexible", "letter", "text_norm", "score")  # of the tasks scored during training
-
 
 class TrainingConsole:
     """Context manager around a training run."""
 
-    def __init__(self, console: Console, total: int, start: int, main: bool):
+    def __init__(self, console: Console, total: int, start: int, main: bool, shown: list[str]):
+        """`shown`: the measures, besides the held-out loss, that a line gives after an evaluation."""
+        self.shown = shown
         self.console, self.total, self.main = console, total, main
         self.step, self.begun, self.start = start, time.monotonic(), start
         self.live: Progress | None = None
@@ -75,7 +75,7 @@ class TrainingConsole:
         if "eval_loss" in m:
             best = " (best so far)" if m["best"] else ""
             self.line(f"step {m['step']:>5}  held-out loss {m['eval_loss']:.4f}{best}")
-            scores = [f"{name} {value:.3f}" for name, value in m.items() if name.split("/")[-1] in SHOWN]
+            scores = [f"{name} {m[name]:.3f}" for name in self.shown if name in m]
             if scores:
                 self.line(f"            {', '.join(scores)}")
             return

@@ -9,9 +9,10 @@ from accelerate.utils import gather_object
 
 from remix_cli.data.encode import EncodedRow
 from remix_cli.evaluate.nll import row_losses
-from remix_cli.evaluate.tasks import SCORERS, Scorer, Settings
 from remix_cli.recipe.schema import tasks_while_training
 from remix_cli.runs import Subject
+from remix_cli.tasks.base import Scorer, Settings
+from remix_cli.tasks.registry import task_class
 
 
 class Evaluation:
@@ -23,7 +24,7 @@ class Evaluation:
         if limit is not None:
             for label, task in tasks_while_training(subject.recipe.eval.tasks):
                 settings = Settings(limit=min(limit, task.limit or limit))
-                self.scorers[label] = SCORERS[task.task](subject, task, settings)
+                self.scorers[label] = task_class(task.task)(subject, task, settings)
 
     def measure(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """`eval_loss`, `eval_tokens`, `eval_rows`, and `<task>/<score>` for each task. `advance` hears of rows done."""
@@ -50,9 +51,3 @@ class Evaluation:
             scores = scorer.scores([everything[i] for i in sorted(everything)])
             found |= {f"{label}/{name}": score.value for name, score in scores.items()}
         return found
-
-
-def cost(metric: str, record: dict[str, Any]) -> float:
-    """The metric such that less is better: losses and perplexities as they are, shares negated."""
-    value = float(record[metric])
-    return value if metric.endswith(("loss", "perplexity")) else -value

@@ -27,6 +27,7 @@ from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.objective import Coefficient
 from remix_cli.recipe import Recipe, load_recipe
+from remix_cli.recipe.schema import cost, measures_while_training
 from remix_cli.runs import RunFolder, Subject
 from remix_cli.stats.health import Watch
 from remix_cli.stats.live import StepRouting
@@ -36,7 +37,7 @@ from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.clusters import find_clusters, rows_to_cluster
 from remix_cli.train.console import TrainingConsole
-from remix_cli.train.evaluation import Evaluation, cost
+from remix_cli.train.evaluation import Evaluation
 from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.record import Recorder, peak_memory, summarise, weights_of
 from remix_cli.train.resume import check_nothing_was_saved, check_ranks, check_same_recipe, origin_of
@@ -157,7 +158,7 @@ class _Run:
             self.recorder = Recorder(self.recipe, self.folder, self.state.step, self.state.evaluation_due)
         with (
             Signals() as self.signals,
-            TrainingConsole(self.console, self.total, self.state.step, self.main) as self.view,
+            TrainingConsole(self.console, self.total, self.state.step, self.main, self._shown()) as self.view,
         ):
             self.view.announce(self.recipe, self.data, count_parameters(self.adapter), self.state.step, self.total)
             if self.clusters_due:
@@ -172,6 +173,10 @@ class _Run:
             checkpoints.prune(self.folder.checkpoints, self.state.step, self.recipe.train.save_total_limit)
         self._write_adapter(self.folder.adapter)
         return self._summary()
+
+    def _shown(self) -> list[str]:
+        measures = measures_while_training(self.recipe.eval.tasks)
+        return [name for name, measure in measures.items() if measure.shown]
 
     def _find_clusters(self) -> None:
         count = self.recipe.router.clusters
@@ -366,7 +371,7 @@ class _Run:
             raise DivergedError(
                 f"held-out loss is {loss} after step {self.state.step}; try a lower train.learning_rate"
             )
-        now = cost(metric, record)
+        now = cost(metric, float(record[metric]), self.recipe.eval.tasks)
         best = self.state.best_cost is None or now < self.state.best_cost
         if best:
             self.state.best_cost, self.state.best_loss, self.state.best_step = now, loss, self.state.step

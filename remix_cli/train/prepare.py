@@ -13,13 +13,14 @@ from remix_cli.adapter.patch import Adapter, TargetError, find_targets
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError, shortened
-from remix_cli.evaluate.tasks import SCORERS, Generating
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton, virtual_tokens
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
 from remix_cli.storage import MIB, free_bytes, remove, storage_errors
+from remix_cli.tasks.base import Generating
+from remix_cli.tasks.registry import task_class
 from remix_cli.train.checkpoints import adapter_bytes
 
 
@@ -70,10 +71,10 @@ def check_recipe(recipe: Recipe) -> Adapter:
 def _check_answers(recipe: Recipe, i: int, limit: int | None) -> list[str]:
     """Problems with the answers to task `i` at `limit` positions, whatever its prompts: those count when it is read."""
     task = recipe.eval.tasks[i]
-    scorer = SCORERS[task.task]
-    if limit is None or not issubclass(scorer, Generating):
+    kind = task_class(task.task)
+    if limit is None or not issubclass(kind, Generating):
         return []
-    new, front = task.max_new_tokens or scorer.max_new_tokens, virtual_tokens(recipe)
+    new, front = task.max_new_tokens or kind.max_new_tokens, virtual_tokens(recipe)
     if front + 1 + new <= limit:
         return []
     also = f" and {front} virtual tokens" if front else ""

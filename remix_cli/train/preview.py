@@ -11,13 +11,14 @@ from remix_cli.cross_entropy import CHUNK
 from remix_cli.data.encode import EncodedRow, Encoder
 from remix_cli.data.splits import load_data
 from remix_cli.evaluate.statistics import too_few
-from remix_cli.evaluate.tasks import SCORERS, Generating, Settings
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.sources import named_locally
 from remix_cli.runs import Subject
 from remix_cli.stats.parameters import ParameterCounts, count_parameters
 from remix_cli.stats.tables import parameter_table
+from remix_cli.tasks.base import Settings
+from remix_cli.tasks.registry import task_class
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.step import Passes, describe_router
 
@@ -55,7 +56,7 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
     subject = Subject(recipe, adapter.model, tokenizer, adapter, Encoder.of(tokenizer, recipe.data))
     for task in recipe.eval.tasks:
         if _at_hand(task):
-            SCORERS[task.task](subject, task, Settings())  # which reads the rows and counts their tokens
+            task_class(task.task)(subject, task, Settings())  # which reads the rows and counts their tokens
     row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
     counts = count_parameters(adapter)
     config: Any = adapter.model.config
@@ -75,11 +76,12 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
 
 def _at_hand(task: Task) -> bool:
     """Does it ask for answers, to rows that need not be fetched?"""
-    if not issubclass(SCORERS[task.task], Generating):
+    kind = task_class(task.task)
+    if not kind.generates:
         return False
     sources = [source for source in (task.source, task.shots_from) if source is not None]
     local = all(s.path is None or named_locally(s.path) or os.path.exists(s.path) for s in sources)
-    return local and (task.source is not None or task.task != "humaneval")
+    return local and (task.source is not None or not kind.brings_rows)
 
 
 def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:

@@ -1,0 +1,122 @@
+"""The rule of the house: adding a thing is one new file and one line in a registry. Here both are temporary."""
+
+import json
+
+import pytest
+from tiny import recipe_text, write_recipe
+
+from remix_cli.recipe.schema import cost
+from remix_cli.recipe.sweep import load_sweep
+from remix_cli.tasks.registry import TASKS
+
+A_TASK = '''
+"""How many words an answer has, and whether it holds a number."""
+
+import re
+
+from remix_cli.tasks.base import Generating, Measure
+
+
+class Terse(Generating):
+    name = "terse"
+    measures = (
+        Measure("words", "words", "answers", lower_is_better=True, share=False, shown=True),
+        Measure("has_number", "correct"),
+    )
+    row_format = "gsm8k"
+    max_new_tokens = 6
+
+    def load(self):
+        examples = self.examples()
+        self.ask([self.prompt_ids(example) for example in examples])
+        self.data = [list(example.messages) for example in examples]
+
+    def judge(self, item, text):
+        return {"output": text, "words": len(text.split()), "answers": 1, "correct": bool(re.search("[0-9]", text))}
+'''
+
+
+@pytest.fixture
+def a_task(tmp_path, monkeypatch):
+    (tmp_path / "terse_task.py").write_text(A_TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(TASKS, "terse", "terse_task:Terse")
+
+
+@pytest.mark.usefixtures("a_task")
+def test_a_task_is_one_file_and_one_line(verb, stage, tmp_path):
+    """Training scores it, shows it and chooses by it, in its direction; so do eval, compare and sweeps."""
+    tasks = {"tasks": [{"task": "terse"}]}
+    train = {"eval_tasks_limit": 5, "metric_for_best_model": "terse/words", "max_steps": 6, "learning_rate": 0.2}
+    recipe = recipe_text(*stage[:2], tmp_path / "run", eval=tasks, train=train)
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    out, _ = verb("train", path)
+    assert "terse/words" in out, "a line of the console"
+    assert "terse/has_number" not in out, "which is not among those shown"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "eval_loss" in line]
+    words = [line["terse/words"] for line in measured]
+    assert len(set(words)) > 1, "else nothing is chosen"
+    assert [line["best"] for line in measured] == [x < min([*words[:i], 1e9]) for i, x in enumerate(words)]
+
+    reports = [json.loads(verb("eval", tmp_path / "run", *more, "--json")[0]) for more in ([], ["--base"])]
+    for report in reports:
+        (result,) = report["results"]
+        assert result["scores"].keys() == {"words", "has_number"}
+        assert result["shares"] == ["has_number"]
+        kept = (tmp_path / "run" / "eval" / f"{report['model']}-terse.jsonl").read_text().splitlines()
+        of_each = [json.loads(line)["words"] for line in kept]
+        assert result["scores"]["words"] == pytest.approx(sum(of_each) / len(of_each))
+    files = [report["file"] for report in reports]
+    compared = json.loads(verb("compare", *files, "--json")[0])["tasks"]["terse"]["scores"]
+    assert compared.keys() == {"words", "has_number"}
+    difference = reports[1]["results"][0]["scores"]["words"] - reports[0]["results"][0]["scores"]["words"]
+    assert compared["words"][1]["difference"] == pytest.approx(difference)
+
+    other = tmp_path / "rows.jsonl"
+    other.write_text(stage[1].read_text())
+    result = json.loads(verb("eval", tmp_path / "run", "--task", "terse", "--data", other, "--json")[0])["results"][0]
+    assert result["count"] == len(other.read_text().splitlines()), "rows in the format that the task declares"
+
+    arms = {"one": {}, "two": {"train.learning_rate": [0.1, 0.2]}}
+    recipe |= {"sweep": {"metric": "terse/words", "seeds": [0], "arms": arms}, "output_dir": str(tmp_path / "all")}
+    points = load_sweep(write_recipe(tmp_path / "sweep.yaml", recipe), []).points["two"]
+    assert [cost("terse/words", 3.0, point.recipe.eval.tasks) for point in points] == [3.0, 3.0]
+    assert cost("terse/has_number", 0.5, points[0].recipe.eval.tasks) == -0.5
+
+
+@pytest.mark.usefixtures("a_task")
+def test_what_a_task_does_not_read_is_refused_by_what_it_declares(verb, stage, tmp_path):
+    recipe = recipe_text(*stage[:2], tmp_path / "run", eval={"tasks": [{"task": "terse", "samples": 3}]})
+    err = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe), expect=2)[1]
+    assert "more than one answer per problem is for humaneval" in err
+    recipe["eval"] = {"tasks": [{"task": "tersee"}]}
+    err = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe), expect=2)[1]
+    assert "'reasoning_gym' or 'terse'" in err
+
+
+def test_every_task_declares_what_others_need_to_know():
+    from remix_cli.tasks.registry import task_classes
+
+    for name, kind in task_classes().items():
+        assert kind.name == name
+        measures = {measure.name: measure for measure in kind.measures}
+        assert len(measures) == len(kind.measures)
+        assert any(measure.above for measure in kind.measures), "or nothing of it can be compared"
+        assert all(measure.chooses for measure in kind.measures if measure.shown)
+
+
+def test_checking_a_recipe_with_every_task_needs_nothing_heavy(tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import HEAVY
+
+    code = (
+        "import sys\n"
+        "from remix_cli.tasks.registry import task_classes\n"
+        "task_classes()\n"
+        f"assert not sys.modules.keys() & {HEAVY}, sys.modules.keys() & {HEAVY}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
