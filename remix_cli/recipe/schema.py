@@ -39,7 +39,7 @@ Rate = Annotated[float, Field(gt=0, le=10)]
 
 
 def _known_task(name: Any) -> Any:
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         *most, last = (repr(known) for known in TASKS)
         raise PydanticCustomError("literal_error", "Input should be {known}", {"known": f"{', '.join(most)} or {last}"})
     return name
