@@ -1,46 +1,20 @@
-"""The rule of the house: adding a thing is one new file and one line in a registry. Here both are temporary."""
+"""The rule of the house: adding a thing is one new file and one line in a registry. Here the file is an example."""
 
 import json
 
 import pytest
+from conftest import ROOT
 from tiny import recipe_text, write_recipe
 
 from remix_cli.recipe.schema import cost
 from remix_cli.recipe.sweep import load_sweep
 from remix_cli.tasks.registry import TASKS
 
-A_TASK = '''
-"""How many words an answer has, and whether it holds a number."""
-
-import re
-
-from remix_cli.tasks.base import Generating, Measure
-
-
-class Terse(Generating):
-    name = "terse"
-    measures = (
-        Measure("words", "words", "answers", lower_is_better=True, share=False, shown=True),
-        Measure("has_number", "correct"),
-    )
-    row_format = "gsm8k"
-    max_new_tokens = 6
-
-    def load(self):
-        examples = self.examples()
-        self.ask([self.prompt_ids(example) for example in examples])
-        self.data = [list(example.messages) for example in examples]
-
-    def judge(self, item, text):
-        return {"output": text, "words": len(text.split()), "answers": 1, "correct": bool(re.search("[0-9]", text))}
-'''
-
 
 @pytest.fixture
-def a_task(tmp_path, monkeypatch):
-    (tmp_path / "terse_task.py").write_text(A_TASK)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(TASKS, "terse", "terse_task:Terse")
+def a_task(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setitem(TASKS, "terse", "own_task:Terse")
 
 
 @pytest.mark.usefixtures("a_task")
@@ -120,3 +94,27 @@ def test_checking_a_recipe_with_every_task_needs_nothing_heavy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_training_loop_of_ones_own_learns_in_under_60_lines(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import own_training_loop
+
+    losses = own_training_loop.main(steps=40)
+    assert losses[-1] < losses[0] - 0.5
+    text = (ROOT / "examples" / "own_training_loop.py").read_text().split('"""', 2)[2]
+    assert len([line for line in text.splitlines() if line.strip()]) < 60
+
+
+def test_what_the_library_offers_can_be_imported_and_costs_nothing_until_it_is():
+    import subprocess
+    import sys
+
+    import remix_cli.adapter
+
+    for name in remix_cli.adapter.__all__:
+        assert getattr(remix_cli.adapter, name).__name__ == name
+    with pytest.raises(AttributeError):
+        _ = remix_cli.adapter.nothing
+    code = "import sys, remix_cli.adapter; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

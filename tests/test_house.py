@@ -108,6 +108,12 @@ def test_no_file_we_read_can_run_code(path):
             assert not {a.name for a in node.names} & {"pickle", "dill", "joblib"}
 
 
+@pytest.mark.parametrize("package", sorted(p.parent for p in PACKAGE.glob("*/__init__.py")), ids=lambda p: p.name)
+def test_a_rooms_docstring_names_every_file(package):
+    said = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    assert [p.name for p in package.glob("*.py") if p.name not in said] == ["__init__.py"]
+
+
 def test_the_adapter_core_needs_torch_and_safetensors_only():
     code = (
         "import sys, remix_cli.adapter.patch, remix_cli.adapter.store\n"

@@ -1,19 +1,52 @@
-"""The library core: a routed pool of LoRAs on a frozen model. Needs torch and safetensors only.
+"""The library: a routed pool of LoRAs on a frozen model. Needs torch and safetensors only.
 
-    config.py    AdapterConfig: what is adapted and how it is routed
-    clusters.py  which prompts belong together
-    routing.py   pure functions: draw k of n, log-probabilities, inclusion probabilities, entropy, ESS
-    layer.py     RoutedLinear (the masked-stack product) and Router
-    patch.py     find targets, apply and remove the adapter
-    trace.py     the one way in and out during a forward pass: set the mode, collect what was chosen
-    store.py     the adapter folder: remix_config.json and adapter.safetensors
+config.py       AdapterConfig: what is adapted and how it is routed
+description.py  what an adapter folder says of itself, read without torch
+routing.py      pure functions: draw k of n, log-probabilities, inclusion probabilities, entropy, ESS
+quadrature.py   inclusion probabilities of large pools by numerical integration
+layer.py        RoutedLinear (the masked-stack product) and Router
+product.py      that product by hand, with its backward pass
+kernel.py       the router's choice in one GPU kernel, where it serves
+kernel_triton.py  the kernel
+clusters.py     which prompts belong together
+patch.py        find targets, apply and remove the adapter
+trace.py        the one way in and out during a forward pass: set the mode, collect what was chosen
+store.py        the adapter folder: remix_config.json and adapter.safetensors
 
-With your own training loop:
-
-    from remix_cli.adapter.config import AdapterConfig
-    from remix_cli.adapter.patch import apply_adapter
-
-    adapter = apply_adapter(model, AdapterConfig(pool_size=8, active=4, rank=8), seed=0)
-    with adapter.tracing(adapter.sampling(seed=0, rows=rows, length=length)) as trace:
-        logits = model(**batch).logits      # trace.decisions now holds every router's choice
+The names below may be imported from here; a training loop of one's own is examples/own_training_loop.py.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remix_cli.adapter.config import AdapterConfig as AdapterConfig
+    from remix_cli.adapter.layer import RoutedLinear as RoutedLinear
+    from remix_cli.adapter.layer import Router as Router
+    from remix_cli.adapter.patch import Adapter as Adapter
+    from remix_cli.adapter.patch import apply_adapter as apply_adapter
+    from remix_cli.adapter.store import load_stored as load_stored
+    from remix_cli.adapter.store import save_adapter as save_adapter
+    from remix_cli.adapter.trace import Decision as Decision
+    from remix_cli.adapter.trace import Trace as Trace
+
+# Found when they are asked for: recipes read config.py without torch.
+_PUBLIC = {
+    "AdapterConfig": "config",
+    "RoutedLinear": "layer",
+    "Router": "layer",
+    "Adapter": "patch",
+    "apply_adapter": "patch",
+    "load_stored": "store",
+    "save_adapter": "store",
+    "Decision": "trace",
+    "Trace": "trace",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

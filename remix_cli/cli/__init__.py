@@ -5,6 +5,7 @@ Workers are imported inside the commands, so that `remix --help` needs neither t
 training.py  train, sweep, budget, validate, schema, verify-estimator
 results.py   eval, compare, route-stats
 taking.py    export, generate
+common.py    what they share: the app, their arguments, progress bars
 """
 
 import errno

@@ -6,5 +6,6 @@ control.py   control tokens that a text spells out stay text
 template.py  a conversation -> text, by a chat template that is bounded
 encode.py    a conversation -> token ids and which of them are supervised
 splits.py    what is trained on and what is held out
+chunks.py    many rows, as many at a time as memory holds
 batches.py   which rows make up which step, on which rank; padding
 """

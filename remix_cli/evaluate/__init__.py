@@ -2,6 +2,9 @@
 
 nll.py         the loss of rows
 generate.py    batched generation with the KV cache
+graphed.py     decoding by CUDA graph
+converse.py    `remix generate`: one prompt, answered as it is written
+headroom.py    `remix route-stats --headroom`: what routing is worth, and what is left to gain
 results.py     the per-example files, which an interrupted evaluation continues
 run.py         `remix eval` from start to end, and the stamp
 request.py     what its flags ask for

@@ -3,5 +3,10 @@
 parameters.py  what is trained and what is active
 routing.py     how the routers choose, over given rows
 live.py        the same in short, for one training step
+health.py      does the mixture work, and a watch over a run
+history.py     routing over the steps of a run, from its metrics.jsonl
+view.py        what `remix route-stats` collects and shows
+plots.py       figures
+page.py        one page for a browser
 tables.py      Rich tables of both
 """

@@ -1,0 +1,28 @@
+"""A task of one's own: how many words an answer has, and whether it holds a number.
+
+Put the file into remix_cli/tasks and the line `"terse": "remix_cli.tasks.terse:Terse"` into registry.py there. Then
+`remix eval RUN --task terse` scores it, `eval.tasks: [{task: terse}]` scores it while training, and
+`train.metric_for_best_model: terse/words` chooses by it.
+"""
+
+import re
+
+from remix_cli.tasks.base import Generating, Measure
+
+
+class Terse(Generating):
+    name = "terse"
+    measures = (
+        Measure("words", "words", "answers", lower_is_better=True, share=False, shown=True),
+        Measure("has_number", "correct"),
+    )
+    row_format = "gsm8k"
+    max_new_tokens = 6
+
+    def load(self):
+        examples = self.examples()
+        self.ask([self.prompt_ids(example) for example in examples])
+        self.data = [list(example.messages) for example in examples]
+
+    def judge(self, item, text):
+        return {"output": text, "words": len(text.split()), "answers": 1, "correct": bool(re.search("[0-9]", text))}
