@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from remix_cli.adapter import Adapter, AdapterConfig, Trace, apply_adapter
-from remix_cli.objective import Rollouts, router_surrogate
+from remix_cli.estimators.registry import make_estimator
+from remix_cli.estimators.rollouts import Rollouts
 
 SELECTIONS = 2  # M, forward passes for each batch
 SEED = 0
@@ -38,8 +39,9 @@ def accumulate_gradients(model: nn.Module, adapter: Adapter, ids: Tensor, step: 
     logits = torch.stack([torch.stack([d.logits for d in trace]) for trace in traces]).requires_grad_()
     chosen = torch.stack([torch.stack([d.chosen for d in trace]) for trace in traces])
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    surrogate, _ = router_surrogate("rtg", Rollouts(logits, chosen, torch.stack(losses), adapter.local, everywhere))
-    (slopes,) = torch.autograd.grad(surrogate, logits)  # (M, routers, B, T, n)
+    rollouts = Rollouts(logits, chosen, torch.stack(losses), adapter.local, everywhere)
+    estimate = make_estimator("rtg").estimate(rollouts, {})
+    (slopes,) = torch.autograd.grad(estimate.surrogate, logits)  # (M, routers, B, T, n)
     for i, router in enumerate(adapter.routers.values()):
         lengths = torch.stack([trace[i].length for trace in traces])
         router.add_gradient([trace[i].inputs for trace in traces], slopes[:, i] / lengths)

@@ -27,6 +27,7 @@ from remix_cli.adapter.patch import apply_adapter, compile_unadapted
 from remix_cli.adapter.trace import Weighting
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.models import DTYPES, batch_losses, load_model
 from remix_cli.recipe.schema import Model, Router
 from remix_cli.train.graphed import StepGraphs
@@ -78,12 +79,16 @@ class Arm:
             compile_unadapted(model)
         optimizer = torch.optim.AdamW(adapter.parameters().values(), lr=1e-4, fused=True)
         router, config, steps = self.router, self.config, iter(range(10**9))
-        recorded = StepGraphs(model, adapter, router, lambda loss: loss.backward()) if self.graphs and router else None
+        estimator = make_estimator(router.estimator if router else "rtg")
+        estimator.load_state_dict({"products": 0.5, "squares": 1.0})
+        recorded = None
+        if self.graphs and router:
+            recorded = StepGraphs(model, adapter, router, estimator, lambda loss: loss.backward())
         on_host = batch.to(torch.device("cpu"))
 
         def step() -> None:
             if recorded is not None:
-                recorded.accumulate(on_host, len(batch.targets), (0, next(steps)), 0.5)
+                recorded.accumulate(on_host, len(batch.targets), (0, next(steps)))
             elif router is None:  # the pool without routing: every LoRA on, M = 1
                 (batch_losses(model, batch).sum() / len(batch.targets)).backward()
             else:
@@ -92,9 +97,10 @@ class Arm:
                     adapter,
                     batch,
                     router,
+                    estimator,
                     targets_in_step=len(batch.targets),
                     seed=(0, next(steps)),
-                    beta=0.5,
+                    numbers=estimator.numbers(),
                     backward=lambda loss: loss.backward(),
                 )
             optimizer.step()

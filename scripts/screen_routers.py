@@ -34,8 +34,10 @@ from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow, Encoder
 from remix_cli.data.formats import Example
 from remix_cli.data.splits import TrainingData, load_data
+from remix_cli.estimators.base import Estimator
+from remix_cli.estimators.registry import ESTIMATORS, make_estimator
+from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.models import batch_losses, load_model, load_tokenizer, supervised_logits
-from remix_cli.objective import Coefficient, Rollouts, TopPass, router_surrogate
 from remix_cli.recipe import Recipe, load_recipe
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -82,12 +84,12 @@ class Arm:
 
     @property
     def samples(self) -> bool:
-        return self.estimator not in ("fixed", "straight_through")
+        return self.estimator != "fixed" and ESTIMATORS[self.estimator].samples_beside_top
 
     @property
     def linear(self) -> bool:
         """Does the estimator read the loss's gradient by selection?"""
-        return self.estimator in ("straight_through", "control_variate")
+        return self.estimator != "fixed" and ESTIMATORS[self.estimator].linear
 
 
 @dataclass
@@ -314,7 +316,7 @@ class Adam:
 
 def router_gradient(
     arm: Arm, top: tuple[Tensor, ArmPass], h: Tensor | None, samples: list[tuple[Tensor, ArmPass]], batch: Batch,
-    local: Tensor, coefficient: Coefficient,
+    local: Tensor, estimator: Estimator,
 ) -> Iterator[Tensor]:  # fmt: skip
     """For each block the gradient of P, (n, D). `top` and `samples` hold (token losses, choices)."""
     by_sequence = arm.by_sequence
@@ -333,10 +335,9 @@ def router_gradient(
         h,
         TopPass(top[1].logits, top[1].chosen, credited(top[0])) if arm.samples else None,
     )
-    surrogate, diagnostics = router_surrogate(arm.estimator, rollouts, coefficient.beta)
-    if diagnostics.fit is not None:
-        coefficient.update(diagnostics.fit)
-    (slopes,) = torch.autograd.grad(surrogate, logits)  # (M, L, B, T, n)
+    estimate = estimator.estimate(rollouts, estimator.numbers())
+    estimator.update(estimate.sums.tolist())
+    (slopes,) = torch.autograd.grad(estimate.surrogate, logits)  # (M, L, B, T, n)
     for index in range(slopes.shape[1]):
         features = torch.stack([p.features[index] for _, p in passes]).float()
         yield torch.einsum("mbtn,mbtd->nd", slopes[:, index], features)
@@ -349,7 +350,7 @@ def train(stack: Stack, data: TrainingData, recipe: Recipe, seed: int, tasks_of:
     rates = torch.tensor([a.learning_rate or recipe.train.learning_rate for a in arms], device=device)
     router_rates = torch.tensor([a.router_learning_rate for a in arms], device=device)
     loras, routers = Adam([*stack.lora_a, *stack.lora_b]), Adam(stack.routers)
-    coefficients = [Coefficient() for _ in arms]
+    estimators = {i: make_estimator(arm.estimator) for i, arm in enumerate(arms) if arm.estimator != "fixed"}
     local = torch.arange(len(stack.blocks), device=device) == len(stack.blocks) - 1
     generator = torch.Generator(device=device).manual_seed(1000 + seed)
     plan = replace(data.plan, seed=seed)
@@ -383,7 +384,7 @@ def train(stack: Stack, data: TrainingData, recipe: Recipe, seed: int, tasks_of:
                     h = torch.stack([w.grad[i, ..., : arms[i].pool_size] for w in record.weights])[None]
                     h = h * arms[i].scale  # type: ignore[operator]  # from d loss / d weight to d loss / d z
                     h = h.sum(-2, keepdim=True) if arms[i].by_sequence else h
-                found = router_gradient(arms[i], top, h, samples[i], batch, local, coefficients[i])
+                found = router_gradient(arms[i], top, h, samples[i], batch, local, estimators[i])
                 for index, one in enumerate(found):
                     gradients[arms[i].router_of(index)][i, : arms[i].pool_size] += one
             loras.step([p.grad for p in loras.parameters], step + 1, rates * factor)

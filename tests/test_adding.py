@@ -6,9 +6,13 @@ import pytest
 from conftest import ROOT
 from tiny import recipe_text, write_recipe
 
+from remix_cli.errors import DivergedError
+from remix_cli.estimators.registry import ESTIMATORS, EstimatorFacts
 from remix_cli.recipe.schema import cost
 from remix_cli.recipe.sweep import load_sweep
 from remix_cli.tasks.registry import TASKS
+from remix_cli.train import loop
+from remix_cli.verify import exact
 
 
 @pytest.fixture
@@ -57,6 +61,48 @@ def test_a_task_is_one_file_and_one_line(verb, stage, tmp_path):
     points = load_sweep(write_recipe(tmp_path / "sweep.yaml", recipe), []).points["two"]
     assert [cost("terse/words", 3.0, point.recipe.eval.tasks) for point in points] == [3.0, 3.0]
     assert cost("terse/has_number", 0.5, points[0].recipe.eval.tasks) == -0.5
+
+
+@pytest.fixture
+def an_estimator(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    facts = EstimatorFacts("own_estimator:MovingBaseline", "batch loss against its running mean", True, 1)
+    monkeypatch.setitem(ESTIMATORS, "moving_baseline", facts)
+
+
+@pytest.mark.usefixtures("an_estimator")
+def test_an_estimator_is_one_file_and_one_entry(verb, stage, tmp_path, monkeypatch):
+    """It trains with M = 1, keeps what it has learnt over a stop, is described, and its claim is checked."""
+    router = {"estimator": "moving_baseline", "selections": 1, "learning_rate": 0.3}
+    recipes = []
+    for name in ("whole", "stopped"):
+        recipe = recipe_text(*stage[:2], tmp_path / name, router=router)
+        recipes.append(write_recipe(tmp_path / f"{name}.yaml", recipe))
+    assert "moving_baseline, M = 1: batch loss against its running mean" in verb("train", recipes[0])[0]
+    states = [json.loads(path.read_text())["coefficient"] for path in tmp_path.glob("whole/checkpoints/*/state.json")]
+    assert all(set(state) == {"mean"} for state in states)
+    assert states[0]["mean"] != states[-1]["mean"]
+
+    step = loop._Run._step
+
+    def stop_at_three(run, number):
+        if number == 3:
+            raise DivergedError("stop")
+        step(run, number)
+
+    monkeypatch.setattr(loop._Run, "_step", stop_at_three)
+    verb("train", recipes[1], expect=3)
+    monkeypatch.setattr(loop._Run, "_step", step)
+    verb("train", recipes[1], "--resume")
+    adapters = [(tmp_path / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert adapters[0] == adapters[1]
+
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["estimator"] == {"name": "moving_baseline", "unbiased": True}
+    (found,) = [bias for bias in exact.exact_biases() if bias.estimator == "moving_baseline"]
+    assert found.relative < exact.TOLERANCE
+    err = verb("validate", recipes[0], "router.estimator=moving", expect=2)[1]
+    assert "'straight_through' or 'moving_baseline'" in err
 
 
 @pytest.mark.usefixtures("a_task")

@@ -10,6 +10,7 @@ from remix_cli import models
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.errors import RecipeError
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import load_model
 from remix_cli.recipe import Recipe
@@ -104,9 +105,10 @@ def step(wanted: Recipe) -> None:
         adapter,
         batch,
         wanted.router,
+        make_estimator(wanted.router.estimator),
         targets_in_step=float(len(batch.targets)),
         seed=(0, 0),
-        beta=0.0,
+        numbers={"beta": 0.0},
         backward=lambda loss: loss.backward(),
         loss_scale=1.0,
         dropout_seed=0,

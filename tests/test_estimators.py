@@ -7,8 +7,11 @@ import pytest
 import torch
 from conftest import close
 
-from remix_cli import cli, objective
-from remix_cli.objective import Coefficient, Rollouts, leave_one_out, reward_to_go, router_surrogate
+from remix_cli import cli
+from remix_cli.estimators import control_variate, paper, rollouts, rtg
+from remix_cli.estimators.control_variate import ControlVariate
+from remix_cli.estimators.registry import ESTIMATORS, make_estimator
+from remix_cli.estimators.rollouts import Rollouts, leave_one_out, reward_to_go
 from remix_cli.verify.exact import TOLERANCE, Enumeration
 from remix_cli.verify.variance import variance_ratios
 
@@ -55,14 +58,15 @@ def test_the_same_when_routing_by_sequence(estimator, beta, monkeypatch):
     """Two sequences, two layers, one selection for each: 81 joint selections. Crediting the other sequence is seen."""
     whole = Enumeration(2, ordered=False, n=3, level="sequence")
     assert whole.relative_bias(whole.mean_estimate(estimator, beta=beta)) < TOLERANCE
-    swapped = objective.credit
-    monkeypatch.setattr(objective, "credit", lambda *a: swapped(*a).flip(2))
+    swapped = rollouts.reachable_returns
+    for module in (rtg, control_variate):
+        monkeypatch.setattr(module, "reachable_returns", lambda *a: swapped(*a).flip(2))
     assert whole.relative_bias(whole.mean_estimate(estimator, beta=beta)) > 0.1
 
 
 def test_straight_through_is_biased_as_it_says(sets):
     assert 0.01 < sets.relative_bias(sets.mean_straight_through()) < 0.9
-    assert not objective.ESTIMATORS["straight_through"].unbiased
+    assert not ESTIMATORS["straight_through"].unbiased
 
 
 def shifted(losses):
@@ -72,7 +76,7 @@ def shifted(losses):
 
 
 def test_a_label_shift_of_one_is_caught(sets, monkeypatch):
-    monkeypatch.setattr(objective, "reward_to_go", shifted)
+    monkeypatch.setattr(rollouts, "reward_to_go", shifted)
     assert sets.relative_bias(sets.mean_estimate("rtg")) > 0.05
 
 
@@ -82,17 +86,17 @@ def test_local_credit_in_a_layer_that_attention_follows_is_caught(sets, monkeypa
 
 
 def test_a_missing_leave_one_out_factor_is_caught(sets, monkeypatch):
-    monkeypatch.setattr(objective, "leave_one_out", lambda returns: returns - returns.mean(0))
+    monkeypatch.setattr(rollouts, "leave_one_out", lambda returns: returns - returns.mean(0))
     assert sets.relative_bias(sets.mean_estimate("rtg")) > 0.1
 
 
 def test_a_samples_own_gradient_in_the_control_variate_is_caught(sets, monkeypatch):
-    own = objective._control_variate
+    own = control_variate.prediction
 
     def swapped(r, beta):  # with M = 2, exchanging the gradients gives each sample its own
         return own(Rollouts(r.logits, r.chosen, r.losses, r.local, r.mask, r.selection_gradients.flip(0)), beta)
 
-    monkeypatch.setattr(objective, "_control_variate", swapped)
+    monkeypatch.setattr(control_variate, "prediction", swapped)
     assert sets.relative_bias(sets.mean_estimate("control_variate", beta=1.0)) > 1e-3
 
 
@@ -137,9 +141,9 @@ def test_reward_to_go_by_hand():
 def test_padding_decisions_have_no_gradient(sets):
     r = sets.all[torch.tensor([0, 5])]
     logits = r.logits.clone().requires_grad_()
-    rollouts = Rollouts(logits, r.chosen, r.losses, sets.bed.local, sets.bed.batch.mask, r.h)
+    left = Rollouts(logits, r.chosen, r.losses, sets.bed.local, sets.bed.batch.mask, r.h)
     for estimator in ("paper", "rtg", "control_variate"):
-        surrogate, _ = router_surrogate(estimator, rollouts, 0.5)
+        surrogate = make_estimator(estimator).estimate(left, {"beta": 0.5}).surrogate
         (slopes,) = torch.autograd.grad(surrogate, logits)
         assert slopes[..., ~sets.bed.batch.mask[0], :].abs().max() == 0
         assert slopes[..., sets.bed.batch.mask[0], :].abs().max() > 0
@@ -147,13 +151,18 @@ def test_padding_decisions_have_no_gradient(sets):
 
 def test_beyond_the_subset_recursion_the_order_is_scored():
     logits, chosen = torch.randn(2, 12), torch.arange(9).expand(2, 9)
-    assert close(objective.score("rtg", logits, chosen), objective.score("paper", logits, chosen), 1e-6)
+    assert close(rollouts.set_score(logits, chosen), paper.routing.ordered_log_prob(logits, chosen), 1e-6)
 
 
 def test_the_coefficient_learns_from_earlier_steps_only():
-    c = Coefficient()
-    assert c.beta == 0
-    c.update(torch.tensor([2.0, 4.0]))
-    assert c.beta == 0.5
-    c.update(torch.tensor([400.0, 4.0]))
-    assert c.beta == 1.0
+    c = ControlVariate()
+    assert c.numbers() == {"beta": 0}
+    c.update([2.0, 4.0])
+    assert c.numbers() == {"beta": 0.5}
+    again = ControlVariate()
+    again.load_state_dict(c.state_dict())
+    for each in (c, again):
+        each.update([400.0, 4.0])
+        assert each.numbers() == {"beta": 1.0}
+    again.load_state_dict({})
+    assert again.numbers() == {"beta": 0}

@@ -16,6 +16,7 @@ from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.errors import RecipeError
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import batch_losses
 from remix_cli.recipe import load_recipe
@@ -231,8 +232,16 @@ def soft_gradients(balance, checkpointing=False, method="mixlora"):
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context})
     batch = collate(rows(), 0)
     router = Router(balance=balance)
-    options = {"targets_in_step": len(batch.targets), "seed": (0, 1), "beta": 0.0}
-    accumulate_gradients(model, adapter, batch, router, backward=lambda loss: loss.backward(), **options)
+    options = {"targets_in_step": len(batch.targets), "seed": (0, 1), "numbers": {"beta": 0.0}}
+    accumulate_gradients(
+        model,
+        adapter,
+        batch,
+        router,
+        make_estimator(router.estimator),
+        backward=lambda loss: loss.backward(),
+        **options,
+    )
     return {name: p.grad.clone() for name, p in adapter.parameters().items()}
 
 

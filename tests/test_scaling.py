@@ -30,6 +30,7 @@ from tiny import fill_adapter, tiny_model
 from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.data.batches import collate, micro_batches
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.recipe.schema import Router
 from remix_cli.train import optim
 from remix_cli.train.shard import shard_base
@@ -57,8 +58,8 @@ def gradients(router, config, shared, whole, checkpointing=False):
     for first, part, counts in micro_batches(np.arange(5), lengths, 2, *place, equally_many=shared):
         batch = collate([everything[i] for i in part], first)
         accumulate_gradients(
-            model, adapter, batch, router, targets_in_step=targets if counts else math.inf, seed=(0, 7), beta=0.5,
-            backward=lambda loss: loss.backward(),
+            model, adapter, batch, router, make_estimator(router.estimator), seed=(0, 7), numbers={"beta": 0.5},
+            targets_in_step=targets if counts else math.inf, backward=lambda loss: loss.backward(),
         )
     parameters = list(adapter.parameters().values())
     if not whole:

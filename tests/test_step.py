@@ -12,6 +12,7 @@ from remix_cli.adapter.product import gates_of
 from remix_cli.adapter.trace import Trace, Weighting
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.models import batch_losses
 from remix_cli.recipe.schema import Router
 from remix_cli.train import step as step_module
@@ -51,9 +52,10 @@ def gradients(router, cuts=(4,), scale=1.0, beta=0.5, checkpointing=False, dtype
             adapter,
             collate(everything[start : start + size], start),
             router,
+            make_estimator(router.estimator),
             targets_in_step=targets,
             seed=(0, 7),
-            beta=beta,
+            numbers={"beta": beta},
             backward=lambda loss: (loss * scale).backward(),
             loss_scale=scale,
             dropout_seed=3,
@@ -223,9 +225,10 @@ def test_N4_equal_losses_leave_the_router_where_it_is():
         adapter,
         batch,
         Router(),
+        make_estimator(Router().estimator),
         targets_in_step=len(batch.targets),
         seed=(0, 0),
-        beta=0.0,
+        numbers={"beta": 0.0},
         backward=lambda loss: loss.backward(),
     )
     assert all(p.grad.abs().max() == 0 for p in adapter.router_parameters().values())
@@ -248,8 +251,16 @@ def test_compiling_what_is_not_adapted_changes_nothing():
     model, adapter = build()
     assert compile_unadapted(model, backend="aot_eager") == 2 * 3  # two norms and attention of each layer
     batch = collate(rows())
-    options = {"targets_in_step": len(batch.targets), "seed": (0, 7), "beta": 0.5}
-    accumulate_gradients(model, adapter, batch, router, backward=lambda loss: loss.backward(), **options)
+    options = {"targets_in_step": len(batch.targets), "seed": (0, 7), "numbers": {"beta": 0.5}}
+    accumulate_gradients(
+        model,
+        adapter,
+        batch,
+        router,
+        make_estimator(router.estimator),
+        backward=lambda loss: loss.backward(),
+        **options,
+    )
     assert same({name: p.grad for name, p in adapter.parameters().items()}, expected)
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
     assert not torch._dynamo.utils.counters["graph_break"]

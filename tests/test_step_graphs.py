@@ -12,6 +12,7 @@ from remix_cli.adapter.config import AdapterConfig
 from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.models import batch_losses
 from remix_cli.recipe.schema import Router
 from remix_cli.train.graphed import StepGraphs, _copy
@@ -80,15 +81,22 @@ def check_recorded_steps(router, **config):
         model.to(DEVICE).set_attn_implementation("sdpa")
         adapter.__dict__.pop("local", None)
         recorder = None if DEVICE.type == "cuda" else ByHand(adapter)
-        graphs = StepGraphs(model, adapter, router, backward, recorder)
+        estimator = make_estimator(router.estimator)
+        graphs = StepGraphs(model, adapter, router, estimator, backward, recorder)
         results = []
         for part, targets, step, beta in steps():
             batch = collate(part)
+            estimator.load_state_dict({"products": beta, "squares": 1.0})
             if recorded:
-                result = graphs.accumulate(batch, targets, (3, step), beta)
+                result = graphs.accumulate(batch, targets, (3, step))
             else:
-                options = {"targets_in_step": targets, "seed": (3, step), "beta": beta, "backward": backward}
-                result = accumulate_gradients(model, adapter, batch.to(DEVICE), router, **options)
+                options = {
+                    "targets_in_step": targets,
+                    "seed": (3, step),
+                    "numbers": estimator.numbers(),
+                    "backward": backward,
+                }
+                result = accumulate_gradients(model, adapter, batch.to(DEVICE), router, estimator, **options)
             results.append(_copy(result))
             for name, p in adapter.parameters().items():
                 results.append((name, p.grad.clone()))

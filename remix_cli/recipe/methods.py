@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from remix_cli.adapter.config import Method
+from remix_cli.estimators.registry import ESTIMATORS
 
 LINEARS = ("rank", "target_modules", "dropout")
 POOL = ("pool_size", "active", "omega", *LINEARS)
@@ -102,8 +103,8 @@ def unread_of_router(
     if fixed is True:
         trained = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
         return unread | dict.fromkeys(trained, "says how the router is trained, and router.fixed is true")
-    if estimator == "straight_through" and lora_gradient == "top":
-        unread["selections"] = "counts samples, and straight_through with lora_gradient: top draws none"
+    if estimator in ESTIMATORS and not ESTIMATORS[estimator].samples_beside_top and lora_gradient == "top":
+        unread["selections"] = f"counts samples, and {estimator} with lora_gradient: top draws none"
     return unread
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from remix_cli.adapter.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
+from remix_cli.estimators.registry import ESTIMATORS
 from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults, idle_in_router, unread_of_router
 from remix_cli.recipe.sources import (
     NONE_HELD_OUT,
@@ -38,14 +39,21 @@ if TYPE_CHECKING:
 Rate = Annotated[float, Field(gt=0, le=10)]
 
 
-def _known_task(name: Any) -> Any:
-    if not isinstance(name, str) or name not in TASKS:
-        *most, last = (repr(known) for known in TASKS)
-        raise PydanticCustomError("literal_error", "Input should be {known}", {"known": f"{', '.join(most)} or {last}"})
-    return name
+def _name_in(registry: dict[str, Any]) -> Any:
+    """A type: one of the registry's names, as they are when a value is checked."""
+
+    def check(name: Any) -> Any:
+        if not isinstance(name, str) or name not in registry:
+            *most, last = (repr(known) for known in registry)
+            known = f"{', '.join(most)} or {last}"
+            raise PydanticCustomError("literal_error", "Input should be {known}", {"known": known})
+        return name
+
+    return Annotated[str, BeforeValidator(check), WithJsonSchema({"enum": list(registry), "type": "string"})]
 
 
-TaskName = Annotated[str, BeforeValidator(_known_task), WithJsonSchema({"enum": list(TASKS), "type": "string"})]
+TaskName: Any = _name_in(TASKS)
+EstimatorName: Any = _name_in(ESTIMATORS)
 
 
 class Model(Strict):
@@ -107,7 +115,7 @@ class Router(Strict):
     """How the router works and learns; read by methods that have one."""
 
     selections: Positive = Field(2, description="M, selections sampled for each batch; the baseline needs 2.")
-    estimator: Literal["paper", "rtg", "control_variate", "straight_through"] = Field(
+    estimator: EstimatorName = Field(
         "control_variate",
         description="How the router's gradient is estimated. straight_through is biased; the others are not.",
     )
@@ -359,8 +367,8 @@ class Recipe(Strict):
         config, router = self.adapter_config(), self.router
         if not config.samples:
             return self
-        compares = router.estimator != "straight_through" and router.lora_gradient != "top"
-        if router.selections < 2 and compares and router.learning_rate > 0 and not router.fixed:
+        fewest = 1 if router.lora_gradient == "top" else ESTIMATORS[router.estimator].min_selections
+        if router.selections < fewest and router.learning_rate > 0 and not router.fixed:
             raise PydanticCustomError(
                 "conflict",
                 "M = {m}, but the estimator {estimator} compares selections and needs 2 or more "

@@ -32,7 +32,7 @@ class TrainingState:
     best_loss: float | None = None  # held-out loss of the best adapter so far
     best_cost: float | None = None  # and what made it the best, less being better
     best_step: int | None = None
-    coefficient: dict[str, float] = field(default_factory=dict)  # of the control variate
+    coefficient: dict[str, float] = field(default_factory=dict)  # the estimator's own state
     evaluation_due: bool = False  # the run was stopped before this step's held-out loss was known
     seconds: float = 0.0  # training time so far
     tokens: int = 0

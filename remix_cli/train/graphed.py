@@ -2,7 +2,7 @@
 
 A step launches thousands of kernels; with a small model, or a few tokens, the GPU waits for the host that does so. A
 replay is one launch. What differs between two batches of one shape lies in tensors that keep their place: the batch,
-the step's number (the draws are a function of it), its targets and the control variate's coefficient.
+the step's number (the draws are a function of it), its targets and the estimator's own numbers.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from remix_cli.adapter.patch import Adapter
 from remix_cli.data.batches import Batch
+from remix_cli.estimators.base import Estimator
 from remix_cli.recipe.schema import Router
 from remix_cli.train.optim import allocate_gradients
 from remix_cli.train.step import MicroResult, accumulate_gradients
@@ -34,23 +35,26 @@ class StepGraphs:
         model: nn.Module,
         adapter: Adapter,
         router: Router,
+        estimator: Estimator,
         backward: Callable[[Tensor], None],
         record: Record | None = None,
     ):
-        self.model, self.adapter, self.router, self.backward = model, adapter, router, backward
+        self.model, self.adapter, self.backward = model, adapter, backward
+        self.router, self.estimator = router, estimator
         self.record = record or _Recorder()
         self.device = next(model.parameters()).device
         self.seen: set[tuple[int, ...]] = set()
         self.graphs: dict[tuple[int, ...], tuple[Batch, dict[str, Tensor], MicroResult, Replay]] = {}
 
-    def accumulate(self, batch: Batch, targets_in_step: int, seed: tuple[int, int], beta: float) -> MicroResult:
+    def accumulate(self, batch: Batch, targets_in_step: int, seed: tuple[int, int]) -> MicroResult:
         """Add the gradients of a batch that is still on the host; see `step.accumulate_gradients`."""
         batch = batch.in_few_shapes().to(self.device)
         numbers = {
             "targets_in_step": torch.tensor(targets_in_step, dtype=torch.float64).to(self.device),
             "step": torch.tensor(seed[1]).to(self.device),
-            "beta": torch.tensor(beta, dtype=torch.float64).to(self.device),
         }
+        for name, value in self.estimator.numbers().items():
+            numbers[name] = torch.tensor(value, dtype=torch.float64).to(self.device)
         shape = (*batch.input_ids.shape, len(batch.targets))
         if shape not in self.seen:
             self.seen.add(shape)
@@ -73,9 +77,10 @@ class StepGraphs:
             self.adapter,
             batch,
             self.router,
+            self.estimator,
             targets_in_step=numbers["targets_in_step"],
             seed=(seed, numbers["step"]),
-            beta=numbers["beta"],
+            numbers=numbers,
             backward=self.backward,
         )
 

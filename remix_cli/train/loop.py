@@ -23,9 +23,9 @@ from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import load_data
 from remix_cli.errors import ArtefactError, DivergedError, Interrupted
+from remix_cli.estimators.registry import make_estimator
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
-from remix_cli.objective import Coefficient
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import cost, measures_while_training
 from remix_cli.runs import RunFolder, Subject
@@ -131,16 +131,17 @@ class _Run:
         self.evaluation = Evaluation(subject, self.data.validation.rows, accelerator)
         if recipe.train.torch_compile:
             compile_unadapted(self.model)
+        self.estimator = make_estimator(recipe.router.estimator)
         self.graphs: StepGraphs | None = None
         if recipe.train.cuda_graphs:
-            self.graphs = StepGraphs(self.model, self.adapter, recipe.router, accelerator.backward)
+            self.graphs = StepGraphs(self.model, self.adapter, recipe.router, self.estimator, accelerator.backward)
         self.optimizer = optim.make_optimizer(self.adapter, recipe)
         self.state = TrainingState()
         restored = resume and self._restore()
         self.clusters_due = recipe.router.clusters > 0 and not restored
         self.schedule = optim.make_schedule(recipe, self.total)
         self.prepared = accelerator.prepare(self.optimizer)
-        self.coefficient = Coefficient(**self.state.coefficient)
+        self.estimator.load_state_dict(self.state.coefficient)
         self.begun = time.monotonic() - self.state.seconds
         self._open_window()
         self.watch = Watch(list(self.adapter.routers), self.adapter.config.active, recipe.alarm)
@@ -208,7 +209,7 @@ class _Run:
             ]
         )
         lora_norm, router_norm = norms.tolist()  # the step's one synchronisation
-        loss, variance, products, squares, all_tokens, stop = sums.tolist()
+        loss, variance, all_tokens, stop, *of_estimator = sums.tolist()
         judged = (
             (loss,) if accelerator.scaler else (loss, lora_norm, router_norm)
         )  # a scaler skips overflowing gradients itself
@@ -219,8 +220,8 @@ class _Run:
             group["lr"] = rate
         self.prepared.step()
         self.prepared.zero_grad(set_to_none=self.graphs is None)
-        if recipe.router.estimator == "control_variate" and math.isfinite(products + squares):
-            self.coefficient.update(torch.tensor([products, squares], dtype=torch.float64))
+        if all(map(math.isfinite, of_estimator)):
+            self.estimator.update(of_estimator)
         self._after_step(
             step + 1,
             {
@@ -257,16 +258,17 @@ class _Run:
         ):
             batch = collate([self.data.train.rows[i] for i in part], first)
             if self.graphs:
-                results.append(self.graphs.accumulate(batch, targets, (recipe.seed, step), self.coefficient.beta))
+                results.append(self.graphs.accumulate(batch, targets, (recipe.seed, step)))
             else:
                 result = accumulate_gradients(
                     self.model,
                     self.adapter,
                     batch.to(accelerator.device),
                     recipe.router,
+                    self.estimator,
                     targets_in_step=targets if counts else math.inf,
                     seed=(recipe.seed, step),
-                    beta=self.coefficient.beta,
+                    numbers=self.estimator.numbers(),
                     backward=accelerator.backward,
                     loss_scale=scaler.get_scale() if scaler else 1.0,
                     dropout_seed=seed_of_dropout((recipe.seed, step), first),
@@ -278,24 +280,30 @@ class _Run:
     def _estimator_record(self, variance: float, routing: StepRouting) -> dict[str, float]:
         if not self.adapter.config.samples or self.recipe.router.fixed:
             return {}
-        beta = self.coefficient.beta
+        beta = self.estimator.numbers().get("beta", 0.0)  # 0 also where the estimator has none, as ever
         return {"advantage_variance": variance / float(routing.decisions), "control_variate_beta": beta}
 
     def _reduce(self, results: list[MicroResult], tokens: int) -> tuple[torch.Tensor, StepRouting]:
-        """(6,) float64 sums over micro-batches and ranks, and the routing; one collective, one transfer."""
+        """Float64 sums over micro-batches and ranks, and the routing; one collective, one transfer.
+
+        The sums: loss, variance of the advantages, tokens, signals, and what the estimator learns from.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         device = self.accelerator.device
         nothing = StepRouting.none(len(self.adapter.routers), self.adapter.config.pool_size, device)
         routing = StepRouting.add([nothing, *(r.routing for r in results)])
-        parts = [torch.zeros(4, dtype=torch.float64, device=device)]
-        parts += [torch.stack([r.loss, r.advantage_variance * r.routing.decisions, *r.fit]).double() for r in results]
-        rest = torch.tensor([tokens, float(self.signals.received)], dtype=torch.float64, device=device)
+        parts = [torch.zeros(2 + self.estimator.sums, dtype=torch.float64, device=device)]
+        parts += [torch.stack([r.loss, r.advantage_variance * r.routing.decisions, *r.sums]).double() for r in results]
+        measured = torch.stack(parts).sum(0)
+        counted = torch.tensor([tokens, float(self.signals.received)], dtype=torch.float64, device=device)
+        sums = torch.cat([measured[:2], counted, measured[2:]])
         worst = torch.zeros(world, dtype=torch.float64, device=device)
         worst[rank] = routing.worst  # each rank in its own place, so that a sum gathers them
-        total = torch.cat([torch.stack(parts).sum(0), rest, routing.sums.flatten(), worst, routing.used.flatten()])
+        total = torch.cat([sums, routing.sums.flatten(), worst, routing.used.flatten()])
         if world > 1:
             total = self.accelerator.reduce(total, "sum")
-        sums, means, lowest, used = total.cpu().split([6, routing.sums.numel(), world, routing.used.numel()])
+        sizes = [len(sums), routing.sums.numel(), world, routing.used.numel()]
+        sums, means, lowest, used = total.cpu().split(sizes)
         return sums, StepRouting(means.view_as(routing.sums), used.view_as(routing.used), lowest.amin())
 
     def _divergence(self, step: int, rows: Any, loss: float, lora_norm: float, router_norm: float) -> str:
@@ -395,7 +403,7 @@ class _Run:
             self.tokenizer.save_pretrained(scratch)
 
     def _save(self) -> None:
-        self.state.coefficient = {"products": self.coefficient.products, "squares": self.coefficient.squares}
+        self.state.coefficient = self.estimator.state_dict()
         if self.main:
             keep = self.recipe.train.save_total_limit
             checkpoints.save_checkpoint(

@@ -14,7 +14,7 @@ import transformers
 import remix_cli
 from remix_cli.adapter.description import read_description
 from remix_cli.errors import ArtefactError, StorageError
-from remix_cli.objective import ESTIMATORS
+from remix_cli.estimators.registry import ESTIMATORS
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.stats.parameters import ParameterCounts
@@ -102,7 +102,7 @@ def summarise(
         "seconds": round(state.seconds, 3),
         "tokens": state.tokens,
         "parameters": counts.to_dict(),
-        "estimator": {"name": estimator.name, "unbiased": estimator.unbiased} if trains else None,
+        "estimator": {"name": recipe.router.estimator, "unbiased": estimator.unbiased} if trains else None,
         "peak_memory_gib": round(peak_memory(device), 3),
         "processes": processes,
         "device": _device_name(device),

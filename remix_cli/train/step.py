@@ -5,7 +5,7 @@ How this departs from ordinary supervised finetuning:
 2. The LoRAs' gradient is the mean over those passes, or that of the first (`lora_gradient: one`), or that of one
    more pass under the top k (`top`); the passes that it does not come from keep no activations. A fixed router
    has that one pass alone.
-3. Once all M losses are known, the router's gradient is estimated from them (objective.py) and formed from
+3. Once all M losses are known, the router's gradient is estimated from them (estimators/) and formed from
    the stored block inputs in closed form. No gradient flows between routers and LoRAs.
 4. All random draws are functions of (seed, step, selection, row): see adapter/trace.py.
 """
@@ -22,8 +22,10 @@ from remix_cli.adapter.patch import Adapter
 from remix_cli.adapter.trace import Decision, Seed, Trace
 from remix_cli.data.batches import Batch
 from remix_cli.errors import RecipeError
+from remix_cli.estimators.base import Estimator, Numbers
+from remix_cli.estimators.registry import ESTIMATORS
+from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.models import batch_losses
-from remix_cli.objective import ESTIMATORS, Rollouts, TopPass, router_surrogate
 from remix_cli.recipe.schema import Router as RouterRecipe
 from remix_cli.stats.live import StepRouting
 
@@ -35,7 +37,7 @@ class MicroResult:
     loss: Tensor  # mean over selections of the summed token losses, divided by the step's target count
     routing: StepRouting
     advantage_variance: Tensor
-    fit: Tensor  # (2,) the control variate's regression sums
+    sums: Tensor  # (Estimator.sums,) what the estimator learns from
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def describe_router(router: RouterRecipe) -> str:
     passes = Passes.of(router, samples=True)
     sampled = f", M = {passes.samples}" if passes.samples else ""
     beside = "; the LoRAs learn from a pass under the top k" if passes.top else ""
-    return f"{estimator.name}{sampled}: {estimator.summary}{beside}"
+    return f"{router.estimator}{sampled}: {estimator.summary}{beside}"
 
 
 def accumulate_gradients(
@@ -81,18 +83,20 @@ def accumulate_gradients(
     adapter: Adapter,
     batch: Batch,
     router: RouterRecipe,
+    estimator: Estimator,
     *,
     targets_in_step: float | Tensor,
     seed: Seed,
-    beta: float | Tensor,
+    numbers: Numbers,
     backward: Callable[[Tensor], None],
     loss_scale: float = 1.0,
     dropout_seed: int | None = None,
 ) -> MicroResult:
     """Add this micro-batch's share of the step's gradient to every adapter parameter.
 
-    `seed` is (run seed, step); `backward` multiplies its argument by `loss_scale` before differentiating;
-    `dropout_seed` decides what else is random in a forward pass. Nothing here waits for the device.
+    `seed` is (run seed, step); `numbers` are the estimator's own; `backward` multiplies its argument by `loss_scale`
+    before differentiating; `dropout_seed` decides what else is random in a forward pass. Nothing here waits for the
+    device.
     """
     plan = Passes.of(router, adapter.config.samples)
     learns = router.learning_rate > 0 and (plan.samples > 0 or plan.learns_from_top)
@@ -123,7 +127,7 @@ def accumulate_gradients(
     mean_loss = torch.stack(trained_on).sum() / len(trained_on)
     if not adapter.routers:
         nothing = StepRouting.none(0, adapter.config.pool_size, mean_loss.device)
-        return MicroResult(mean_loss, nothing, loss.new_zeros(()), loss.new_zeros(2))
+        return MicroResult(mean_loss, nothing, loss.new_zeros(()), loss.new_zeros(estimator.sums))
     first = plan.top if plan.samples else 0
     rollouts = _gather(adapter, batch, traces[first:], losses[first:])
     if first:
@@ -131,19 +135,18 @@ def accumulate_gradients(
     if linear:
         scale = adapter.config.scale * plan.with_gradient / loss_scale  # from d(mean loss)/d(weight) to dL/dz
         rollouts.selection_gradients = scale * _stack(adapter, traces[: plan.with_gradient], _weight_gradient)
-    variance, fit = loss.new_zeros(()), loss.new_zeros(2)
+    variance, sums = loss.new_zeros(()), loss.new_zeros(estimator.sums)
     if learns:
-        surrogate, diagnostics = router_surrogate(router.estimator, rollouts, beta)
-        (slopes,) = torch.autograd.grad(surrogate, rollouts.logits)  # (M, L, B, T, n)
+        estimate = estimator.estimate(rollouts, numbers)
+        (slopes,) = torch.autograd.grad(estimate.surrogate, rollouts.logits)  # (M, L, B, T, n)
         scaled = slopes * loss_scale / _stack(adapter, traces[first:], lambda d: d.length)
         for i, r in enumerate(adapter.routers.values()):
             r.add_gradient([trace.decisions[r.name].inputs for trace in traces[first:]], scaled[:, i])
-        variance = diagnostics.advantage_variance
-        fit = diagnostics.fit if diagnostics.fit is not None else fit
+        variance, sums = estimate.advantage_variance, estimate.sums
     with torch.no_grad():
         weights = _stack(adapter, traces[first:], lambda d: d.weights.detach())
         measured = StepRouting.measure(rollouts.logits.detach(), rollouts.chosen, weights, rollouts.mask)
-    return MicroResult(mean_loss, measured, variance, fit)
+    return MicroResult(mean_loss, measured, variance, sums)
 
 
 def balance_loss(trace: Trace, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 
 from remix_cli.adapter import routing
 from remix_cli.adapter.config import Level
-from remix_cli.objective import ESTIMATORS
+from remix_cli.estimators.registry import ESTIMATORS
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
 TOLERANCE = 1e-10
@@ -153,6 +153,8 @@ def exact_biases(k: int = 2) -> list[Bias]:
         ("rtg, top k beside", sets, "rtg", {"top": True}),
         ("control_variate, top k beside", sets, "control_variate", {"beta": 0.7, "top": True}),
     ]
+    named = {name for _, _, name, _ in arms} | {"straight_through"}
+    arms += [(name, orders, name, {}) for name in ESTIMATORS if name not in named]
     found = []
     for arm, enumeration, name, options in arms:
         bias = enumeration.relative_bias(enumeration.mean_estimate(name, **options))

@@ -13,8 +13,9 @@ from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
+from remix_cli.estimators.registry import make_estimator
+from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.models import batch_losses
-from remix_cli.objective import Rollouts, TopPass, router_surrogate
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Testbed:
             selection_gradients=selection_gradients if top is None else top.h[None],
             top=None if top is None else TopPass(top.logits, top.chosen, top.losses),
         )
-        return router_surrogate(estimator, rollouts, beta)[0]
+        return make_estimator(estimator).estimate(rollouts, {"beta": beta}).surrogate
 
 
 def stack(rollouts: list[Rollout]) -> Rollout:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_cli.objective import Coefficient, Rollouts, TopPass, router_surrogate
+from remix_cli.estimators.registry import make_estimator
+from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
 ARMS = {  # arm -> (estimator, where h comes from: every sample, the first, or a pass under the top k)
@@ -44,10 +45,10 @@ def sample_rollouts(bed: Testbed, count: int, seed: int) -> Rollout:
 
 def estimates(bed: Testbed, drawn: Rollout, m: int, arm: str) -> Tensor:
     """One gradient estimate for each disjoint group of m rollouts, (groups, parameters)."""
-    estimator, source = ARMS[arm]
+    name, source = ARMS[arm]
+    estimator = make_estimator(name)
     top = bed.top_rollout() if source == "top" else None
     beside = TopPass(top.logits, top.chosen, top.losses) if top else None
-    coefficient = Coefficient()
     found = []
     for index in torch.arange(len(drawn.losses)).split(m):
         if len(index) < m:
@@ -56,10 +57,9 @@ def estimates(bed: Testbed, drawn: Rollout, m: int, arm: str) -> Tensor:
         logits = r.logits.clone().requires_grad_()
         h = {"all": r.h, "first": r.h[:1], "top": top.h[None] if top else None}[source]
         rollouts = Rollouts(logits, r.chosen, r.losses, bed.local, bed.mask, h, beside)
-        surrogate, diagnostics = router_surrogate(estimator, rollouts, coefficient.beta)
-        if diagnostics.fit is not None:
-            coefficient.update(diagnostics.fit)
-        (slopes,) = torch.autograd.grad(surrogate, logits)
+        estimate = estimator.estimate(rollouts, estimator.numbers())
+        estimator.update(estimate.sums.tolist())
+        (slopes,) = torch.autograd.grad(estimate.surrogate, logits)
         found.append(torch.einsum("mlbtn,mlbtd->lnd", slopes, r.directions).flatten())
     return torch.stack(found[WARM_UP:])
 
