@@ -431,6 +431,7 @@ def test_A8_loading_and_saving_changes_no_byte(finished, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_A8_bytes_do_not_depend_on_the_process(finished, stage, tmp_path):
     """Two processes with different hash seeds write the same adapter."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], "out", train={"max_steps": 1}))

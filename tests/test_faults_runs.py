@@ -42,10 +42,10 @@ def test_K1_50_kills_at_random_instants_change_no_bit():
         assert (f["mismatches"], f["lost"], f["errors"]) == (0, 0, 0), f
 
 
-def test_K2_S1_S4_at_every_24th_file_changing_call():
-    """A kill, or a disk that refuses, at calls 1, 25, 49 ... of evaluations with a new best, saves and prunings
+def test_K2_S1_S4_at_every_28th_file_changing_call():
+    """A kill, or a disk that refuses, at calls 1, 29, 57 ... of evaluations with a new best, saves and prunings
     (one checkpoint is kept: K12). All of them by `make kills`."""
-    killed, starved = [finding(p) for p in [laboratory("points", 24), laboratory("errors", 24)]]
+    killed, starved = [finding(p) for p in [laboratory("points", 28), laboratory("errors", 28)]]
     for f in (killed, starved):
         assert f["points"] >= 5
         assert (f["mismatches"], f["lost"], f["wrong_exit"], f["scratch_left"]) == (0, 0, 0, 0), f

@@ -152,6 +152,7 @@ def test_M1_the_lock_of_a_killed_process_is_free(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_M3_two_runs_read_the_same_table_at_once(stage, tmp_path):
     """Parquet goes through the datasets library's cache, which both processes share."""
     import datasets
