@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 from tiny import recipe_text, write_recipe
 
+from remix_cli.data.formats.registry import FORMATS, FormatFacts
 from remix_cli.errors import DivergedError
 from remix_cli.estimators.registry import ESTIMATORS, EstimatorFacts
 from remix_cli.recipe.schema import cost
@@ -103,6 +104,30 @@ def test_an_estimator_is_one_file_and_one_entry(verb, stage, tmp_path, monkeypat
     assert found.relative < exact.TOLERANCE
     err = verb("validate", recipes[0], "router.estimator=moving", expect=2)[1]
     assert "'straight_through' or 'moving_baseline'" in err
+
+
+def test_a_format_is_one_file_and_one_line(verb, stage, tmp_path, monkeypatch):
+    """Trained on, scored with `--data`, refused with the row where a column is missing."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setitem(FORMATS, "ask_reply", FormatFacts("own_format:read"))
+    rows = [json.loads(line) for line in stage[1].read_text().splitlines()]
+    lines = [json.dumps({"ask": row["question"], "reply": row["answer"]}) for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    recipe = recipe_text(*stage[:2], tmp_path / "run")
+    recipe["data"]["train"] = [{"path": str(path), "format": "ask_reply"}]
+    verb("train", write_recipe(tmp_path / "recipe.yaml", recipe))
+    more = ["--data", path, "--data-format", "ask_reply", "--task", "nll", "--json"]
+    assert json.loads(verb("eval", tmp_path / "run", *more)[0])["results"][0]["count"] == len(rows)
+
+    err = verb("validate", tmp_path / "recipe.yaml", "data.train.0.prompt='{ask}'", expect=2)[1]
+    assert "belongs to format prompt_completion, and this is ask_reply" in err
+    err = verb("validate", tmp_path / "recipe.yaml", "data.train.0.format=ask", expect=2)[1]
+    assert "'codealpaca' or 'ask_reply'" in err
+    path.write_text("\n".join([*lines, json.dumps({"ask": "w1"})]))
+    err = verb("validate", tmp_path / "recipe.yaml", expect=2)[1]
+    assert "row 41" in err
+    assert "reply" in err
 
 
 @pytest.mark.usefixtures("a_task")

@@ -58,7 +58,7 @@ def gradients(router, config, shared, whole, checkpointing=False):
     for first, part, counts in micro_batches(np.arange(5), lengths, 2, *place, equally_many=shared):
         batch = collate([everything[i] for i in part], first)
         accumulate_gradients(
-            model, adapter, batch, router, make_estimator(router.estimator), seed=(0, 7), numbers={"beta": 0.5},
+            model, adapter, batch, router, make_estimator(router.estimator), seed=(0, 7), numbers={{"beta": 0.5}},
             targets_in_step=targets if counts else math.inf, backward=lambda loss: loss.backward(),
         )
     parameters = list(adapter.parameters().values())

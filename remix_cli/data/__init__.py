@@ -1,7 +1,7 @@
 """Data: the only room that knows prompts.
 
 sources.py   rows from the hub, local files or reasoning-gym
-formats.py   a row -> a conversation whose assistant turns are to be learnt
+formats/     a row -> a conversation whose assistant turns are to be learnt
 control.py   control tokens that a text spells out stay text
 template.py  a conversation -> text, by a chat template that is bounded
 encode.py    a conversation -> token ids and which of them are supervised

@@ -1,10 +1,11 @@
 """What the flags of `remix eval` ask for, as tasks of a recipe."""
 
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from remix_cli.adapter.config import AdapterConfig
+from remix_cli.data.formats.registry import FORMATS
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe, Source, Task
 from remix_cli.recipe.schema import OF_ANSWERS
@@ -20,9 +21,8 @@ def requested_tasks(
     data_format: str | None = None,
 ) -> list[Task]:
     """The recipe's tasks, or those named, as the flags change them. Raises RecipeError."""
-    formats = get_args(Source.model_fields["format"].annotation)
-    if data_format is not None and (data is None or data_format not in formats):
-        raise RecipeError(f"--data-format: {data_format!r}: with --data, one of {', '.join(formats)}")
+    if data_format is not None and (data is None or data_format not in FORMATS):
+        raise RecipeError(f"--data-format: {data_format!r}: with --data, one of {', '.join(FORMATS)}")
     unknown = [name for name in names or [] if name not in TASKS]
     if unknown:
         raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(TASKS)}")

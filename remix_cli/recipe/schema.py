@@ -6,11 +6,9 @@ The descriptions are what `remix schema` prints and editors show. Defaults are s
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import (
-    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -29,6 +27,7 @@ from remix_cli.recipe.sources import (
     Share,
     Source,
     Strict,
+    name_in,
     refuse_unread,
 )
 from remix_cli.tasks.registry import TASKS, task_class, task_classes
@@ -37,23 +36,8 @@ if TYPE_CHECKING:
     from remix_cli.tasks.base import Measure
 
 Rate = Annotated[float, Field(gt=0, le=10)]
-
-
-def _name_in(registry: dict[str, Any]) -> Any:
-    """A type: one of the registry's names, as they are when a value is checked."""
-
-    def check(name: Any) -> Any:
-        if not isinstance(name, str) or name not in registry:
-            *most, last = (repr(known) for known in registry)
-            known = f"{', '.join(most)} or {last}"
-            raise PydanticCustomError("literal_error", "Input should be {known}", {"known": known})
-        return name
-
-    return Annotated[str, BeforeValidator(check), WithJsonSchema({"enum": list(registry), "type": "string"})]
-
-
-TaskName: Any = _name_in(TASKS)
-EstimatorName: Any = _name_in(ESTIMATORS)
+TaskName: Any = name_in(TASKS)
+EstimatorName: Any = name_in(ESTIMATORS)
 
 
 class Model(Strict):

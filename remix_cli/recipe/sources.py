@@ -2,19 +2,23 @@
 
 import os
 import string
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from remix_cli.data.formats.registry import FORMATS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -47,6 +51,19 @@ def refuse_unread(group: BaseModel, unread: dict[str, str], *inside: str, **usua
         raise PydanticCustomError("unread", "is not read{also}: it {why}; leave it out", context)
 
 
+def name_in(registry: dict[str, Any]) -> Any:
+    """A type: one of the registry's names, as they are when a value is checked."""
+
+    def check(name: Any) -> Any:
+        if not isinstance(name, str) or name not in registry:
+            *most, last = (repr(known) for known in registry)
+            known = f"{', '.join(most)} or {last}"
+            raise PydanticCustomError("literal_error", "Input should be {known}", {"known": known})
+        return name
+
+    return Annotated[str, BeforeValidator(check), WithJsonSchema({"enum": list(registry), "type": "string"})]
+
+
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -59,6 +76,9 @@ def _names_a_file(path: str) -> bool:
     return os.path.splitext(path)[1] in LOADERS and not os.path.isdir(path)
 
 
+FormatName: Any = name_in(FORMATS)
+
+
 class Source(Strict):
     """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
 
@@ -69,7 +89,7 @@ class Source(Strict):
     options: dict[str, Any] = Field({}, description="Options of the reasoning-gym task.")
     size: Positive = Field(1000, description="How many reasoning-gym rows to make.")
     seed: Seed = Field(0, description="Seed of the reasoning-gym rows; another seed gives other rows.")
-    format: Literal["prompt_completion", "messages", "gsm8k", "arc", "codealpaca"] = "prompt_completion"
+    format: FormatName = "prompt_completion"
     prompt: str = Field("{prompt}", description="Template over the row's columns, for prompt_completion.")
     completion: str = Field("{completion}", description="Template over the row's columns, for prompt_completion.")
     task: str | None = Field(None, description="Name for statistics by task; by default made from the source.")
@@ -117,9 +137,10 @@ class Source(Strict):
                 keys["subset"] = "belongs to a hub data set, and the path is local"
             if _names_a_file(self.path):
                 keys["split"] = "chooses among the files of a folder or a hub data set, and the path is one file"
-        if self.format != "prompt_completion":
-            reason = f"belongs to format prompt_completion, and this is {self.format}"
-            keys |= dict.fromkeys(("prompt", "completion"), reason)
+        for key in ("prompt", "completion"):
+            if key not in FORMATS[self.format].reads:
+                owners = ", ".join(name for name, facts in FORMATS.items() if key in facts.reads)
+                keys[key] = f"belongs to format {owners}, and this is {self.format}"
         return keys
 
     def at(self, path: str) -> "Source":

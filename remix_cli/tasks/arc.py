@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from remix_cli.data.formats import RowError, arc_options, to_example
+from remix_cli.data.formats import RowError, to_example
+from remix_cli.data.formats.arc import arc_options
 from remix_cli.errors import DataError
 from remix_cli.tasks.base import Line, Measure, Scorer, key_of
 

@@ -1,0 +1,12 @@
+"""Formats: from a row to a conversation. One file each.
+
+registry.py           name -> reader; a new format is a file here and a line there
+base.py               the conversation, and what readers have in common
+prompt_completion.py  two templates over the columns
+messages.py           chats
+gsm8k.py, arc.py, codealpaca.py   data sets with columns of their own
+"""
+
+from remix_cli.data.formats.base import Example, Message, Row, RowError, to_example
+
+__all__ = ["Example", "Message", "Row", "RowError", "to_example"]

@@ -1,0 +1,27 @@
+"""The formats by name: where each is read, and which keys of a source it reads besides the rows."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    where: str  # module:function, from a row and its source to messages
+    reads: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "prompt_completion": FormatFacts("remix_cli.data.formats.prompt_completion:read", ("prompt", "completion")),
+    "messages": FormatFacts("remix_cli.data.formats.messages:read"),
+    "gsm8k": FormatFacts("remix_cli.data.formats.gsm8k:read"),
+    "arc": FormatFacts("remix_cli.data.formats.arc:read"),
+    "codealpaca": FormatFacts("remix_cli.data.formats.codealpaca:read"),
+}
+
+
+def reader_of(name: str) -> Callable[..., list[dict[str, Any]]]:
+    """Raises KeyError for a name that is not in `FORMATS`."""
+    module, _, attribute = FORMATS[name].where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
