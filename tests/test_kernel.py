@@ -83,7 +83,8 @@ def test_inputs_that_are_slices_are_read_as_they_are():
         assert close(found.logits, router.scores(x)[0], 1e-5)
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("rtg", marks=pytest.mark.slow), "control_variate"])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["rtg", "control_variate"])
 @pytest.mark.skipif(GPU, reason="the tiny model of test_step lives on the CPU")
 def test_a_step_through_the_kernel_is_the_same_step(estimator, monkeypatch):
     recipe = RouterRecipe(estimator=estimator)
