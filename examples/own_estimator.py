@@ -27,6 +27,9 @@ class MovingBaseline(Estimator):
     def numbers(self):
         return {"mean": self.mean}
 
+    def logged(self):
+        return {"baseline": self.mean}
+
     def update(self, sums):
         loss, batches = sums
         self.mean = DECAY * self.mean + (1 - DECAY) * loss / batches

@@ -21,8 +21,6 @@ from remix_cli.adapter.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
 from remix_cli.errors import ArtefactError, RecipeError, is_out_of_memory, shortened
-from remix_cli.recipe import Recipe
-from remix_cli.recipe.methods import PROMPTS
 from remix_cli.recipe.schema import Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -378,8 +376,3 @@ def longest_input(model: Any) -> int | None:
     """How many tokens the model was made to read at once; None where its config does not say, or says -1."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if length is not None and length > 0 else None
-
-
-def virtual_tokens(recipe: Recipe) -> int:
-    """That the method puts in front of every sequence."""
-    return recipe.adapter.virtual_tokens if recipe.adapter.method in PROMPTS else 0

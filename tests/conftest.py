@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import struct
+import subprocess
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,11 @@ def close(a: Tensor, b: Tensor, relative: float) -> bool:
     assert 0 < relative < 1e-2, "a tolerance that accepts anything is no tolerance"
     assert a.shape == b.shape
     return bool((a.double() - b.double()).norm() <= relative * b.double().norm())
+
+
+def alone(code: str) -> subprocess.CompletedProcess[str]:
+    """`code` in a Python process of its own, for what must not have been imported yet."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 
 
 def pytest_configure() -> None:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import HEAVY, ROOT, alone
 from tiny import recipe_text, write_recipe
 
 from remix_cli.data.formats.registry import FORMATS, FormatFacts
@@ -151,19 +151,14 @@ def test_every_task_declares_what_others_need_to_know():
         assert all(measure.chooses for measure in kind.measures if measure.shown)
 
 
-def test_checking_a_recipe_with_every_task_needs_nothing_heavy(tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import HEAVY
-
+def test_checking_a_recipe_with_every_task_needs_nothing_heavy():
     code = (
         "import sys\n"
         "from remix_cli.tasks.registry import task_classes\n"
         "task_classes()\n"
         f"assert not sys.modules.keys() & {HEAVY}, sys.modules.keys() & {HEAVY}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = alone(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -178,9 +173,6 @@ def test_a_training_loop_of_ones_own_learns_in_under_60_lines(monkeypatch):
 
 
 def test_what_the_library_offers_can_be_imported_and_costs_nothing_until_it_is():
-    import subprocess
-    import sys
-
     import remix_cli.adapter
 
     for name in remix_cli.adapter.__all__:
@@ -188,4 +180,4 @@ def test_what_the_library_offers_can_be_imported_and_costs_nothing_until_it_is()
     with pytest.raises(AttributeError):
         _ = remix_cli.adapter.nothing
     code = "import sys, remix_cli.adapter; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert alone(code).returncode == 0

@@ -3,20 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from tiny import recipe_text, tiny_model, write_rows
+from tiny import backward_step, recipe_text, tiny_model, write_rows
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from remix_cli import models
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.errors import RecipeError
-from remix_cli.estimators.registry import make_estimator
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import load_model
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.schema import Adapter, Model
 from remix_cli.train.prepare import check_recipe
-from remix_cli.train.step import accumulate_gradients
 
 SHAPE = {
     "vocab_size": 64,
@@ -100,19 +98,7 @@ def step(wanted: Recipe) -> None:
     model = AutoModelForCausalLM.from_config(config).float().requires_grad_(False).train()
     adapter = apply_method(model, wanted.adapter_config(), seed=0)
     batch = collate([EncodedRow(row, row > 6, "t") for row in (np.arange(3, 15), np.arange(5, 13))])
-    accumulate_gradients(
-        model,
-        adapter,
-        batch,
-        wanted.router,
-        make_estimator(wanted.router.estimator),
-        targets_in_step=float(len(batch.targets)),
-        seed=(0, 0),
-        numbers={"beta": 0.0},
-        backward=lambda loss: loss.backward(),
-        loss_scale=1.0,
-        dropout_seed=0,
-    )
+    backward_step(model, adapter, batch, wanted.router, dropout_seed=0)
     assert all(p.grad is not None for p in adapter.lora_parameters().values())
 
 

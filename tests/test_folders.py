@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
-from conftest import HEAVY
+from conftest import HEAVY, alone
 from rich.console import Console
 from tiny import recipe_text, write_recipe
 
@@ -95,7 +93,7 @@ def test_a_run_that_is_not_there_is_refused_without_loading_torch(tmp_path, monk
         "try: main()\n"
         f"except SystemExit as e: print(e.code, *(sys.modules.keys() & {HEAVY}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = alone(code)
     assert done.stdout.split() == ["5"], done.stderr
     assert done.stderr.startswith("error: absent: ")
     assert not list(tmp_path.iterdir())
@@ -116,7 +114,7 @@ def test_a_forged_size_is_refused_without_loading_torch(project, tmp_path):
         "except ArtefactError as error: print(error, 'torch' in sys.modules)\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = alone(code)
     told, memory = done.stdout.splitlines()
     assert "does not describe adapter.safetensors beside it" in told
     assert told.endswith("False")

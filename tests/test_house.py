@@ -2,12 +2,10 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import HEAVY, ROOT
+from conftest import HEAVY, ROOT, alone
 
 PACKAGE = ROOT / "remix_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -120,7 +118,7 @@ def test_the_adapter_core_needs_torch_and_safetensors_only():
         "bad = {'transformers', 'accelerate', 'datasets', 'pydantic', 'yaml', 'rich', 'typer'} & set(sys.modules)\n"
         "sys.exit(','.join(bad) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = alone(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -149,7 +147,7 @@ def test_help_is_quick_and_needs_no_torch(verb):
         "except SystemExit as e: assert e.code == 0\n"
         f"assert not sys.modules.keys() & {HEAVY}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = alone(code)
     assert done.returncode == 0, done.stderr
     assert "Usage: remix" in done.stdout
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import close
 from test_step import rows
-from tiny import fill_adapter, recipe_text, tiny_model, write_recipe
+from tiny import backward_step, fill_adapter, recipe_text, tiny_model, write_recipe
 
 from remix_cli.adapter.config import POOLED, AdapterConfig
 from remix_cli.adapter.layer import RoutedLinear
@@ -16,7 +16,6 @@ from remix_cli.adapter.patch import apply_adapter
 from remix_cli.adapter.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.errors import RecipeError
-from remix_cli.estimators.registry import make_estimator
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import batch_losses
 from remix_cli.recipe import load_recipe
@@ -24,7 +23,7 @@ from remix_cli.recipe.loader import dump
 from remix_cli.recipe.methods import METHODS, PROMPTS
 from remix_cli.recipe.schema import Router
 from remix_cli.runs import load_run
-from remix_cli.train.step import accumulate_gradients, balance_loss
+from remix_cli.train.step import balance_loss
 
 TRAINED = [name for name in METHODS if name != "none"]
 FAST = {"prompt": 0.3, "p_tuning": 0.03, "prefix": 0.1, "ia3": 0.1}
@@ -231,17 +230,7 @@ def soft_gradients(balance, checkpointing=False, method="mixlora"):
         context = adapter.state.checkpoint_contexts
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context})
     batch = collate(rows(), 0)
-    router = Router(balance=balance)
-    options = {"targets_in_step": len(batch.targets), "seed": (0, 1), "numbers": {"beta": 0.0}}
-    accumulate_gradients(
-        model,
-        adapter,
-        batch,
-        router,
-        make_estimator(router.estimator),
-        backward=lambda loss: loss.backward(),
-        **options,
-    )
+    backward_step(model, adapter, batch, Router(balance=balance), step=1)
     return {name: p.grad.clone() for name, p in adapter.parameters().items()}
 
 

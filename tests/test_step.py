@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import close
-from tiny import fill_adapter, tiny_model
+from tiny import backward_step, fill_adapter, tiny_model
 
 from remix_cli.adapter import layer, routing
 from remix_cli.adapter.config import AdapterConfig
@@ -220,17 +220,7 @@ def test_N4_equal_losses_leave_the_router_where_it_is():
     model = tiny_model().train()
     adapter = apply_adapter(model, AdapterConfig(pool_size=4, active=2, rank=2), seed=0)
     batch = collate(rows())
-    accumulate_gradients(
-        model,
-        adapter,
-        batch,
-        Router(),
-        make_estimator(Router().estimator),
-        targets_in_step=len(batch.targets),
-        seed=(0, 0),
-        numbers={"beta": 0.0},
-        backward=lambda loss: loss.backward(),
-    )
+    backward_step(model, adapter, batch, Router())
     assert all(p.grad.abs().max() == 0 for p in adapter.router_parameters().values())
 
 
@@ -251,16 +241,7 @@ def test_compiling_what_is_not_adapted_changes_nothing():
     model, adapter = build()
     assert compile_unadapted(model, backend="aot_eager") == 2 * 3  # two norms and attention of each layer
     batch = collate(rows())
-    options = {"targets_in_step": len(batch.targets), "seed": (0, 7), "numbers": {"beta": 0.5}}
-    accumulate_gradients(
-        model,
-        adapter,
-        batch,
-        router,
-        make_estimator(router.estimator),
-        backward=lambda loss: loss.backward(),
-        **options,
-    )
+    backward_step(model, adapter, batch, router, step=7, beta=0.5)
     assert same({name: p.grad for name, p in adapter.parameters().items()}, expected)
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from remix_cli.adapter.patch import Adapter
+from remix_cli.estimators.registry import make_estimator
+from remix_cli.train.step import accumulate_gradients
 
 SHAPE = {
     "vocab_size": 64,
@@ -124,3 +126,19 @@ def recipe_text(model: Path, rows: Path, output: Path, **groups: dict) -> dict:
 def write_recipe(path: Path, recipe: dict) -> Path:
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def backward_step(model, adapter: Adapter, batch, router, *, step: int = 0, beta: float = 0.0, **options) -> None:
+    """The gradients of one batch that is the whole step, with the estimator that `router` names."""
+    accumulate_gradients(
+        model,
+        adapter,
+        batch,
+        router,
+        make_estimator(router.estimator),
+        targets_in_step=len(batch.targets),
+        seed=(0, step),
+        numbers={"beta": beta},
+        backward=lambda loss: loss.backward(),
+        **options,
+    )

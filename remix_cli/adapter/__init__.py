@@ -16,6 +16,7 @@ store.py        the adapter folder: remix_config.json and adapter.safetensors
 The names below may be imported from here; a training loop of one's own is examples/own_training_loop.py.
 """
 
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,4 @@ __all__ = list(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    return pkgutil.resolve_name(f"{__name__}.{_PUBLIC[name]}:{name}")

@@ -26,12 +26,12 @@ def common_part(prompts: Tensor) -> Tensor:
     return F.normalize(prompts, dim=-1).mean(0)
 
 
-def spherical_k_means(rows: Tensor, count: int, seed: int = 0) -> Tensor:
+def spherical_k_means(rows: Tensor, count: int) -> Tensor:
     """Centres (count, D) of unit length for rows (N, D) of unit length, N >= count (Dhillon and Modha 2001).
 
-    The best of `STARTS`, each begun as k-means++ has it (Arthur and Vassilvitskii 2007); draws come from `seed`.
+    The best of `STARTS`, each begun as k-means++ has it (Arthur and Vassilvitskii 2007). Always the same draws.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     attempts = [_refined(rows, _spread_out(rows, count, generator)) for _ in range(STARTS)]
     likenesses = torch.stack([(rows @ centres.T).amax(-1).mean() for centres in attempts])
     return attempts[int(likenesses.argmax())]

@@ -236,16 +236,15 @@ def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:
     The adapted ones stay eager: their routers follow a trace, which changes with every pass. Generation goes by the
     eager code (see evaluate/generate.py).
     """
-    parts = [
-        part
-        for layer in decoder_layers(model)
-        for part in layer.children()
-        if next(part.parameters(), None) is not None
-    ]
-    parts = [part for part in parts if not any(isinstance(m, RoutedLinear | Router) for m in part.modules())]
-    for part in parts:
-        part.compile(dynamic=True, backend=backend)
-    return len(parts)
+    count = 0
+    for layer in decoder_layers(model):
+        for part in layer.children():
+            adapted = any(isinstance(module, RoutedLinear | Router) for module in part.modules())
+            if adapted or next(part.parameters(), None) is None:
+                continue
+            part.compile(dynamic=True, backend=backend)
+            count += 1
+    return count
 
 
 def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:

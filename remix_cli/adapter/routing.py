@@ -86,10 +86,14 @@ class _Level:
 
     def __init__(self, m: int, size: int, below: dict[tuple[int, ...], int]):
         self.subsets = list(itertools.combinations(range(m), size))
-        self.outside = torch.tensor([[i not in subset for i in range(m)] for subset in self.subsets])
+        outside, parents = [], []
+        for subset in self.subsets:
+            outside.append([i not in subset for i in range(m)])
+            smaller = [subset[:at] + subset[at + 1 :] for at in range(size)]
+            parents.append([below[parent] for parent in smaller])
+        self.outside = torch.tensor(outside)
         self.items = torch.tensor(self.subsets)
-        without = [[tuple(j for j in subset if j != i) for i in subset] for subset in self.subsets]
-        self.parents = torch.tensor([[below[parent] for parent in row] for row in without])
+        self.parents = torch.tensor(parents)
 
 
 @cache

@@ -58,7 +58,12 @@ def evaluate(
     folder = RunFolder(run)
     if not folder.is_model:
         check_run(run, best=best)
-    from remix_cli.evaluate.request import all_bring_rows, check_base, check_model, requested_active, requested_tasks
+    from remix_cli.evaluate.request import (
+        all_bring_rows,
+        refuse_flags_of_an_adapter,
+        requested_active,
+        requested_tasks,
+    )
     from remix_cli.evaluate.run import check_code
     from remix_cli.evaluate.run import evaluate as score
     from remix_cli.runs import load_model_folder, load_run
@@ -71,9 +76,10 @@ def evaluate(
     if folder.is_model and not (task and (data or all_bring_rows(task))):
         raise RecipeError(f"{run}: a model, not a run: say what to score with --task and --data")
     flags = {"--active": active, "--selection sample": selection == "sample", "--best": best}
-    check_base(base, flags)
+    if base:
+        refuse_flags_of_an_adapter(flags, "--base takes it away; leave one of them out")
     if folder.is_model:
-        check_model(flags | {"--any-base": any_base})
+        refuse_flags_of_an_adapter(flags | {"--any-base": any_base}, "a model folder has none; leave it out")
     elif trust_code:
         raise RecipeError(
             "--trust-remote-code: is for a model folder; whether a run's base model may run its code is "

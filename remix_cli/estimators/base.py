@@ -39,6 +39,10 @@ class Estimator(ABC):
     def update(self, sums: list[float]) -> None:  # noqa: B027  most learn nothing
         """Learn from a step's sums over all micro-batches and processes."""
 
+    def logged(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        return {}
+
     def state_dict(self) -> dict[str, float]:
         return {}
 

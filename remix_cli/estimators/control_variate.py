@@ -40,6 +40,9 @@ class ControlVariate(Estimator):
     def numbers(self) -> dict[str, float]:
         return {"beta": self.beta}
 
+    def logged(self) -> dict[str, float]:
+        return {"control_variate_beta": self.beta}
+
     def update(self, sums: list[float]) -> None:
         products, squares = sums
         self.products = DECAY * self.products + products

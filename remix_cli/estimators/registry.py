@@ -1,6 +1,6 @@
 """The estimators by name, and what each claims of itself."""
 
-import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,5 +44,4 @@ ESTIMATORS = {
 
 def make_estimator(name: str) -> "Estimator":
     """A new one, which has learnt nothing yet. Raises KeyError for a name that is not in `ESTIMATORS`."""
-    module, _, attribute = ESTIMATORS[name].where.partition(":")
-    return getattr(importlib.import_module(module), attribute)()
+    return pkgutil.resolve_name(ESTIMATORS[name].where)()

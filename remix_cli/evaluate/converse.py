@@ -9,7 +9,7 @@ from transformers import TextStreamer
 from remix_cli.adapter.trace import Trace
 from remix_cli.errors import DataError
 from remix_cli.evaluate.generate import Decoding, continue_ids
-from remix_cli.models import longest_input, virtual_tokens
+from remix_cli.models import longest_input
 from remix_cli.runs import LoadedRun
 
 
@@ -33,7 +33,7 @@ def answer(
     """
     ids = run.encoder.question_ids(prompt)
     limit = longest_input(run.model)
-    length = len(ids) + virtual_tokens(run.recipe)
+    length = len(ids) + run.recipe.virtual_tokens
     if limit is not None and length >= limit:
         raise DataError(f"prompt: has {length} tokens, but the model reads at most {limit}; shorten it")
     if limit is not None and length + decoding.max_new_tokens > limit:

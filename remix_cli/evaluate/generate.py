@@ -17,7 +17,7 @@ from remix_cli.adapter.trace import Trace
 from remix_cli.data.chunks import in_chunks
 from remix_cli.errors import DataError
 from remix_cli.evaluate.graphed import fixed_cache, graphed
-from remix_cli.models import longest_input, virtual_tokens
+from remix_cli.models import longest_input
 from remix_cli.recipe import Task
 from remix_cli.runs import Subject
 
@@ -35,7 +35,7 @@ class Decoding:
 
 def check_fits(subject: Subject, task: Task, texts: Sequence[Sized], new: int = 0) -> None:
     """Raises DataError for token ids of a task that, with `new` ones of an answer, the model cannot read at once."""
-    limit, front = longest_input(subject.model), virtual_tokens(subject.recipe)
+    limit, front = longest_input(subject.model), subject.recipe.virtual_tokens
     longest = max(map(len, texts), default=0)
     if limit is None or front + longest + new <= limit:
         return

@@ -67,18 +67,11 @@ def _flag(message: str, context: dict[str, Any]) -> str:
     return f"--{message.removeprefix('Value error, ')}"
 
 
-def check_base(base: bool, flags: dict[str, Any]) -> None:
-    """Raises RecipeError if a flag of an adapter is given with --base."""
-    given = next((flag for flag, value in flags.items() if value), None)
-    if base and given:
-        raise RecipeError(f"{given}: is of an adapter, and --base takes it away; leave one of them out")
-
-
-def check_model(flags: dict[str, Any]) -> None:
-    """Raises RecipeError if a flag of an adapter is given for a model folder, which has none."""
+def refuse_flags_of_an_adapter(flags: dict[str, Any], reason: str) -> None:
+    """Raises RecipeError if one of `flags` is given."""
     given = next((flag for flag, value in flags.items() if value), None)
     if given:
-        raise RecipeError(f"{given}: is of an adapter, and a model folder has none; leave it out")
+        raise RecipeError(f"{given}: is of an adapter, and {reason}")
 
 
 def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:

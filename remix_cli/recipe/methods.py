@@ -88,27 +88,25 @@ METHODS: dict[Method, MethodFacts] = {
 }
 
 
-def unread_of_router(
-    method: str, fixed: Any, estimator: Any, lora_gradient: Any, level: Any, clusters: Any
-) -> dict[str, str]:
-    """Keys of the `router` group that a run with these settings does not read, each with the reason."""
+def unread_of_router(method: str, router: Any) -> dict[str, str]:
+    """Keys of the group `router` (schema.Router) that a run with these settings does not read, each with the reason."""
     facts = METHODS[method]  # type: ignore[index]
     unread = {key: f"does nothing for adapter.method {method}" for key in ROUTER if key not in facts.router_settings}
     if "fixed" in unread:
         return unread
-    if level != "sequence":
+    if router.level != "sequence":
         unread["clusters"] = "counts clusters of prompts, and needs router.level: sequence"
-    elif clusters:
+    elif router.clusters:
         unread["unit_input"] = "scales what the router reads, and a cluster's centre has unit length"
-    if fixed is True:
+    if router.fixed:
         trained = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
         return unread | dict.fromkeys(trained, "says how the router is trained, and router.fixed is true")
-    if estimator in ESTIMATORS and not ESTIMATORS[estimator].samples_beside_top and lora_gradient == "top":
-        unread["selections"] = f"counts samples, and {estimator} with lora_gradient: top draws none"
+    if router.lora_gradient == "top" and not ESTIMATORS[router.estimator].samples_beside_top:
+        unread["selections"] = f"counts samples, and {router.estimator} with lora_gradient: top draws none"
     return unread
 
 
-def idle_in_router(method: str, all_active: bool, learning_rate: float) -> dict[str, str]:
+def idle_in_router(method: str, all_active: bool, router: Any) -> dict[str, str]:
     """Further keys of the `router` group that change nothing, each with the reason; run folders do hold them."""
     idle: dict[str, str] = {}
     if all_active and method == "remix":
@@ -117,9 +115,10 @@ def idle_in_router(method: str, all_active: bool, learning_rate: float) -> dict[
         return dict.fromkeys(keys, reason)
     if all_active:  # the shares that the loss compares are equal whatever the router does
         idle["balance"] = "evens out a choice, and with adapter.active = adapter.pool_size there is none"
-    if learning_rate == 0:
-        reason = "says how the router learns, and router.learning_rate is 0"
-        idle |= dict.fromkeys(("estimator", "max_grad_norm"), reason)
+    if router.learning_rate == 0:
+        idle["max_grad_norm"] = "says how the router learns, and router.learning_rate is 0"
+        if router.lora_gradient != "top":  # else the estimator says whether there are passes beside it
+            idle["estimator"] = idle["max_grad_norm"]
     return idle
 
 

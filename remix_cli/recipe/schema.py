@@ -192,8 +192,9 @@ class Task(Strict):
             refuse_unread(self.shots_from, weight, "shots_from")
         if self.source is not None:
             unread = dict(weight)
-            if task_class(self.task).own_columns:
-                forms = ("format", "prompt", "completion") if self.source.format != self.task else ()
+            kind = task_class(self.task)
+            if kind.own_columns:
+                forms = ("format", "prompt", "completion") if self.source.format != kind.row_format else ()
                 unread |= dict.fromkeys(forms, f"says how rows are read, and {self.task} has columns of its own")
             refuse_unread(self.source, unread, "source")
         return self
@@ -301,10 +302,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _only_what_is_read(self) -> Self:
         config, router = self.adapter_config(), self.router
-        idle = idle_in_router(config.method, config.active == config.pool_size, router.learning_rate)
-        if router.lora_gradient == "top":  # the estimator then also says whether there are passes beside it
-            idle.pop("estimator", None)
-        unread = idle | self._unread_of_router()
+        unread = idle_in_router(config.method, config.active == config.pool_size, router)
+        unread |= unread_of_router(config.method, router)
         refuse_unread(router, unread, "router", **METHODS[config.method].router)
         refuse_unread(self.alarm, self._unread_of_alarm(), "alarm")
         refuse_unread(self.train, self._unread_of_train(), "train")
@@ -329,22 +328,17 @@ class Recipe(Strict):
             unread |= dict.fromkeys(keys, f"is of measurements on held-out rows, and {NONE_HELD_OUT}")
         elif not tasks_while_training(self.eval.tasks):
             unread["eval_tasks_limit"] = (
-                "is of tasks scored while training, and eval.tasks has none that can be (not humaneval, nor nll "
-                "without a source of its own)"
+                "is of tasks scored while training, and eval.tasks has none that is: programs are not run then, and "
+                "the held-out loss is measured anyway"
             )
         return unread
 
     @model_serializer(mode="wrap")
     def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values = dump(self)
-        unread = self._unread_of_router()
+        unread = unread_of_router(self.adapter.method, self.router)
         values["router"] = {key: value for key, value in values["router"].items() if key not in unread}
         return values
-
-    def _unread_of_router(self) -> dict[str, str]:
-        router = self.router
-        how = (router.fixed, router.estimator, router.lora_gradient, router.level, router.clusters)
-        return unread_of_router(self.adapter.method, *how)
 
     @model_validator(mode="after")
     def _estimator_fits(self) -> Self:
@@ -420,6 +414,11 @@ class Recipe(Strict):
                 {"metric": metric, "fix": fix, "at": ("train", "metric_for_best_model")},
             )
         return self
+
+    @property
+    def virtual_tokens(self) -> int:
+        """That the method puts in front of every sequence."""
+        return self.adapter.virtual_tokens if self.adapter.method in PROMPTS else 0
 
     def adapter_config(self) -> AdapterConfig:
         """In full; methods without a pool are one adapter that is always on."""

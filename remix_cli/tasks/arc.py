@@ -36,7 +36,6 @@ class Arc(Scorer):
     def load(self) -> None:
         from remix_cli.data.sources import load_rows
         from remix_cli.data.splits import evenly
-        from remix_cli.evaluate.generate import check_fits
 
         source = self._source(self.task.source)
         rows = evenly(load_rows(source), self.limit)
@@ -56,10 +55,14 @@ class Arc(Scorer):
                 raise DataError(f"eval task arc: row {number}: {error}") from None
             self.questions.append(question)
         rows_of_options = [row.input_ids for made in (*self.letters, *self.texts) for row in made]
-        check_fits(self.subject, self.task, rows_of_options)
+        self.check_fits(rows_of_options)
         self.data = rows
-        both = zip(self.letters, self.texts, strict=True)
-        self.keys = [key_of(*(x for row in (*a, *b) for x in (row.input_ids, row.supervised))) for a, b in both]
+        self.keys = []
+        for letters, texts in zip(self.letters, self.texts, strict=True):
+            shown = []
+            for row in (*letters, *texts):
+                shown += [row.input_ids, row.supervised]
+            self.keys.append(key_of(*shown))
 
     def _source(self, source: "Source | None") -> "Source":
         if source is None:

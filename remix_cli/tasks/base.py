@@ -8,7 +8,7 @@ that recipes, `compare`, the console and sweeps know of it.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,6 +60,7 @@ class Scorer(ABC):
     measures: ClassVar[tuple[Measure, ...]]
     headline: ClassVar[str]  # the entry of a line that the progress bar averages
     generates: ClassVar[bool] = False
+    max_new_tokens: ClassVar[int] = 0  # of an answer, where the task does not say otherwise
     runs_code: ClassVar[bool] = False  # of the model's: only where it is allowed, never while training
     takes_shots: ClassVar[bool] = True
     takes_samples: ClassVar[bool] = False  # several answers to one item
@@ -113,10 +114,12 @@ class Scorer(ABC):
 
     @staticmethod
     def _by_task(measure: Measure, lines: list[Line]) -> dict[str, "Score"]:
-        names = sorted({line["task"] for line in lines})
-        if len(names) < 2:
+        by_name: dict[str, list[Line]] = {}
+        for line in sorted(lines, key=lambda line: line["task"]):
+            by_name.setdefault(line["task"], []).append(line)
+        if len(by_name) < 2:
             return {}
-        return {f"{measure.name}/{n}": measured(measure, [x for x in lines if x["task"] == n]) for n in names}
+        return {f"{measure.name}/{name}": measured(measure, some) for name, some in by_name.items()}
 
     def examples(self) -> list[Example]:
         """The task's own rows, or those that the recipe held out; at most `limit`, spread evenly over them."""
@@ -126,6 +129,12 @@ class Scorer(ABC):
         own = self.task.source
         rows = load_examples([own])[0] if own is not None else self.subject.split()[2]
         return evenly(rows, self.limit)
+
+    def check_fits(self, texts: Sequence[Sized], new: int = 0) -> None:
+        """Raises DataError for token ids that, with `new` ones of an answer, the model cannot read at once."""
+        from remix_cli.evaluate.generate import check_fits
+
+        check_fits(self.subject, self.task, texts, new)
 
     def row_losses(self, rows: list["EncodedRow"], ids: list[int]) -> Iterator[tuple[int, Any]]:
         """(place among `rows`, its loss), longest rows first. `ids` key what is sampled, if anything is."""
@@ -149,32 +158,18 @@ class Scorer(ABC):
         }
 
 
-class Generating(Scorer):
-    """A task answered by generation, one prompt for each item: give `load`, which ends with `ask`, and `judge`."""
+class Prompting(Scorer):
+    """A task answered by generation, one prompt for each item: `load` ends with `ask`, `run` reads `answers`."""
 
     generates = True
     headline = "correct"
-    max_new_tokens: ClassVar[int] = 256
+    max_new_tokens = 256
     prompts: list[list[int]]
 
     def ask(self, prompts: list[list[int]]) -> None:
         """Set the prompts, and the keys from them."""
         self.prompts, self.keys = prompts, [key_of(ids) for ids in prompts]
         self.check_fits(prompts, new=self.decoding().max_new_tokens)
-
-    def check_fits(self, texts: Sequence[list[int]], new: int = 0) -> None:
-        """Raises DataError for token ids that, with `new` ones of an answer, the model cannot read at once."""
-        from remix_cli.evaluate.generate import check_fits
-
-        check_fits(self.subject, self.task, texts, new)
-
-    def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
-        for item, text in self.answers(todo):
-            yield item, self.judge(item, text)
-
-    def judge(self, item: int, text: str) -> Line:
-        """What is kept of the answer `text` to an item."""
-        raise NotImplementedError
 
     def stamp(self) -> dict[str, Any]:
         temperature, how = self.task.temperature, self.decoding()
@@ -201,6 +196,18 @@ class Generating(Scorer):
         except RowError as error:
             question = example.messages[-2]["content"]
             raise DataError(f"eval task {self.task.task}: {error}, in the row {shortened(question, 60)!r}") from None
+
+
+class Generating(Prompting):
+    """The same where each answer is judged by itself: give `load` and `judge`."""
+
+    def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
+        for item, text in self.answers(todo):
+            yield item, self.judge(item, text)
+
+    @abstractmethod
+    def judge(self, item: int, text: str) -> Line:
+        """What is kept of the answer `text` to an item."""
 
 
 def measured(measure: Measure, lines: list[Line]) -> "Score":

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
 
 from remix_cli.errors import DataError
-from remix_cli.tasks.base import Generating, Line, Measure
+from remix_cli.tasks.base import Generating, Line, Measure, measured
 
 if TYPE_CHECKING:
     from remix_cli.evaluate.statistics import Score
@@ -52,12 +52,8 @@ class Gsm8k(Generating):
         }
 
     def scores(self, lines: list[Line]) -> dict[str, "Score"]:
-        import numpy as np
-
-        from remix_cli.evaluate.statistics import mean
-
-        has_answer = np.array([float(line["strict"] is not None) for line in lines])
-        return super().scores(lines) | {"has_answer": mean(has_answer)}
+        answered = [{"answered": line["strict"] is not None} for line in lines]
+        return super().scores(lines) | {"has_answer": measured(Measure("has_answer", "answered"), answered)}
 
 
 def strict_answer(text: str) -> Decimal | None:

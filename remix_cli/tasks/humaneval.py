@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from remix_cli.data.formats import Example, RowError
 from remix_cli.errors import DataError
 from remix_cli.sandbox.outside import LEVEL, Program, judge_all
-from remix_cli.tasks.base import Generating, Line, Measure, key_of
+from remix_cli.tasks.base import Line, Measure, Prompting, key_of, measured
 
 if TYPE_CHECKING:
     from remix_cli.evaluate.generate import Decoding
@@ -27,7 +27,7 @@ COLUMNS = ("task_id", "prompt", "entry_point", "test")
 _BLOCK = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
-class HumanEval(Generating):
+class HumanEval(Prompting):
     name = "humaneval"
     measures = (
         Measure("pass@1", "correct"),
@@ -48,7 +48,9 @@ class HumanEval(Generating):
         self.problems = evenly(problems, self.limit)
         self.chat = self.encoder.chat
         self.prompt = CHAT_PROMPT if self.chat else "{prompt}"
-        self.prompts = [ids for problem in self.problems for ids in [self._ids(problem)] * self.task.samples]
+        self.prompts = []
+        for problem in self.problems:
+            self.prompts += [self._ids(problem)] * self.task.samples
         if self.shots and not self.chat:
             raise DataError("eval task humaneval: shots: the bare prompt takes no solved examples; leave them out")
         self.check_fits(self.prompts, new=self.decoding().max_new_tokens)
@@ -95,11 +97,12 @@ class HumanEval(Generating):
         correct: dict[int, int] = {}
         for line in lines:
             correct[line["index"]] = correct.get(line["index"], 0) + line["correct"]
-        found = {
-            f"pass@{k}": mean(np.array([pass_at(k, n, c) for c in correct.values()])) for k in (1, 10, 100) if k <= n
-        }
-        timeouts = np.array([float(line["reason"] == "timeout") for line in lines])
-        return found | {"timeout": mean(timeouts)}
+        found = {}
+        for k in (1, 10, 100):
+            if k <= n:
+                found[f"pass@{k}"] = mean(np.array([pass_at(k, n, c) for c in correct.values()]))
+        timed = [{"out": line["reason"] == "timeout"} for line in lines]
+        return found | {"timeout": measured(Measure("timeout", "out"), timed)}
 
     def stamp(self) -> dict[str, Any]:
         protocol = "chat, code block or whole answer" if self.chat else "completion of the bare prompt"

@@ -1,6 +1,6 @@
 """The tasks by name. Everything else about a task stands in its own file."""
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +17,7 @@ TASKS = {
 
 def task_class(name: str) -> "type[Scorer]":
     """Raises KeyError for a name that is not in `TASKS`."""
-    module, _, attribute = TASKS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return pkgutil.resolve_name(TASKS[name])
 
 
 def task_classes() -> "dict[str, type[Scorer]]":

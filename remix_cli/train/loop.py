@@ -280,8 +280,9 @@ class _Run:
     def _estimator_record(self, variance: float, routing: StepRouting) -> dict[str, float]:
         if not self.adapter.config.samples or self.recipe.router.fixed:
             return {}
-        beta = self.estimator.numbers().get("beta", 0.0)  # 0 also where the estimator has none, as ever
-        return {"advantage_variance": variance / float(routing.decisions), "control_variate_beta": beta}
+        found = {"advantage_variance": variance / float(routing.decisions)}
+        found["control_variate_beta"] = 0.0  # whatever the estimator: readers of earlier runs know it as a column
+        return found | self.estimator.logged()
 
     def _reduce(self, results: list[MicroResult], tokens: int) -> tuple[torch.Tensor, StepRouting]:
         """Float64 sums over micro-batches and ranks, and the routing; one collective, one transfer.

@@ -14,12 +14,11 @@ from remix_cli.adapter.trace import Trace
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError, shortened
 from remix_cli.methods.apply import apply_method
-from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton, virtual_tokens
+from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
 from remix_cli.storage import MIB, free_bytes, remove, storage_errors
-from remix_cli.tasks.base import Generating
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.checkpoints import adapter_bytes
 
@@ -45,7 +44,7 @@ def check_recipe(recipe: Recipe) -> Adapter:
     try:
         model = skeleton(recipe.model)
         limit = longest_input(model)
-        front = virtual_tokens(recipe)
+        front = recipe.virtual_tokens
         if limit is not None and recipe.data.max_length + front > limit:
             also = f" and {front} virtual tokens" if front else ""
             problems.append(
@@ -72,9 +71,9 @@ def _check_answers(recipe: Recipe, i: int, limit: int | None) -> list[str]:
     """Problems with the answers to task `i` at `limit` positions, whatever its prompts: those count when it is read."""
     task = recipe.eval.tasks[i]
     kind = task_class(task.task)
-    if limit is None or not issubclass(kind, Generating):
+    if limit is None or not kind.generates:
         return []
-    new, front = task.max_new_tokens or kind.max_new_tokens, virtual_tokens(recipe)
+    new, front = task.max_new_tokens or kind.max_new_tokens, recipe.virtual_tokens
     if front + 1 + new <= limit:
         return []
     also = f" and {front} virtual tokens" if front else ""

@@ -1,6 +1,6 @@
 """The formats by name: where each is read, and which keys of a source it reads besides the rows."""
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,5 +23,4 @@ FORMATS = {
 
 def reader_of(name: str) -> Callable[..., list[dict[str, Any]]]:
     """Raises KeyError for a name that is not in `FORMATS`."""
-    module, _, attribute = FORMATS[name].where.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return pkgutil.resolve_name(FORMATS[name].where)
