@@ -54,6 +54,14 @@ def test_right_and_wrong_programs_are_told_apart():
     assert run("print('hello')\ndef f(x): return x * x").output == "hello\n"
 
 
+def test_what_was_printed_is_kept_however_soon_the_process_is_killed():
+    slow_to_end = "import atexit, time\natexit.register(time.sleep, 60)\n"
+    assert run(slow_to_end + "def f(x):\n    print('called')\n    return x * x").output == "called\n" * 2
+    assert run(slow_to_end + "print('broken')\n1 / 0").output == "broken\n"
+    closed = run("import sys\nsys.stdout.close()\ndef f(x): return x * x")
+    assert closed == outside.Verdict(True, "", "")
+
+
 def test_values_cross_the_pipes_unchanged():
     test = (
         "def check(candidate):\n"

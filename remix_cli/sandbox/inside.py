@@ -8,6 +8,7 @@ the payload on standard input.
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 # A script knows no package: its two neighbours are found beside it, and nothing else is.
@@ -27,6 +28,7 @@ def _solve(payload: dict[str, Any], requests: int, answers: int) -> None:
     namespace: dict[str, Any] = {"__name__": "__solution__"}
     reader, writer = os.fdopen(requests, encoding="utf-8"), os.fdopen(answers, "w", encoding="utf-8")
     peer = Peer(reader, writer, HARMLESS, BUILTIN)
+    printed = sys.stdout  # the program may put something else in its place
     try:
         exec(compile(payload["program"], "<program>", "exec"), namespace)
         peer.given.append(namespace[payload["entry_point"]])
@@ -36,12 +38,23 @@ def _solve(payload: dict[str, Any], requests: int, answers: int) -> None:
             for name, kind in peer.errors.items()
             if kind.__module__ == "__solution__"
         ]
-        peer.write({"errors": errors})
+        hello = {"errors": errors}
     except BaseException as error:
-        peer.write({"broken": text_of(error)})
+        hello = {"broken": text_of(error)}
+    _flush(printed)
+    peer.write(hello)
+    if "broken" in hello:
         return
     while line := reader.readline():
-        peer.write(peer.answer(json.loads(line)))
+        answer = peer.answer(json.loads(line))
+        _flush(printed)
+        peer.write(answer)
+
+
+def _flush(printed: Any) -> None:
+    """Hand over what was printed before the answer goes out: after the last one, this process is soon killed."""
+    with suppress(OSError, ValueError):  # the program may have closed it
+        printed.flush()
 
 
 def _judge(payload: dict[str, Any], requests: int, answers: int, verdict: int) -> None:

@@ -172,8 +172,20 @@ def _wait(verdict: int, solver: subprocess.Popen, deadline: float) -> tuple[byte
                 if not data:
                     selector.unregister(key.fd)
                     if key.fd == verdict:
+                        _drain(solver.stdout.fileno(), printed)
                         return bytes(said), bytes(printed)
     return None, bytes(printed)
+
+
+def _drain(descriptor: int, printed: bytearray) -> None:
+    """Read what already lies in the pipe: the verdict may have been seen first."""
+    os.set_blocking(descriptor, False)
+    with suppress(BlockingIOError):
+        while len(printed) < OUTPUT_LIMIT:
+            data = os.read(descriptor, 65536)
+            if not data:
+                return
+            printed.extend(data[: OUTPUT_LIMIT - len(printed)])
 
 
 def _kill(process: subprocess.Popen) -> float:
