@@ -49,17 +49,17 @@ portable: setup model
 
 # kills, every file-changing call killed and refused, signals: about twenty minutes on one core
 kills: setup
-	$(BIN)/python tests/faultlab.py kills $(KILLS)
-	$(BIN)/python tests/faultlab.py points
-	$(BIN)/python tests/faultlab.py errors
-	$(BIN)/python tests/faultlab.py signals $(SIGNALS)
+	$(BIN)/python tests/faults/faultlab.py kills $(KILLS)
+	$(BIN)/python tests/faults/faultlab.py points
+	$(BIN)/python tests/faults/faultlab.py errors
+	$(BIN)/python tests/faults/faultlab.py signals $(SIGNALS)
 
 # launches of several processes, for every estimator: about three minutes
 slow: setup
 	$(BIN)/python -m pytest -m slow
 
 sandbox: setup
-	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/test_sandbox.py tests/test_sandbox_values.py
+	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/sandbox/test_sandbox.py tests/sandbox/test_sandbox_values.py
 
 agreement: setup model
 	$(BIN)/pip install --quiet --editable '.[lm-eval]'

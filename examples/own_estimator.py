@@ -1,9 +1,9 @@
 """An estimator of one's own: the batch's loss against a running mean of earlier steps' losses, as in plain REINFORCE.
 
-Put the file into remix_cli/estimators and an entry into registry.py there:
+Put the file into remix_cli/core/estimators and an entry into registry.py there:
 
     "moving_baseline": EstimatorFacts(
-        "remix_cli.estimators.moving_baseline:MovingBaseline", "batch loss against its running mean", True, 1
+        "remix_cli.core.estimators.moving_baseline:MovingBaseline", "batch loss against its running mean", True, 1
     ),
 
 Then `router.estimator: moving_baseline` trains with it, one selection being enough, and `remix verify-estimator`
@@ -12,8 +12,8 @@ enumerates every selection to see whether it is unbiased, as the entry claims.
 
 import torch
 
-from remix_cli.estimators.base import Estimate, Estimator, equal_shares, score_surrogate, variance_of
-from remix_cli.estimators.rollouts import set_score
+from remix_cli.core.estimators.base import Estimate, Estimator, equal_shares, score_surrogate, variance_of
+from remix_cli.core.estimators.rollouts import set_score
 
 DECAY = 0.9
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remix_cli.adapter import Adapter, AdapterConfig, Trace, apply_adapter
-from remix_cli.estimators.registry import make_estimator
-from remix_cli.estimators.rollouts import Rollouts
+from remix_cli.core import Adapter, AdapterConfig, Trace, apply_adapter
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.estimators.rollouts import Rollouts
 
 SELECTIONS = 2  # M, forward passes for each batch
 SEED = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-from remix_cli.adapter.description import CONFIG_FILE, check_shapes, read_description, read_shapes
+from remix_cli.core.description import CONFIG_FILE, check_shapes, read_description, read_shapes
 from remix_cli.errors import ArtefactError
 from remix_cli.recipe import Recipe, Source, Task, load_recipe
 from remix_cli.recipe.loader import dump

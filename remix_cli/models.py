@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
-from remix_cli.adapter.patch import is_linear, set_module
-from remix_cli.adapter.store import BaseIdentity, fingerprint
+from remix_cli.core.patch import is_linear, set_module
+from remix_cli.core.store import BaseIdentity, fingerprint
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch
 from remix_cli.errors import ArtefactError, RecipeError, is_out_of_memory, shortened

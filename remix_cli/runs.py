@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.patch import Adapter
+from remix_cli.core.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
 from remix_cli.data.encode import Encoder
 from remix_cli.data.formats import Example
 from remix_cli.data.splits import digest_of, split_examples

@@ -18,10 +18,10 @@ from bench_step import TARGETS, bench_model, bench_parser, timed
 from rich.console import Console
 from rich.table import Table
 
-from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import apply_adapter
-from remix_cli.adapter.trace import Trace
-from remix_cli.evaluate.graphed import fixed_cache, graphed
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.patch import apply_adapter
+from remix_cli.core.trace import Trace
+from remix_cli.evaluation.decoding_graphs import fixed_cache, graphed
 
 REFERENCE = "PEFT LoRA r = 32, unmerged"
 LIBRARY = "ReMix, model.generate"  # top 4 of 8, r = 8

@@ -14,9 +14,9 @@ from bench_step import Arm, bench_model, bench_parser, random_batch, timed
 from rich.console import Console
 from rich.table import Table
 
-from remix_cli.adapter.patch import apply_adapter
+from remix_cli.core.patch import apply_adapter
+from remix_cli.diagnostics.parameters import count_parameters
 from remix_cli.recipe import Recipe
-from remix_cli.stats.parameters import count_parameters
 from remix_cli.train.preview import estimate_memory
 
 

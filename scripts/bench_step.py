@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.layer import RoutedLinear
-from remix_cli.adapter.patch import apply_adapter, compile_unadapted
-from remix_cli.adapter.trace import Weighting
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.layer import RoutedLinear
+from remix_cli.core.patch import apply_adapter, compile_unadapted
+from remix_cli.core.trace import Weighting
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
-from remix_cli.estimators.registry import make_estimator
 from remix_cli.models import DTYPES, batch_losses, load_model
 from remix_cli.recipe.schema import Model, Router
-from remix_cli.train.graphed import StepGraphs
 from remix_cli.train.step import accumulate_gradients
+from remix_cli.train.step_graphs import StepGraphs
 
 REFERENCE = "PEFT LoRA r = 32"
 TARGETS = ["gate_proj", "up_proj", "down_proj"]

@@ -27,16 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remix_cli.adapter import routing
-from remix_cli.adapter.clusters import spherical_k_means
+from remix_cli.core import routing
+from remix_cli.core.clusters import spherical_k_means
+from remix_cli.core.estimators.base import Estimator
+from remix_cli.core.estimators.registry import ESTIMATORS, make_estimator
+from remix_cli.core.estimators.rollouts import Rollouts, TopPass
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow, Encoder
 from remix_cli.data.formats import Example
 from remix_cli.data.splits import TrainingData, load_data
-from remix_cli.estimators.base import Estimator
-from remix_cli.estimators.registry import ESTIMATORS, make_estimator
-from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.models import batch_losses, load_model, load_tokenizer, supervised_logits
 from remix_cli.recipe import Recipe, load_recipe
 

@@ -4,7 +4,6 @@ import fcntl
 import os
 import socket
 import struct
-import subprocess
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,25 +19,8 @@ if not torch.cuda.is_available():  # before anything imports triton, whose own f
 from pathlib import Path
 
 import pytest
-from tiny import recipe_text, write_recipe, write_rows, write_tiny_model
-from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[1]
-DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-# What no command imports that only refuses or explains: a clock would say little on a busy machine.
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "peft", "safetensors", "tokenizers", "sympy"}
-
-
-def close(a: Tensor, b: Tensor, relative: float) -> bool:
-    """|a - b| <= relative * |b| in Euclidean norm. The only way tests compare floating-point tensors."""
-    assert 0 < relative < 1e-2, "a tolerance that accepts anything is no tolerance"
-    assert a.shape == b.shape
-    return bool((a.double() - b.double()).norm() <= relative * b.double().norm())
-
-
-def alone(code: str) -> subprocess.CompletedProcess[str]:
-    """`code` in a Python process of its own, for what must not have been imported yet."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+from helpers.common import DEMO_MODEL
+from helpers.tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 
 
 def pytest_configure() -> None:

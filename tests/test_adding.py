@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from conftest import HEAVY, ROOT, alone
-from tiny import recipe_text, write_recipe
+from helpers.common import HEAVY, ROOT, alone
+from helpers.tiny import recipe_text, write_recipe
 
+from remix_cli.core.estimators.registry import ESTIMATORS, EstimatorFacts
 from remix_cli.data.formats.registry import FORMATS, FormatFacts
 from remix_cli.errors import DivergedError
-from remix_cli.estimators.registry import ESTIMATORS, EstimatorFacts
 from remix_cli.recipe.schema import cost
-from remix_cli.recipe.sweep import load_sweep
+from remix_cli.recipe.sweep_grammar import load_sweep
 from remix_cli.tasks.registry import TASKS
 from remix_cli.train import loop
 from remix_cli.verify import exact
@@ -173,11 +173,11 @@ def test_a_training_loop_of_ones_own_learns_in_under_60_lines(monkeypatch):
 
 
 def test_what_the_library_offers_can_be_imported_and_costs_nothing_until_it_is():
-    import remix_cli.adapter
+    import remix_cli.core
 
-    for name in remix_cli.adapter.__all__:
-        assert getattr(remix_cli.adapter, name).__name__ == name
+    for name in remix_cli.core.__all__:
+        assert getattr(remix_cli.core, name).__name__ == name
     with pytest.raises(AttributeError):
-        _ = remix_cli.adapter.nothing
-    code = "import sys, remix_cli.adapter; sys.exit('torch' in sys.modules)"
+        _ = remix_cli.core.nothing
+    code = "import sys, remix_cli.core; sys.exit('torch' in sys.modules)"
     assert alone(code).returncode == 0

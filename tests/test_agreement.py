@@ -18,8 +18,8 @@ ITEMS = 200
 @pytest.fixture(scope="module")
 def subject(demo_model, tmp_path_factory):
     """The demo model under a routed adapter that changes what it says."""
-    from remix_cli.adapter.config import AdapterConfig
-    from remix_cli.adapter.patch import apply_adapter
+    from remix_cli.core.config import AdapterConfig
+    from remix_cli.core.patch import apply_adapter
     from remix_cli.data.encode import Encoder
     from remix_cli.models import load_model, load_tokenizer
     from remix_cli.recipe import Recipe

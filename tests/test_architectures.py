@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import backward_step, recipe_text, tiny_model, write_rows
+from helpers.tiny import backward_step, recipe_text, tiny_model, write_rows
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from remix_cli import models

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close
+from helpers.common import close
 
 from remix_cli import cross_entropy
 from remix_cli.cross_entropy import token_losses

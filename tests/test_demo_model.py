@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, close
+from helpers.common import ROOT, close
 
 pytestmark = pytest.mark.model
 

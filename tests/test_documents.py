@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import ROOT
-from tiny import recipe_text, tiny_model, write_recipe
+from helpers.common import ROOT
+from helpers.tiny import recipe_text, tiny_model, write_recipe
 
 from remix_cli.cli import app
 from remix_cli.recipe import load_recipe
-from remix_cli.recipe.sweep import load_sweep
+from remix_cli.recipe.sweep_grammar import load_sweep
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = re.compile(r"([A-Z_]+=\S+ )?((remix|make|accelerate launch) (?!.*--- )|(python )?scripts/\S+)")

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import yaml
-from conftest import HEAVY, alone
+from helpers.common import HEAVY, alone
+from helpers.tiny import recipe_text, write_recipe
 from rich.console import Console
-from tiny import recipe_text, write_recipe
 
 from remix_cli.errors import ArtefactError
 from remix_cli.folders import RUN_FROM, RunFolder, check_run
@@ -163,7 +163,7 @@ def damage(path, how):
 
 @pytest.fixture(scope="module")
 def evaluated(finished, tmp_path_factory):
-    from remix_cli.evaluate.run import evaluate
+    from remix_cli.evaluation.evaluator import evaluate
     from remix_cli.recipe import Task
     from remix_cli.runs import load_run
     from remix_cli.tasks.base import Settings

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import HEAVY, ROOT, alone
+from helpers.common import HEAVY, ROOT, alone
 
 PACKAGE = ROOT / "remix_cli"
+TESTS = ROOT / "tests"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Room -> rooms it may import. Arrows point one way; `errors` and `storage` are open to all.
 ALLOWED = {
@@ -16,35 +17,33 @@ ALLOWED = {
     "streams": set(),
     "terminal": {"streams"},
     "packages": set(),
-    "adapter": set(),
-    "recipe": {"adapter.config", "tasks.registry", "estimators.registry", "data.formats.registry"},
-    "tasks": {"data", "evaluate", "sandbox"},  # and is known to others by what it declares
-    "methods": {"adapter", "packages"},
-    "estimators": {"adapter"},
+    "core": set(),
+    "recipe": {"core.config", "core.estimators.registry", "tasks.registry", "data.formats.registry"},
+    "tasks": {"data", "evaluation", "sandbox"},  # and is known to others by what it declares
+    "methods": {"core", "packages"},
     "data": {"recipe"},
     "cross_entropy": set(),
-    "models": {"adapter", "recipe", "data", "cross_entropy"},
-    "folders": {"adapter.description", "recipe"},
-    "runs": {"adapter", "recipe", "methods", "data", "models", "folders"},
-    "stats": {"adapter", "recipe", "data", "models", "runs"},
+    "models": {"core", "recipe", "data", "cross_entropy"},
+    "folders": {"core.description", "recipe"},
+    "runs": {"core", "recipe", "methods", "data", "models", "folders"},
+    "diagnostics": {"core", "recipe", "data", "models", "runs"},
     "sandbox": set(),
-    "evaluate": {"adapter", "recipe", "data", "models", "folders", "runs", "sandbox", "tasks"},
-    "export": {"adapter", "recipe", "methods", "data", "models", "folders", "runs"},
+    "evaluation": {"core", "recipe", "data", "models", "folders", "runs", "sandbox", "tasks"},
+    "export": {"core", "recipe", "methods", "data", "models", "folders", "runs"},
     "train": {
         "cross_entropy",
-        "adapter",
+        "core",
         "recipe",
         "methods",
         "data",
         "models",
         "runs",
-        "estimators",
-        "stats",
-        "evaluate",
+        "diagnostics",
+        "evaluation",
         "tasks",
     },
-    "verify": {"adapter", "data", "models", "estimators"},
-    "sweep": {"recipe", "runs", "train", "evaluate", "streams", "terminal", "packages", "folders", "tasks"},
+    "verify": {"core", "data", "models"},
+    "sweep": {"recipe", "runs", "train", "evaluation", "streams", "terminal", "packages", "folders", "tasks"},
     "cli": {
         "streams",
         "terminal",
@@ -55,8 +54,8 @@ ALLOWED = {
         "data",
         "train",
         "sweep",
-        "evaluate",
-        "stats",
+        "evaluation",
+        "diagnostics",
         "export",
         "verify",
         "tasks",
@@ -112,9 +111,9 @@ def test_a_rooms_docstring_names_every_file(package):
     assert [p.name for p in package.glob("*.py") if p.name not in said] == ["__init__.py"]
 
 
-def test_the_adapter_core_needs_torch_and_safetensors_only():
+def test_the_library_needs_torch_and_safetensors_only():
     code = (
-        "import sys, remix_cli.adapter.patch, remix_cli.adapter.store\n"
+        "import sys, remix_cli.core.patch, remix_cli.core.store\n"
         "bad = {'transformers', 'accelerate', 'datasets', 'pydantic', 'yaml', 'rich', 'typer'} & set(sys.modules)\n"
         "sys.exit(','.join(bad) or 0)"
     )
@@ -156,7 +155,8 @@ def test_every_fault_of_the_reliability_page_has_a_test_of_its_name():
     page = (ROOT / "docs" / "reliability.md").read_text()
     rows = re.findall(r"^\| ([A-Z]\d+) \|.*\| (.*) \|$", page.split("Not covered")[0], flags=re.MULTILINE)
     assert len(rows) > 50
-    tests = {p.stem: re.findall(r"^def (test_\w+)", p.read_text(), flags=re.MULTILINE) for p in ROOT.glob("tests/*.py")}
+    found = re.compile(r"^def (test_\w+)", flags=re.MULTILINE)
+    tests = {path.stem: found.findall(path.read_text()) for path in TESTS.rglob("*.py")}
     for fault, where in rows:
         if fault == "L4":
             continue
@@ -172,3 +172,16 @@ def test_every_fault_of_the_reliability_page_has_a_test_of_its_name():
         if re.fullmatch("[RDKSMNALX]\\d+", part)
     }
     assert named <= {fault for fault, _ in rows}
+
+
+def test_no_test_imports_another():
+    """What tests share lies in tests/helpers."""
+    for path in TESTS.rglob("*.py"):
+        modules = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), flags=re.MULTILINE)
+        assert not [name for name in modules if name.startswith(("test_", "conftest"))], path
+
+
+def test_tests_mirror_the_package():
+    rooms = {path.name for path in PACKAGE.iterdir()}
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert folders - rooms == {"faults", "helpers"}

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tiny import recipe_text, write_recipe
+from helpers.tiny import recipe_text, write_recipe
 
 LOOK = """
 import json, sys

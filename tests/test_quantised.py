@@ -5,12 +5,12 @@ import json
 import bitsandbytes
 import pytest
 import torch
-from conftest import close
-from tiny import fill_adapter, recipe_text, tiny_model, write_recipe
+from helpers.common import close
+from helpers.tiny import fill_adapter, recipe_text, tiny_model, write_recipe
 from transformers import AutoModelForCausalLM
 
-from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import apply_adapter
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.patch import apply_adapter
 from remix_cli.models import load_model
 from remix_cli.recipe.schema import Model
 from remix_cli.runs import load_run

@@ -58,14 +58,14 @@ def evaluate(
     folder = RunFolder(run)
     if not folder.is_model:
         check_run(run, best=best)
-    from remix_cli.evaluate.request import (
+    from remix_cli.evaluation.evaluator import check_code
+    from remix_cli.evaluation.evaluator import evaluate as score
+    from remix_cli.evaluation.request import (
         all_bring_rows,
         refuse_flags_of_an_adapter,
         requested_active,
         requested_tasks,
     )
-    from remix_cli.evaluate.run import check_code
-    from remix_cli.evaluate.run import evaluate as score
     from remix_cli.runs import load_model_folder, load_run
     from remix_cli.tasks.base import Settings
 
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
-    from remix_cli.evaluate.tables import eval_stamp, eval_table
+    from remix_cli.evaluation.score_tables import eval_stamp, eval_table
 
     for line in report["notes"]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -132,7 +132,7 @@ def compare(
         if len(runs) > 1 or not os.path.exists(run):  # one alone may be a sweep
             report_file(run)
     from remix_cli.sweep.report import is_sweep, sweep_report
-    from remix_cli.sweep.tables import sweep_notes, sweep_tables
+    from remix_cli.sweep.sweep_tables import sweep_notes, sweep_tables
 
     if len(runs) == 1 and is_sweep(runs[0]):
         report = sweep_report(runs[0])
@@ -147,8 +147,8 @@ def compare(
         for line in report["skipped"]:
             Console().print(f"skipped {line}", highlight=False)
         return
-    from remix_cli.evaluate.compare import compare as paired
-    from remix_cli.evaluate.tables import comparison_tables
+    from remix_cli.evaluation.compare import compare as paired
+    from remix_cli.evaluation.score_tables import comparison_tables
 
     found = paired(runs)
     if as_json:
@@ -204,7 +204,7 @@ def route_stats(
             raise RecipeError(f"{flag}: {file} is a folder; name a file to write")
     if plot is not None and os.path.exists(plot) and not os.path.isdir(plot):
         raise RecipeError(f"--plot: {plot} is a file; name a folder for the figures")
-    from remix_cli.stats import view
+    from remix_cli.diagnostics import view
 
     console = Console(stderr=as_json)
     if headroom:
@@ -241,10 +241,10 @@ def _headroom(
     run: Path, data: str | None, limit: int | None, best: bool, any_base: bool, as_json: bool, console: Console
 ) -> None:
     from remix_cli.data.chunks import start_size
-    from remix_cli.evaluate import headroom
-    from remix_cli.evaluate.tables import headroom_table
+    from remix_cli.diagnostics import view
+    from remix_cli.evaluation import headroom
+    from remix_cli.evaluation.score_tables import headroom_table
     from remix_cli.runs import load_run
-    from remix_cli.stats import view
     from remix_cli.storage import write_json
 
     loaded = load_run(run, best=best, any_base=any_base)

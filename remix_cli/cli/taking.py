@@ -154,8 +154,8 @@ def generate(
     folder = check_run(run, best=best)
     if block is not None and not show_routing:
         raise RecipeError("--block: says which router --show-routing shows; add that flag, or leave this one out")
-    from remix_cli.evaluate.converse import answer, routed_tokens
-    from remix_cli.evaluate.generate import Decoding
+    from remix_cli.evaluation.converse import answer, routed_tokens
+    from remix_cli.evaluation.generate import Decoding
     from remix_cli.runs import load_run
 
     if show_routing and (base or not folder.load_recipe().adapter_config().routed):

@@ -106,7 +106,7 @@ def sweep(
 
     The same command goes on where it was stopped.
     """
-    from remix_cli.recipe.sweep import describe, load_sweep
+    from remix_cli.recipe.sweep_grammar import describe, load_sweep
 
     console = Console(stderr=as_json)
     plan = load_sweep(recipe, overrides or [], only)
@@ -124,8 +124,8 @@ def sweep(
     if dry_run:
         return
     from remix_cli.sweep.report import sweep_report
-    from remix_cli.sweep.run import run_sweep
-    from remix_cli.sweep.tables import sweep_notes, sweep_tables
+    from remix_cli.sweep.runner import run_sweep
+    from remix_cli.sweep.sweep_tables import sweep_notes, sweep_tables
 
     run_sweep(plan, processes, lambda line: console.print(line, highlight=False, soft_wrap=True), allow_code)
     found = sweep_report(plan.folder)
@@ -157,7 +157,7 @@ def budget(
     if count not in ("active", "trained"):
         raise RecipeError(f"--count: {count!r} is not known; use active or trained")
     loaded = load_recipe(recipe, overrides or [])
-    from remix_cli.stats.tables import budget_table
+    from remix_cli.diagnostics.routing_tables import budget_table
     from remix_cli.train.budget import solve_budget
 
     target, sizes = solve_budget(loaded, parameters, count)  # type: ignore[arg-type]
@@ -176,8 +176,8 @@ def verify_estimator(as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from remix_cli.verify.exact import exact_biases
-    from remix_cli.verify.tables import bias_table, variance_table
     from remix_cli.verify.variance import variance_ratios
+    from remix_cli.verify.verify_tables import bias_table, variance_table
 
     console = Console(stderr=as_json)
     biases = exact_biases()

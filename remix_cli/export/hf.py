@@ -17,7 +17,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
-from remix_cli.adapter.trace import Trace
+from remix_cli.core.trace import Trace
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.readback import check_logits, logits_differ, probe

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.trace import Trace
+from remix_cli.core.patch import Adapter
+from remix_cli.core.trace import Trace
 from remix_cli.data.batches import Batch
 from remix_cli.errors import ArtefactError
 from remix_cli.models import supervised_logits

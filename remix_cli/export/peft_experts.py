@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.store import StoredAdapter, load_stored
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.store import StoredAdapter, load_stored
 from remix_cli.errors import RecipeError
 from remix_cli.storage import publish_folder
 

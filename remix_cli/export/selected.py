@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from remix_cli.adapter.trace import Trace
+from remix_cli.core.trace import Trace
 from remix_cli.errors import RecipeError
 from remix_cli.export.merge import Merged
 from remix_cli.runs import LoadedRun

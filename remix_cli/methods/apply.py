@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from remix_cli.adapter.config import POOLED, AdapterConfig
-from remix_cli.adapter.patch import Adapter, apply_adapter
+from remix_cli.core.config import POOLED, AdapterConfig
+from remix_cli.core.patch import Adapter, apply_adapter
 
 
 def apply_method(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remix_cli.adapter.config import AdapterConfig
-from remix_cli.adapter.patch import Adapter, TargetError, find_targets
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.patch import Adapter, TargetError, find_targets
 from remix_cli.errors import RecipeError
 from remix_cli.packages import absent
 

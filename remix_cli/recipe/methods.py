@@ -6,8 +6,8 @@ Rates are for a model of a few billion parameters; smaller models want more (doc
 from dataclasses import dataclass, field
 from typing import Any
 
-from remix_cli.adapter.config import Method
-from remix_cli.estimators.registry import ESTIMATORS
+from remix_cli.core.config import Method
+from remix_cli.core.estimators.registry import ESTIMATORS
 
 LINEARS = ("rank", "target_modules", "dropout")
 POOL = ("pool_size", "active", "omega", *LINEARS)

@@ -15,8 +15,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from remix_cli.adapter.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
-from remix_cli.estimators.registry import ESTIMATORS
+from remix_cli.core.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
+from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults, idle_in_router, unread_of_router
 from remix_cli.recipe.sources import (
     NONE_HELD_OUT,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from remix_cli.errors import ArtefactError
-from remix_cli.evaluate.compare import Evaluated, difference_of_protocols, load_evaluated, parts_of, scores_in_common
-from remix_cli.evaluate.statistics import Score, difference_over_seeds, over_seeds, seeds_to_settle
-from remix_cli.evaluate.tables import number
+from remix_cli.evaluation.compare import Evaluated, difference_of_protocols, load_evaluated, parts_of, scores_in_common
+from remix_cli.evaluation.score_tables import number
+from remix_cli.evaluation.statistics import Score, difference_over_seeds, over_seeds, seeds_to_settle
 from remix_cli.folders import RunFolder, holds_runs, read_sweep
-from remix_cli.recipe.sweep import describe
-from remix_cli.sweep.run import FILE
+from remix_cli.recipe.sweep_grammar import describe
+from remix_cli.sweep.runner import FILE
 
 
 @dataclass

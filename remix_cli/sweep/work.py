@@ -79,7 +79,7 @@ def train_run(recipe: Recipe) -> Failure | None:
 
 def score_run(recipe: Recipe, allow_code: bool) -> Failure | None:
     """Score the finished run on the recipe's tasks, unless that is done. As `train_run`."""
-    from remix_cli.evaluate.run import evaluate
+    from remix_cli.evaluation.evaluator import evaluate
     from remix_cli.runs import load_run
     from remix_cli.tasks.base import Settings
 
@@ -111,7 +111,7 @@ def report_file(recipe: Recipe) -> Path:
 
 def is_scored(recipe: Recipe) -> bool:
     """Does the report answer every task of the recipe, as it now stands?"""
-    from remix_cli.evaluate.run import task_digest
+    from remix_cli.evaluation.evaluator import task_digest
     from remix_cli.recipe.schema import labelled
 
     found = scored_tasks(report_file(recipe))

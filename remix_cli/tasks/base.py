@@ -17,8 +17,8 @@ from remix_cli.errors import DataError, shortened
 
 if TYPE_CHECKING:
     from remix_cli.data.encode import EncodedRow
-    from remix_cli.evaluate.generate import Decoding
-    from remix_cli.evaluate.statistics import Score
+    from remix_cli.evaluation.generate import Decoding
+    from remix_cli.evaluation.statistics import Score
     from remix_cli.recipe import Task
     from remix_cli.runs import Subject
 
@@ -132,13 +132,13 @@ class Scorer(ABC):
 
     def check_fits(self, texts: Sequence[Sized], new: int = 0) -> None:
         """Raises DataError for token ids that, with `new` ones of an answer, the model cannot read at once."""
-        from remix_cli.evaluate.generate import check_fits
+        from remix_cli.evaluation.generate import check_fits
 
         check_fits(self.subject, self.task, texts, new)
 
     def row_losses(self, rows: list["EncodedRow"], ids: list[int]) -> Iterator[tuple[int, Any]]:
         """(place among `rows`, its loss), longest rows first. `ids` key what is sampled, if anything is."""
-        from remix_cli.evaluate.nll import iter_row_losses
+        from remix_cli.evaluation.nll import iter_row_losses
 
         s = self.subject
         return iter_row_losses(s.model, s.adapter, rows, self.batch_size, self.selection_seed, ids)
@@ -177,13 +177,13 @@ class Prompting(Scorer):
         return super().stamp() | {"decoding": f"{rule}, at most {how.max_new_tokens} new tokens"}
 
     def decoding(self) -> "Decoding":
-        from remix_cli.evaluate.generate import Decoding
+        from remix_cli.evaluation.generate import Decoding
 
         length = self.task.max_new_tokens or self.max_new_tokens
         return Decoding(length, self.task.temperature, (), self.seed, self.selection_seed)
 
     def answers(self, todo: list[int]) -> Iterator[tuple[int, str]]:
-        from remix_cli.evaluate.generate import generate
+        from remix_cli.evaluation.generate import generate
 
         picked = [self.prompts[i] for i in todo]
         for j, text in generate(self.subject, picked, todo, self.decoding(), self.batch_size):
@@ -213,7 +213,7 @@ class Generating(Prompting):
 def measured(measure: Measure, lines: list[Line]) -> "Score":
     import numpy as np
 
-    from remix_cli.evaluate.statistics import mean, ratio
+    from remix_cli.evaluation.statistics import mean, ratio
 
     assert measure.above is not None
     above = np.array([float(line[measure.above]) for line in lines])

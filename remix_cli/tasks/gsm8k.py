@@ -12,7 +12,7 @@ from remix_cli.errors import DataError
 from remix_cli.tasks.base import Generating, Line, Measure, measured
 
 if TYPE_CHECKING:
-    from remix_cli.evaluate.statistics import Score
+    from remix_cli.evaluation.statistics import Score
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 GOES_ON = re.compile(r"[.,]?[\w/:^*+-]")

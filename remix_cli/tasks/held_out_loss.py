@@ -8,7 +8,7 @@ from remix_cli.errors import DataError
 from remix_cli.tasks.base import Line, Measure, Scorer, key_of
 
 if TYPE_CHECKING:
-    from remix_cli.evaluate.statistics import Score
+    from remix_cli.evaluation.statistics import Score
 
 
 class HeldOutLoss(Scorer):
@@ -36,7 +36,7 @@ class HeldOutLoss(Scorer):
             yield todo[j], line | {"mean_nats": loss.nats / loss.tokens}
 
     def scores(self, lines: list[Line]) -> dict[str, "Score"]:
-        from remix_cli.evaluate.statistics import Score
+        from remix_cli.evaluation.statistics import Score
 
         found = super().scores(lines)
         loss = found.pop("loss")

@@ -16,8 +16,8 @@ from remix_cli.sandbox.outside import LEVEL, Program, judge_all
 from remix_cli.tasks.base import Line, Measure, Prompting, key_of, measured
 
 if TYPE_CHECKING:
-    from remix_cli.evaluate.generate import Decoding
-    from remix_cli.evaluate.statistics import Score
+    from remix_cli.evaluation.generate import Decoding
+    from remix_cli.evaluation.statistics import Score
     from remix_cli.recipe import Source
 
 CHAT_PROMPT = "Complete this Python function. Answer with the whole function.\n\n```python\n{prompt}\n```"
@@ -91,7 +91,7 @@ class HumanEval(Prompting):
     def scores(self, lines: list[Line]) -> dict[str, "Score"]:
         import numpy as np
 
-        from remix_cli.evaluate.statistics import mean, pass_at
+        from remix_cli.evaluation.statistics import mean, pass_at
 
         n = self.task.samples
         correct: dict[int, int] = {}

@@ -7,15 +7,15 @@ on a skeleton of the model give the line, and the number follows.
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from remix_cli.adapter.config import ROUTED, AdapterConfig, Method
-from remix_cli.adapter.patch import TargetError
+from remix_cli.core.config import ROUTED, AdapterConfig, Method
+from remix_cli.core.patch import TargetError
+from remix_cli.diagnostics.parameters import count_parameters
 from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import METHODS
 from remix_cli.recipe.schema import Adapter as AdapterRecipe
-from remix_cli.stats.parameters import count_parameters
 
 Count = Literal["trained", "active"]
 MOST = 4  # times the base model: beyond any adapter; some methods take real memory to be counted

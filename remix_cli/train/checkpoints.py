@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.store import BaseIdentity, TrainedOn, load_stored, save_adapter
+from remix_cli.core.patch import Adapter
+from remix_cli.core.store import BaseIdentity, TrainedOn, load_stored, save_adapter
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import is_sealed, publish_folder, remove, seal, sha256, storage_errors, write_json
 

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from remix_cli.data.splits import TrainingData
-from remix_cli.evaluate.statistics import too_few
+from remix_cli.diagnostics.parameters import ParameterCounts
+from remix_cli.evaluation.statistics import too_few
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.methods import METHODS
-from remix_cli.stats.parameters import ParameterCounts
 from remix_cli.train.step import describe_router
 
 

@@ -17,33 +17,33 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-from remix_cli.adapter.patch import Adapter, compile_unadapted
-from remix_cli.adapter.store import TrainedOn, load_stored, save_adapter
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.patch import Adapter, compile_unadapted
+from remix_cli.core.step_routing import StepRouting
+from remix_cli.core.store import TrainedOn, load_stored, save_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import load_data
+from remix_cli.diagnostics.health import Watch
+from remix_cli.diagnostics.parameters import count_parameters
 from remix_cli.errors import ArtefactError, DivergedError, Interrupted
-from remix_cli.estimators.registry import make_estimator
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import cost, measures_while_training
 from remix_cli.runs import RunFolder, Subject
-from remix_cli.stats.health import Watch
-from remix_cli.stats.live import StepRouting
-from remix_cli.stats.parameters import count_parameters
 from remix_cli.storage import lock_folder, publish_folder, recover, remove, storage_errors, write_json
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
-from remix_cli.train.clusters import find_clusters, rows_to_cluster
+from remix_cli.train.cluster_prompts import find_clusters, rows_to_cluster
 from remix_cli.train.console import TrainingConsole
-from remix_cli.train.evaluation import Evaluation
-from remix_cli.train.graphed import StepGraphs
+from remix_cli.train.held_out import Evaluation
 from remix_cli.train.record import Recorder, peak_memory, summarise, weights_of
 from remix_cli.train.resume import check_nothing_was_saved, check_ranks, check_same_recipe, origin_of
 from remix_cli.train.shard import check_launch, shard_base
 from remix_cli.train.signals import Signals
 from remix_cli.train.step import MicroResult, accumulate_gradients, seed_of_dropout
+from remix_cli.train.step_graphs import StepGraphs
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from remix_cli.adapter.patch import Adapter
+from remix_cli.core.patch import Adapter
 from remix_cli.recipe.schema import Recipe
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from remix_cli.adapter.layer import ONE_LIST
-from remix_cli.adapter.patch import Adapter, TargetError, find_targets
-from remix_cli.adapter.trace import Trace
+from remix_cli.core.layer import ONE_LIST
+from remix_cli.core.patch import Adapter, TargetError, find_targets
+from remix_cli.core.trace import Trace
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError, shortened
 from remix_cli.methods.apply import apply_method

@@ -10,13 +10,13 @@ from rich.text import Text
 from remix_cli.cross_entropy import CHUNK
 from remix_cli.data.encode import EncodedRow, Encoder
 from remix_cli.data.splits import load_data
-from remix_cli.evaluate.statistics import too_few
+from remix_cli.diagnostics.parameters import ParameterCounts, count_parameters
+from remix_cli.diagnostics.routing_tables import parameter_table
+from remix_cli.evaluation.statistics import too_few
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.sources import named_locally
 from remix_cli.runs import Subject
-from remix_cli.stats.parameters import ParameterCounts, count_parameters
-from remix_cli.stats.tables import parameter_table
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.prepare import check_recipe

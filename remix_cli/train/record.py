@@ -12,12 +12,12 @@ import torch
 import transformers
 
 import remix_cli
-from remix_cli.adapter.description import read_description
+from remix_cli.core.description import read_description
+from remix_cli.core.estimators.registry import ESTIMATORS
+from remix_cli.diagnostics.parameters import ParameterCounts
 from remix_cli.errors import ArtefactError, StorageError
-from remix_cli.estimators.registry import ESTIMATORS
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
-from remix_cli.stats.parameters import ParameterCounts
 from remix_cli.storage import write_text
 from remix_cli.train.checkpoints import TrainingState
 

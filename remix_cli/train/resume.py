@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from remix_cli.adapter.store import BaseIdentity
+from remix_cli.core.store import BaseIdentity
 from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import TrainingData
 from remix_cli.errors import ArtefactError, RecipeError

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from remix_cli.adapter.patch import Adapter, decoder_layers
+from remix_cli.core.patch import Adapter, decoder_layers
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe
 

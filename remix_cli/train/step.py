@@ -5,9 +5,9 @@ How this departs from ordinary supervised finetuning:
 2. The LoRAs' gradient is the mean over those passes, or that of the first (`lora_gradient: one`), or that of one
    more pass under the top k (`top`); the passes that it does not come from keep no activations. A fixed router
    has that one pass alone.
-3. Once all M losses are known, the router's gradient is estimated from them (estimators/) and formed from
+3. Once all M losses are known, the router's gradient is estimated from them (core/estimators) and formed from
    the stored block inputs in closed form. No gradient flows between routers and LoRAs.
-4. All random draws are functions of (seed, step, selection, row): see adapter/trace.py.
+4. All random draws are functions of (seed, step, selection, row): see core/trace.py.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remix_cli.adapter import routing
-from remix_cli.adapter.patch import Adapter
-from remix_cli.adapter.trace import Decision, Seed, Trace
+from remix_cli.core import routing
+from remix_cli.core.estimators.base import Estimator, Numbers
+from remix_cli.core.estimators.registry import ESTIMATORS
+from remix_cli.core.estimators.rollouts import Rollouts, TopPass
+from remix_cli.core.patch import Adapter
+from remix_cli.core.step_routing import StepRouting
+from remix_cli.core.trace import Decision, Seed, Trace
 from remix_cli.data.batches import Batch
 from remix_cli.errors import RecipeError
-from remix_cli.estimators.base import Estimator, Numbers
-from remix_cli.estimators.registry import ESTIMATORS
-from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.models import batch_losses
 from remix_cli.recipe.schema import Router as RouterRecipe
-from remix_cli.stats.live import StepRouting
 
 
 @dataclass

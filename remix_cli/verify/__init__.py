@@ -3,5 +3,5 @@
 testbed.py   a tiny decoder whose selections can be prescribed, and what one pass over it leaves behind
 exact.py     bias, by enumerating every pair of joint selections
 variance.py  variance relative to `paper`, by sampling
-tables.py    what is printed
+verify_tables.py  what is printed
 """

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from remix_cli.adapter import routing
-from remix_cli.adapter.config import Level
-from remix_cli.estimators.registry import ESTIMATORS
+from remix_cli.core import routing
+from remix_cli.core.config import Level
+from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
 TOLERANCE = 1e-10

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remix_cli.adapter.config import AdapterConfig, Level
-from remix_cli.adapter.patch import apply_adapter
-from remix_cli.adapter.trace import Trace
+from remix_cli.core.config import AdapterConfig, Level
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.estimators.rollouts import Rollouts, TopPass
+from remix_cli.core.patch import apply_adapter
+from remix_cli.core.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
-from remix_cli.estimators.registry import make_estimator
-from remix_cli.estimators.rollouts import Rollouts, TopPass
 from remix_cli.models import batch_losses
 
 

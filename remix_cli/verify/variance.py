@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_cli.estimators.registry import make_estimator
-from remix_cli.estimators.rollouts import Rollouts, TopPass
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.estimators.rollouts import Rollouts, TopPass
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
 ARMS = {  # arm -> (estimator, where h comes from: every sample, the first, or a pass under the top k)

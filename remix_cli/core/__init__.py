@@ -1,0 +1,52 @@
+"""The library: a routed pool of LoRAs on a frozen model. Needs torch and safetensors only.
+
+config.py       AdapterConfig: what is adapted and how it is routed
+description.py  what an adapter folder says of itself, read without torch
+routing.py      pure functions: draw k of n, log-probabilities, inclusion probabilities, entropy, ESS
+quadrature.py   inclusion probabilities of large pools by numerical integration
+layer.py        RoutedLinear (the masked-stack product) and Router
+product.py      that product by hand, with its backward pass
+kernel.py       the router's choice in one GPU kernel, where it serves
+kernel_triton.py  the kernel
+clusters.py     which prompts belong together
+patch.py        find targets, apply and remove the adapter
+step_routing.py  how the routers chose in one training step: sums that add up
+trace.py        the one way in and out during a forward pass: set the mode, collect what was chosen
+store.py        the adapter folder: remix_config.json and adapter.safetensors
+
+The names below may be imported from here; a training loop of one's own is examples/own_training_loop.py.
+"""
+
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remix_cli.core.config import AdapterConfig as AdapterConfig
+    from remix_cli.core.layer import RoutedLinear as RoutedLinear
+    from remix_cli.core.layer import Router as Router
+    from remix_cli.core.patch import Adapter as Adapter
+    from remix_cli.core.patch import apply_adapter as apply_adapter
+    from remix_cli.core.store import load_stored as load_stored
+    from remix_cli.core.store import save_adapter as save_adapter
+    from remix_cli.core.trace import Decision as Decision
+    from remix_cli.core.trace import Trace as Trace
+
+# Found when they are asked for: recipes read config.py without torch.
+_PUBLIC = {
+    "AdapterConfig": "config",
+    "RoutedLinear": "layer",
+    "Router": "layer",
+    "Adapter": "patch",
+    "apply_adapter": "patch",
+    "load_stored": "store",
+    "save_adapter": "store",
+    "Decision": "trace",
+    "Trace": "trace",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pkgutil.resolve_name(f"{__name__}.{_PUBLIC[name]}:{name}")

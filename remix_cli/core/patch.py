@@ -1,0 +1,307 @@
+"""Put a routed adapter on a model and take it off again."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import regex
+import torch
+from torch import Tensor, nn
+
+from remix_cli.core.config import POOLED, AdapterConfig
+from remix_cli.core.layer import RoutedLinear, Router
+from remix_cli.core.trace import RoutingState, Seed, Trace, selection_noise
+from remix_cli.errors import RecipeError, shortened
+
+PATIENCE = 1.0  # seconds for a pattern and all names: a regular expression may take years
+
+
+class TargetError(ValueError):
+    """A target name matches no linear layer of the model."""
+
+
+def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that `patterns` select, in the model's order.
+
+    A pattern is the end of a module's dotted name (`up_proj`, `mlp.up_proj`) or a regular expression for
+    the whole name. The output embedding is never a target. Raises TargetError, with the names the model
+    has, if a pattern selects nothing.
+    """
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in linears if n == pattern or n.endswith(f".{pattern}")} | _full_matches(pattern, linears)
+        if not hits:
+            have = ", ".join(last_names(linears)) or "no nn.Linear at all"
+            raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")
+        found |= hits
+    return [name for name in linears if name in found]
+
+
+def last_names(names: Iterable[str]) -> list[str]:
+    """What users call modules: `up_proj` of `model.layers.0.mlp.up_proj`, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and what quantisation libraries put in its place."""
+    return isinstance(module, nn.Linear) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    )
+
+
+def _full_matches(pattern: str, names: list[str]) -> set[str]:
+    """Those of `names` that are the regular expression's as a whole. Raises TargetError."""
+    end = time.monotonic() + PATIENCE
+    try:
+        expression = regex.compile(pattern)
+        return {n for n in names if expression.fullmatch(n, timeout=max(1e-3, end - time.monotonic()))}
+    except (RecursionError, MemoryError):  # thousands of brackets, (?R) without an end
+        raise TargetError(f"{shortened(pattern, 60)!r} is no regular expression that can be read") from None
+    except regex.error as error:
+        raise TargetError(f"{pattern!r} is neither a module name nor a regular expression: {error}") from None
+    except TimeoutError:
+        raise TargetError(f"{pattern!r} takes too long to match; repeat nothing that repeats itself") from None
+
+
+class Adapter:
+    """A routed adapter in place on `model`: its parts by name, its parameters, and its traces."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig):
+        self.model = model
+        self.config = config
+        self.routers: dict[str, Router] = {}
+        self.linears: dict[str, RoutedLinear] = {}
+        self.state = RoutingState()
+        self._hooks: list[Any] = []
+
+    def tracing(self, trace: Trace) -> Any:
+        """Context: forward passes inside follow and fill `trace`."""
+        return self.state.tracing(trace)
+
+    def unchanging(self) -> Any:
+        """Context: a promise that no parameter of the adapter changes inside, so that each is cast only once."""
+        return self.state.unchanging()
+
+    @cached_property
+    def local(self) -> Tensor:
+        """(routers,) bool on the model's device: True for routers after the last attention. There must be routers."""
+        device = next(iter(self.routers.values())).weight.device
+        return torch.tensor([router.local for router in self.routers.values()], device=device)
+
+    def noise(self, seed: Seed, rows: Tensor, length: int) -> Tensor:
+        """Selection noise of one forward pass over rows (B,) of `length` positions, (routers, B, T, n).
+
+        T is 1 with `level: sequence`.
+        """
+        length = 1 if self.config.level == "sequence" else length
+        return selection_noise(seed, rows, length, len(self.routers), self.config.pool_size)
+
+    @contextmanager
+    def activating(self, active: int) -> Iterator[None]:
+        """Context: top `active` instead of the trained k, at the trained total weight k omega.
+
+        Raises ValueError if the pool is smaller.
+        """
+        if not 1 <= active <= self.config.pool_size:
+            raise ValueError(f"active ({active}) must lie between 1 and pool_size ({self.config.pool_size})")
+        self._activate(active)
+        try:
+            yield
+        finally:
+            self._activate(self.config.active)
+
+    def _activate(self, active: int) -> None:
+        for router in self.routers.values():
+            router.active, router.scale = active, self.config.scale * self.config.active / active
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        named = {}
+        for name, linear in self.linears.items():
+            named[f"{name}.lora_A"], named[f"{name}.lora_B"] = linear.lora_A, linear.lora_B
+        return named
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{name}.router": router.weight for name, router in self.routers.items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name: `<linear>.lora_A`, `<linear>.lora_B`, `<block>.router`."""
+        return self.lora_parameters() | self.router_parameters()
+
+    def cluster_tensors(self) -> dict[str, Tensor]:
+        """What routers with `clusters` go by, `<block>.router_common` (D,) and `<block>.router_centres` (C, D)."""
+        named: dict[str, Tensor] = {}
+        for name, router in self.routers.items():
+            if self.config.clusters:
+                named[f"{name}.router_common"], named[f"{name}.router_centres"] = router.common, router.centres
+        return named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that makes up the adapter, trained or found before training, by name."""
+        return self.parameters() | self.cluster_tensors()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy `tensors` into the adapter's. Raises ValueError for other names or shapes."""
+        own = self.tensors()
+        if own.keys() != tensors.keys():
+            missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+            raise ValueError(
+                f"adapter tensors do not fit the model: {len(missing)} missing (first: {missing[:1]}), "
+                f"{len(extra)} unexpected (first: {extra[:1]})"
+            )
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                shapes = f"{tuple(tensors[name].shape)} for {tuple(parameter.shape)}"
+                raise ValueError(f"adapter tensor {name} has another shape: {shapes}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Context: the base model alone, bit for bit."""
+        self._swap(base=True)
+        self.state.off = True
+        try:
+            yield
+        finally:
+            self.state.off = False
+            self._swap(base=False)
+
+    def _swap(self, base: bool) -> None:
+        for name, linear in self.linears.items():
+            set_module(self.model, name, linear.base_layer if base else linear)
+
+    def remove(self) -> None:
+        """Restore the model as it was before `apply_adapter`."""
+        self._swap(base=True)
+        for hook in self._hooks:
+            hook.remove()
+        if self.config.scope == "block":
+            for name in self.routers:
+                del self.model.get_submodule(name).remix_router
+
+
+def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
+    """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
+
+    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing, ValueError for a method that
+    is not one of `config.POOLED`.
+    """
+    if config.method not in POOLED:
+        raise ValueError(f"{config.method} is not a method of pools; see remix_cli.methods")
+    targets = find_targets(model, config.target_modules)
+    model.requires_grad_(False)
+    adapter = Adapter(model, config)
+    last_layer = _last_layer_prefix(model)
+    for name in targets:
+        base = model.get_submodule(name)
+        router = _router_of(name, base, adapter) if config.routed else None
+        if router is not None:
+            router.local = router.local and last_layer is not None and _is_local(name, last_layer)
+        linear = RoutedLinear(base, config, router, adapter.state)
+        adapter.linears[name] = linear
+        set_module(model, name, linear)
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
+    for part in parts:
+        if next(part.parameters()).device.type != "meta":
+            part.reset_parameters(generator)
+    return adapter
+
+
+def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
+    """The router that serves the linear `name`: that of its block, made for the first of them, or its own."""
+    config, by_block = adapter.config, adapter.config.scope == "block"
+    owner = name.rpartition(".")[0] if by_block else name
+    router = adapter.routers.get(owner)
+    if router is None:
+        width = _hidden_size(adapter.model) if by_block else int(base.in_features)  # type: ignore[arg-type]
+        device = next(base.parameters()).device
+        router = Router(owner, len(adapter.routers), width, config, adapter.state, device)
+        router.local = True  # until a linear says otherwise
+        adapter.routers[owner] = router
+        if by_block:
+            adapter._hooks += _attach_to_block(adapter.model.get_submodule(owner), router)
+    return router
+
+
+def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:
+    """Compile each decoder layer's parts that hold no adapted linear, for any shape; how many there are.
+
+    The adapted ones stay eager: their routers follow a trace, which changes with every pass. Generation goes by the
+    eager code (see evaluation/generate.py).
+    """
+    count = 0
+    for layer in decoder_layers(model):
+        for part in layer.children():
+            adapted = any(isinstance(module, RoutedLinear | Router) for module in part.modules())
+            if adapted or next(part.parameters(), None) is None:
+                continue
+            part.compile(dynamic=True, backend=backend)
+            count += 1
+    return count
+
+
+def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
+    """Let the router read the block's input and hold its choice while the block runs."""
+
+    if isinstance(block, nn.Sequential):  # it would run the router as one more layer
+        raise TargetError(
+            f"{router.name} is a row of layers, which has no place for a router; set router.scope: module"
+        )
+
+    def choose(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not router.state.off:
+            inputs = args[0] if args else kwargs.get("hidden_states")
+            if inputs is None:
+                raise RecipeError(
+                    f"adapter.target_modules: {router.name} is not called with hidden states, from which a router "
+                    "could choose; set router.scope: module"
+                )
+            router.block.weighting = router(inputs)
+
+    def forget(_: nn.Module, args: tuple, output: Any) -> None:
+        router.block.weighting = None
+
+    block.add_module("remix_router", router)
+    return [
+        block.register_forward_pre_hook(choose, with_kwargs=True),
+        block.register_forward_hook(forget, always_call=True),
+    ]
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The only list as long as the model is deep; an empty one if that does not tell."""
+    config: Any = getattr(model, "config", None)
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return lists[0] if len(lists) == 1 else nn.ModuleList()
+
+
+def _last_layer_prefix(model: nn.Module) -> str | None:
+    """Dotted prefix of the last decoder layer."""
+    layers = decoder_layers(model)
+    return next((f"{name}." for name, m in model.named_modules() if len(layers) and m is layers[-1]), None)
+
+
+def _is_local(name: str, last_layer: str) -> bool:
+    """Does nothing but its own position read this linear's output? True after the last attention's keys."""
+    if not name.startswith(last_layer):
+        return False
+    inside = name[len(last_layer) :]
+    return inside.startswith("mlp.") or inside.endswith((".q_proj", ".o_proj"))

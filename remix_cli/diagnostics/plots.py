@@ -1,0 +1,64 @@
+"""Figures of routing, PNG and SVG. Needs the extra `plots` (matplotlib)."""
+
+from pathlib import Path
+from typing import Any
+
+from remix_cli.diagnostics.health import short_name
+from remix_cli.diagnostics.history import History
+from remix_cli.errors import RecipeError
+from remix_cli.storage import storage_errors
+
+# Okabe and Ito's colours, told apart by colour-blind people; lines differ in dash, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise RecipeError("--plot needs matplotlib; pip install 'remix-cli[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    return pyplot
+
+
+def plot_history(histories: list[History], folder: Path) -> list[Path]:
+    """ESS of the weights (mean and worst token) and entropy of q over the steps, one line per run."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    panels = ("ess_weights", "ess_weights_worst", "router_entropy")
+    titles = ("ESS of the weights, mean over tokens", "ESS of the weights, worst token", "entropy of q, nats")
+    for axis, key, title in zip(axes, panels, titles, strict=True):
+        for i, history in enumerate(histories):
+            style = {"color": COLOURS[i % 6], "linestyle": DASHES[i % 4]}
+            axis.plot(history.steps, history.values[key], label=history.run, **style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    return _save(plt, figure, folder / "history")
+
+
+def plot_use(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Share of tokens that each LoRA serves, block by block."""
+    plt = _pyplot()
+    shares = [block["share"] for block in report["blocks"]]
+    figure, axis = plt.subplots(figsize=(1.6 + 0.45 * len(shares[0]), 1.2 + 0.2 * len(shares)), layout="constrained")
+    image = axis.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    axis.set_yticks(range(len(shares)), [short_name(block["name"]) for block in report["blocks"]], fontsize=7)
+    axis.set_xticks(range(len(shares[0])))
+    axis.set_xlabel("LoRA")
+    figure.colorbar(image, label="share of tokens")
+    return _save(plt, figure, folder / "use")
+
+
+def _save(plt: Any, figure: Any, stem: Path) -> list[Path]:
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path in paths:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths

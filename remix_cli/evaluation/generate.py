@@ -1,0 +1,182 @@
+"""Batched generation with the KV cache and routed inference: the same text whatever the batch."""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from remix_cli.core.patch import Adapter
+from remix_cli.core.routing import fold, gumbel_noise
+from remix_cli.core.trace import Trace
+from remix_cli.data.chunks import in_chunks
+from remix_cli.errors import DataError
+from remix_cli.evaluation.decoding_graphs import fixed_cache, graphed
+from remix_cli.models import longest_input
+from remix_cli.recipe import Task
+from remix_cli.runs import Subject
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy at `temperature` 0, otherwise sampled; ends at the model's end tokens or just after a `stop` text."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    selection_seed: int | None = None  # sample the LoRAs, too, instead of taking the top k
+
+
+def check_fits(subject: Subject, task: Task, texts: Sequence[Sized], new: int = 0) -> None:
+    """Raises DataError for token ids of a task that, with `new` ones of an answer, the model cannot read at once."""
+    limit, front = longest_input(subject.model), subject.recipe.virtual_tokens
+    longest = max(map(len, texts), default=0)
+    if limit is None or front + longest + new <= limit:
+        return
+    also = f" and {front} virtual tokens" if front else ""
+    if front + longest >= limit:
+        fix = "ask for fewer shots" if task.shots else "take long rows out"
+        raise DataError(
+            f"eval task {task.task}: the longest row has {longest} tokens{also}, but the model reads at most {limit}; "
+            f"{fix}"
+        )
+    raise DataError(
+        f"eval task {task.task}: max_new_tokens: {new} after a prompt of {longest}{also}, but the model reads at most "
+        f"{limit} tokens; lower it"
+    )
+
+
+def generate(
+    subject: Subject, prompts: list[list[int]], keys: list[int], decoding: Decoding, batch_size: int
+) -> Iterator[tuple[int, str]]:
+    """(index, text) for every prompt, longest prompts first.
+
+    Prompts are padded on the left under an attention mask; the text has no special tokens. Whatever is sampled is a
+    function of the seed, the prompt's entry in `keys` and the position, not of the batch.
+    """
+
+    def work(chunk: list[int]) -> list[str]:
+        return _generate([prompts[i] for i in chunk], [keys[i] for i in chunk], subject, decoding)
+
+    for chunk, texts in in_chunks([len(p) for p in prompts], batch_size, work):
+        yield from zip(chunk, texts, strict=True)
+
+
+def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding) -> list[str]:
+    answers = continue_ids(prompts, keys, subject, decoding)
+    return [_after(subject.tokenizer, p, new) for p, new in zip(prompts, answers, strict=True)]
+
+
+def continue_ids(
+    prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding, streamer: Any = None
+) -> list[list[int]]:
+    """New tokens of each prompt, padded to one length; a `streamer` of transformers sees those of a single one."""
+    model, tokenizer, adapter, device = subject.model, subject.tokenizer, subject.adapter, subject.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    rows = torch.tensor(keys, device=device)
+    options: dict[str, Any] = {}
+    if decoding.temperature > 0:
+        options["logits_processor"] = [_Sampling(decoding.seed, rows, length, decoding.temperature)]
+    if decoding.stop:
+        options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
+    eager = torch.compiler.set_stance("force_eager")  # the cache grows with every token
+    cache: Any = None
+    if decoding.selection_seed is None:  # selections that are drawn anew for every token cannot be replayed
+        cache = fixed_cache(model, len(prompts), length + decoding.max_new_tokens)
+    replayed: Any = nullcontext()
+    if cache is not None:
+        replayed = graphed(model, cache)
+        named = inspect.signature(type(model).forward).parameters
+        options["cache" if "cache" in named else "past_key_values"] = cache  # its name since transformers 5.24
+    routing = _routing(subject, mask, rows, decoding.selection_seed)
+    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT makes its own, correctly
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,  # sampling is greedy decoding of perturbed scores
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            disable_compile=True,
+            eos_token_id=_stop_tokens(model, tokenizer),
+            streamer=streamer,
+            **options,
+        )
+    return out[:, length:].tolist()
+
+
+def _after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The new tokens' text as it follows the prompt: alone, some tokenizers would drop its leading space."""
+    before, alone, together = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (prompt[-8:], new, prompt[-8:] + new)
+    )
+    return together[len(before) :] if together.startswith(before) else alone
+
+
+TOKENS = 1 << 40  # keeps the draws of tokens apart from those of selections, which fold in positions
+
+
+class _Sampling(LogitsProcessor):
+    """Gumbel noise on the scores: their argmax is a draw from the softmax (the Gumbel-max trick)."""
+
+    def __init__(self, seed: int, rows: Tensor, prompt_length: int, temperature: float):
+        self.keys = fold(fold(torch.full_like(rows, seed), rows), TOKENS)
+        self.prompt_length, self.temperature = prompt_length, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = fold(self.keys, input_ids.shape[1] - self.prompt_length)
+        return scores.float() / self.temperature + gumbel_noise(step, 1, scores.shape[-1])[0]
+
+
+@contextmanager
+def _routing(subject: Subject, mask: Tensor, rows: Tensor, selection_seed: int | None) -> Iterator[None]:
+    """Top-k routing, or selections drawn by row and position, which a hook on the model knows at each step."""
+    adapter = subject.adapter
+    trace = Trace(prompt=mask.bool(), record=False)
+    hook = None
+    if selection_seed is not None:
+        if adapter.config.level == "sequence":
+            trace.noise = adapter.noise((selection_seed,), rows, 1)
+        else:
+            hook = subject.model.register_forward_pre_hook(
+                _draw(adapter, trace, mask, rows, selection_seed), with_kwargs=True
+            )
+    try:
+        with adapter.tracing(trace):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _draw(adapter: Adapter, trace: Trace, mask: Tensor, rows: Tensor, seed: int) -> Any:
+    """A hook that draws each forward pass's noise by row and position, padding on the left not counted."""
+    keys = fold(torch.full_like(rows, seed), rows).unsqueeze(-1)
+    positions = mask.cumsum(-1) - 1
+
+    def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal positions
+        length = kwargs["input_ids"].shape[1]  # the prompt, then one token at a time
+        trace.noise = gumbel_noise(fold(keys, positions[:, :length]), len(adapter.routers), adapter.config.pool_size)
+        positions = positions[:, -1:] + 1
+
+    return before
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end token and whatever else the model's own settings stop at."""
+    more = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})

@@ -1,0 +1,24 @@
+"""Where things lie, the one comparison of tensors, a Python process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+# What no command imports that only refuses or explains: a clock would say little on a busy machine.
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "peft", "safetensors", "tokenizers", "sympy"}
+
+
+def close(a: Tensor, b: Tensor, relative: float) -> bool:
+    """|a - b| <= relative * |b| in Euclidean norm. The only way tests compare floating-point tensors."""
+    assert 0 < relative < 1e-2, "a tolerance that accepts anything is no tolerance"
+    assert a.shape == b.shape
+    return bool((a.double() - b.double()).norm() <= relative * b.double().norm())
+
+
+def alone(code: str) -> subprocess.CompletedProcess[str]:
+    """`code` in a Python process of its own, for what must not have been imported yet."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -1,0 +1,160 @@
+"""Several processes do what one does, with the base model whole on each or shared out (FSDP2)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers.common import ROOT, close
+from helpers.runs import launch, recipe_for, run
+from helpers.tiny import recipe_text, write_recipe
+from safetensors.torch import load_file
+
+from remix_cli.diagnostics.parameters import ParameterCounts
+from remix_cli.errors import RecipeError
+from remix_cli.recipe import Recipe, load_recipe
+from remix_cli.train.preview import estimate_memory
+from remix_cli.train.shard import check_launch
+
+GRADIENTS = """
+import sys
+import torch
+from torch.distributed.tensor import DTensor
+from accelerate import Accelerator
+sys.path.insert(0, {tests!r})
+from helpers.tiny import fill_adapter, tiny_model
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.patch import apply_adapter
+from remix_cli.data.batches import collate, micro_batches
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.recipe.schema import Router
+from remix_cli.train import optim
+from remix_cli.train.shard import shard_base
+from remix_cli.train.step import accumulate_gradients
+import math, numpy as np
+
+accelerator = Accelerator(cpu=True)
+rank, world = accelerator.process_index, accelerator.num_processes
+everything = rows(5)
+lengths = np.array([len(r.input_ids) for r in everything])
+targets = sum(int(r.supervised[1:].sum()) for r in everything)
+
+def gradients(router, config, shared, whole, checkpointing=False):
+    model = tiny_model(dtype=torch.float64).train()
+    adapter = apply_adapter(model, config, seed=0)
+    fill_adapter(adapter)
+    if checkpointing:
+        options = {{"use_reentrant": False, "context_fn": adapter.state.checkpoint_contexts}}
+        model.gradient_checkpointing_enable(options)
+    if shared:
+        shard_base(model, adapter, torch.device("cpu"), world)
+        assert isinstance(model.model.layers[0].mlp.up_proj.base_layer.weight, DTensor)
+        assert isinstance(model.model.embed_tokens.weight, DTensor)
+    place = (0, 1) if whole else (rank, world)
+    for first, part, counts in micro_batches(np.arange(5), lengths, 2, *place, equally_many=shared):
+        batch = collate([everything[i] for i in part], first)
+        accumulate_gradients(
+            model, adapter, batch, router, make_estimator(router.estimator), seed=(0, 7), numbers={{"beta": 0.5}},
+            targets_in_step=targets if counts else math.inf, backward=lambda loss: loss.backward(),
+        )
+    parameters = list(adapter.parameters().values())
+    if not whole:
+        optim.sum_over_ranks(accelerator, parameters)
+    return dict(zip(adapter.parameters(), (p.grad for p in parameters)))
+
+remix = AdapterConfig(pool_size=4, active=2, rank=2)
+names = ("paper", "rtg", "control_variate", "straight_through")
+cases = [(Router(estimator=name, selections=3), remix, False) for name in names]
+cases += [(Router(), AdapterConfig(pool_size=4, active=2, rank=2, method="mixlora"), False)]
+cases += [(Router(estimator="control_variate", lora_gradient="one"), remix, True)]
+for router, config, checkpointing in cases:
+    wanted = gradients(router, config, False, True)
+    for shared in (False, True):
+        found = gradients(router, config, shared, False, checkpointing)
+        for name, gradient in wanted.items():
+            error = float((found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
+            assert error < 1e-6, (router.estimator, config.method, shared, name, error)
+print(f"rank {{rank}}: equal")
+accelerator.end_training()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_whole_or_sharded(tmp_path):
+    """In float64, to 1e-6, for every estimator, a soft method, and recomputed activations; three micro-batches over
+    two ranks, so that one of them idles."""
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS.format(tests=str(ROOT / "tests")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 0: equal" in done.stdout
+    assert "rank 1: equal" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["paper", "rtg", "control_variate", "straight_through"])
+def test_a_sharded_run_of_twenty_steps_is_the_run_of_one_process_and_resumes(stage, tmp_path, estimator):
+    """Held-out rows that do not divide, odd tails, evaluation, checkpoints; then its second half again."""
+    more = {"train": {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "gradient_checkpointing": True}}
+    more["router"] = {"estimator": estimator}
+    one = recipe_for(stage, tmp_path / "one", **more)
+    one = one.model_copy(update={"train": one.train.model_copy(update={"gradient_accumulation_steps": 4})})
+    run(one)
+    recipe_for(stage, tmp_path / "two", **more)
+    sharded = ["train.gradient_accumulation_steps=2", "train.shard_base=true"]
+    launch(sharded, tmp_path / "two.yaml", 2)
+    a = load_file(tmp_path / "one" / "adapter" / "adapter.safetensors")
+    b = load_file(tmp_path / "two" / "adapter" / "adapter.safetensors")
+    for name in a:
+        assert close(b[name], a[name], 5e-3), name
+    held = [
+        [json.loads(line).get("eval_loss") for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    assert [x for x in held[0] if x] == pytest.approx([x for x in held[1] if x], rel=1e-4)
+    (tmp_path / "two" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000020")
+    launch([*sharded, "--resume"], tmp_path / "two.yaml", 2)
+    again = load_file(tmp_path / "two" / "adapter" / "adapter.safetensors")
+    assert all(again[name].equal(b[name]) for name in b)
+
+
+def test_what_cannot_be_sharded_is_refused(stage, tmp_path, verb, monkeypatch):
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run", train={"shard_base": True}))
+    _, err = verb("train", path, expect=2)
+    assert "one process has nobody to share with" in err
+    _, err = verb("train", path, "train.eval_tasks_limit=4", "eval.tasks=[{task: gsm8k}]", expect=2)
+    assert "train.shard_base: cannot be combined with train.eval_tasks_limit" in err
+    _, err = verb("train", path, "adapter={method: dora}", expect=2)
+    assert "train.shard_base: cannot be combined with adapter.method: dora" in err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"set train\.shard_base: true to shard the base alone"):
+        check_launch(load_recipe(path), 2)
+
+
+def test_validate_counts_the_processes(stage, tmp_path, verb):
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run", train={"max_steps": None}))
+    alone, four, sharded = (
+        json.loads(verb("validate", path, "--json", *more)[0])
+        for more in ([], ["--processes", "4"], ["--processes", "4", "train.shard_base=true"])
+    )
+    assert alone["steps"] > 3 * four["steps"] > 0
+    assert sharded["memory_gib"].keys() == alone["memory_gib"].keys()
+
+
+def test_the_estimate_of_a_sharded_base():
+    """Llama 3 8B over 8: an eighth of the layers, the embeddings whole, two layers gathered."""
+    config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    counts = ParameterCounts(0, 0, 0, 0, 0, 8_030_261_248)
+    recipe = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
+    whole = estimate_memory(Recipe.model_validate(recipe), config, counts, 512, 8)["base weights"]
+    shared = Recipe.model_validate(recipe | {"train": {"shard_base": True}})
+    sharded = estimate_memory(shared, config, counts, 512, 8)["base weights"]
+    assert whole == pytest.approx(14.96, abs=0.01)
+    layers = 14.96 - 2 * 128256 * 4096 * 2 / 2**30
+    assert sharded == pytest.approx(layers / 8 + 1.957 + 2 * layers / 32, abs=0.01)
