@@ -7,6 +7,7 @@ from helpers.tiny import backward_step, recipe_text, tiny_model, write_rows
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from remix_cli import models
+from remix_cli.compat.transformers import cast_parameters
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.errors import RecipeError
@@ -208,7 +209,7 @@ def test_a_base_in_bfloat16_computes_as_transformers_has_it(family, tmp_path):
     assert all(parameter.dtype == torch.bfloat16 for parameter in ours.parameters())
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
     widened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    models._cast_parameters(widened, torch.bfloat16)  # as a dequantised GGUF file
+    cast_parameters(widened, torch.bfloat16)  # as a dequantised GGUF file
     assert torch.equal(widened(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 

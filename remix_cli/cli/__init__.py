@@ -16,8 +16,8 @@ from typing import NoReturn
 from remix_cli.cli import training  # isort: skip  (the order in which --help lists the commands)
 from remix_cli.cli import results, taking  # isort: skip
 from remix_cli.cli.common import app, launch_rank
+from remix_cli.compat.hub_kernels import fetch_no_code
 from remix_cli.errors import RemixError, is_out_of_memory
-from remix_cli.packages import fetch_no_code
 from remix_cli.streams import guarded
 
 SAME_EVERYWHERE = (2, 129, 130, 143)  # exit codes whose reason every rank of a launch would print alike

@@ -21,6 +21,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from remix_cli.compat.tokenizers import leave_in_pieces, like
 from remix_cli.data.formats import RowError
 
 NUMBER = str(secrets.randbits(64))
@@ -93,10 +94,7 @@ class ControlTokens:
         """The tokenizer's copy, made when a text first needs it: a large vocabulary takes half a second."""
         reader = copy.deepcopy(self.tokenizer)
         reader.add_tokens([self._stand_in(number, token) for number, token in self.known.items()])
-        # Only what the backend itself calls special does it leave in pieces.
-        reader.backend_tokenizer.add_special_tokens(
-            [_like(token, token.content, True) for token in self.known.values()]
-        )
+        leave_in_pieces(reader, self.known.values())
         return reader
 
     @cached_property
@@ -106,9 +104,4 @@ class ControlTokens:
         return {reader.convert_tokens_to_ids(f"{STAND_IN}{number}{END}"): number for number in self.known}
 
     def _stand_in(self, number: int, token: AddedToken) -> AddedToken:
-        return _like(token, f"{STAND_IN}{number}{END}", False)
-
-
-def _like(token: AddedToken, content: str, special: bool) -> AddedToken:
-    flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
-    return AddedToken(content, special=special, **flags)
+        return like(token, f"{STAND_IN}{number}{END}", special=False)

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from remix_cli.compat.datasets import say_nothing
+from remix_cli.compat.reasoning_gym import seed_apart
 from remix_cli.errors import DataError, shortened
 from remix_cli.recipe.sources import LOADERS, Source, named_locally
 
@@ -85,8 +85,7 @@ def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[d
     """Through the datasets library: a hub id, or parquet files."""
     import datasets
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises
+    say_nothing()
     try:
         return datasets.load_dataset(what, **options).to_list()
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
@@ -210,8 +209,7 @@ def reasoning_gym_dataset(source: Source) -> Any:
         import reasoning_gym
     except ImportError:
         raise DataError("reasoning_gym: not installed; pip install 'remix-cli[demo]'") from None
-    # reasoning-gym makes row i from seed + i: seeds 0 and 1 would share all rows but one.
-    seed = int(np.random.SeedSequence(source.seed).generate_state(1)[0] >> 1)
+    seed = seed_apart(source.seed)
     try:
         return reasoning_gym.create_dataset(source.reasoning_gym, size=source.size, seed=seed, **source.options)
     except (ValueError, TypeError, AssertionError) as error:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
+
+from remix_cli.compat.transformers import forward_replaced, runs_as_one_graph
 
 Run = Callable[[], Any]
 Record = Callable[[Run], tuple[Any, Callable[[], None]]]  # -> what the run returns, and how to fill it again
@@ -19,7 +21,7 @@ Record = Callable[[Run], tuple[Any, Callable[[], None]]]  # -> what the run retu
 
 def fixed_cache(model: Any, rows: int, length: int) -> StaticCache | None:
     """A cache for `rows` sequences of `length` tokens, or None where recording is of no use or not possible."""
-    if model.device.type != "cuda" or not isinstance(model, PreTrainedModel) or not model._can_compile_fullgraph:
+    if model.device.type != "cuda" or not runs_as_one_graph(model):
         return None
     cache = StaticCache(config=model.config, max_cache_len=length, max_batch_size=rows)
     return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None
@@ -32,15 +34,8 @@ def graphed(model: Any, cache: Any, record: Record | None = None) -> Iterator[No
     For one call of `generate` with `cache` and nothing else that changes the model: what is recorded are the addresses
     of weights, cache and routing state.
     """
-    before = model.__dict__.get("forward")
-    model.forward = _Replayed(model.forward, cache, record or _record_on_gpu)
-    try:
+    with forward_replaced(model, _Replayed(model.forward, cache, record or _record_on_gpu)):
         yield
-    finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before
 
 
 class _Replayed:

@@ -1,7 +1,5 @@
 """Batched generation with the KV cache and routed inference: the same text whatever the batch."""
 
-import inspect
-import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from remix_cli.compat.peft import no_word_of_positions
+from remix_cli.compat.transformers import name_of_cache
 from remix_cli.core.patch import Adapter
 from remix_cli.core.routing import fold, gumbel_noise
 from remix_cli.core.trace import Trace
@@ -95,11 +95,9 @@ def continue_ids(
     replayed: Any = nullcontext()
     if cache is not None:
         replayed = graphed(model, cache)
-        named = inspect.signature(type(model).forward).parameters
-        options["cache" if "cache" in named else "past_key_values"] = cache  # its name since transformers 5.24
+        options[name_of_cache(model)] = cache
     routing = _routing(subject, mask, rows, decoding.selection_seed)
-    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT makes its own, correctly
+    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed, no_word_of_positions():
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -1,0 +1,43 @@
+"""Losses of a causal model, at supervised positions only."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from remix_cli.compat.transformers import one_sequence_a_row
+from remix_cli.cross_entropy import token_losses
+from remix_cli.data.batches import Batch
+
+
+def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats at each logit's position, (B, T) float32, 0 where nothing is supervised."""
+    losses = token_losses(supervised_logits(model, batch), batch.targets)  # (S,)
+    if batch.real is not None:
+        losses = losses * batch.real
+    flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)  # (B * T,)
+    return flat.view(batch.input_ids.shape)
+
+
+def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the batch's S supervised positions, (S, V).
+
+    The output layer sees these positions only: its input is gathered on the way in, so that the (B, T, V) logits
+    never exist, while the model's own code before and after it stays in charge.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden = args[0]  # (B, front + T, D)
+        width = batch.input_ids.shape[1]
+        front = hidden.shape[1] - width  # virtual tokens that the method has put in front
+        places = batch.positions
+        if front:
+            places = places + (places // width + 1) * front
+        return (hidden.flatten(0, 1).index_select(0, places).unsqueeze(0),)  # (1, S, D)
+
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        with one_sequence_a_row():
+            return model(input_ids=batch.input_ids, use_cache=False).logits[0]
+    finally:
+        hook.remove()
