@@ -30,7 +30,7 @@ from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.models import DTYPES, batch_losses, load_model
 from remix_cli.recipe.schema import Model, Router
-from remix_cli.train.step import accumulate_gradients
+from remix_cli.train.micro_batch import accumulate_batch
 from remix_cli.train.step_graphs import StepGraphs
 
 REFERENCE = "PEFT LoRA r = 32"
@@ -92,7 +92,7 @@ class Arm:
             elif router is None:  # the pool without routing: every LoRA on, M = 1
                 (batch_losses(model, batch).sum() / len(batch.targets)).backward()
             else:
-                accumulate_gradients(
+                accumulate_batch(
                     model,
                     adapter,
                     batch,

@@ -91,7 +91,7 @@ def finished(stage):
     from rich.console import Console
 
     from remix_cli.recipe import load_recipe
-    from remix_cli.train.loop import train
+    from remix_cli.train.trainer import train
 
     model, rows, folder = stage
     evaluation = {"tasks": [{"task": "nll"}, {"task": "gsm8k", "max_new_tokens": 6}]}

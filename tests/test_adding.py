@@ -12,7 +12,7 @@ from remix_cli.errors import DivergedError
 from remix_cli.recipe.schema import cost
 from remix_cli.recipe.sweep_grammar import load_sweep
 from remix_cli.tasks.registry import TASKS
-from remix_cli.train import loop
+from remix_cli.train import trainer
 from remix_cli.verify import exact
 
 
@@ -84,16 +84,16 @@ def test_an_estimator_is_one_file_and_one_entry(verb, stage, tmp_path, monkeypat
     assert all(set(state) == {"mean"} for state in states)
     assert states[0]["mean"] != states[-1]["mean"]
 
-    step = loop._Run._step
+    step = trainer.Trainer._step
 
     def stop_at_three(run, number):
         if number == 3:
             raise DivergedError("stop")
-        step(run, number)
+        return step(run, number)
 
-    monkeypatch.setattr(loop._Run, "_step", stop_at_three)
+    monkeypatch.setattr(trainer.Trainer, "_step", stop_at_three)
     verb("train", recipes[1], expect=3)
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
     verb("train", recipes[1], "--resume")
     adapters = [(tmp_path / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert adapters[0] == adapters[1]

@@ -13,7 +13,7 @@ from rich.console import Console
 from remix_cli.errors import ArtefactError
 from remix_cli.folders import RUN_FROM, RunFolder, check_run
 from remix_cli.recipe import load_recipe
-from remix_cli.train.loop import train
+from remix_cli.train.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,22 @@ class Plan:
         return np.concatenate(parts)
 
 
+class Order:
+    """A plan's rows step by step, whatever the epoch."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.epoch = -1
+        self.steps: list[np.ndarray] = []  # of this epoch, worked out when its first step is asked for
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row numbers of a step, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.plan.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.steps = epoch, self.plan.epoch(epoch)
+        return self.steps[index]
+
+
 def _repeats(count: int, weight: float) -> int:
     return max(1, round(count * weight))
 

@@ -7,22 +7,33 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from remix_cli.compat.accelerate import forget_state
+from remix_cli.compat.hub_kernels import fetch_no_code
 from remix_cli.errors import ArtefactError, DivergedError, Interrupted, RemixError, is_out_of_memory
-from remix_cli.folders import read_report
-from remix_cli.packages import fetch_no_code
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.streams import outlive_both
 from remix_cli.terminal import Console
 
+if TYPE_CHECKING:
+    from remix_cli.evaluation.report import TaskResult
+
 WIDTH = 100  # of a log
 PATIENCE = 10.0  # seconds a worker whose parent is gone has to save
-NO_MEMORY, DIVERGED = "out of memory", "diverged"  # what a problem's line begins with
 _ended: Any = None  # in a worker: an event, set when the sweep is to end
+
+
+class Cause(Enum):
+    """What a sweep does about a failure depends on this."""
+
+    NO_MEMORY = "out of memory"  # perhaps there is enough when the run is alone
+    DIVERGED = "diverged"  # the setting is a bad one
+    OTHER = "other"  # nothing is known of the setting
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,25 @@ class Failure:
 
     line: str
     exit_code: int
+    cause: Cause = Cause.OTHER
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """Its line begins with the cause where that is a known one."""
+        line = f"{type(error).__name__}: {error}"
+        exit_code = 1
+        cause = Cause.OTHER
+        if is_out_of_memory(error):
+            exit_code = 2
+            cause = Cause.NO_MEMORY
+        if isinstance(error, RemixError):
+            line = "; ".join(error.problems)
+            exit_code = error.exit_code
+        if isinstance(error, DivergedError):
+            cause = Cause.DIVERGED
+        if cause is not Cause.OTHER and not line.startswith(cause.value):
+            line = f"{cause.value}: {line}"
+        return cls(" ".join(line.split())[:300], exit_code, cause)
 
 
 def set_up(devices: Any, threads: int, ended: Any) -> None:
@@ -59,7 +89,7 @@ def train_run(recipe: Recipe) -> Failure | None:
 
     Output goes to a log beside the run's folder. Raises Interrupted.
     """
-    from remix_cli.train.loop import train
+    from remix_cli.train.trainer import train
 
     _check_ended()
     folder = RunFolder(Path(recipe.output_dir))
@@ -89,13 +119,13 @@ def score_run(recipe: Recipe, allow_code: bool) -> Failure | None:
         return None
     with folder.path.with_name(f"{folder.path.name}.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
         try:
-            report = evaluate(
+            found = evaluate(
                 load_run(folder.path),
                 recipe.eval.tasks,
                 Settings(sampled=recipe.eval.selection == "sample", allow_code=allow_code),
                 lambda *_: _Silent(),
             )
-            log.writelines(f"{line}\n" for line in report["notes"])
+            log.writelines(f"{line}\n" for line in found.notes)
         except Exception as error:
             return _told(error, Console(file=log, width=WIDTH))
         finally:
@@ -114,16 +144,22 @@ def is_scored(recipe: Recipe) -> bool:
     from remix_cli.evaluation.evaluator import task_digest
     from remix_cli.recipe.schema import labelled
 
-    found = scored_tasks(report_file(recipe))
-    return all(found.get(label, {}).get("task_digest") == task_digest(t) for label, t in labelled(recipe.eval.tasks))
+    results = scored_tasks(report_file(recipe))
+    for label, task in labelled(recipe.eval.tasks):
+        if label not in results or results[label].task_digest != task_digest(task):
+            return False
+    return True
 
 
-def scored_tasks(file: Path) -> dict[str, dict[str, Any]]:
+def scored_tasks(file: Path) -> "dict[str, TaskResult]":
     """Results by task of a report; none if there is none of the adapter that is there now."""
+    from remix_cli.evaluation.report import read_report
+
     try:
-        return {result["task"]: result for result in read_report(file)["results"]}
+        report = read_report(file)
     except ArtefactError:
         return {}
+    return {result.task: result for result in report.results}
 
 
 def _end_with_parent() -> None:
@@ -149,24 +185,19 @@ def _check_ended() -> None:
 
 
 def _told(error: Exception, console: Console) -> Failure:
+    """The failure, which the log says, too."""
     if not isinstance(error, RemixError):
         console.print_exception()
-    line = "; ".join(error.problems) if isinstance(error, RemixError) else f"{type(error).__name__}: {error}"
-    if is_out_of_memory(error):
-        line = f"{NO_MEMORY}: {line}"
-    if isinstance(error, DivergedError) and not line.startswith(DIVERGED):
-        line = f"{DIVERGED}: {line}"
-    console.print(f"error: {line}", highlight=False, soft_wrap=True)
-    code = error.exit_code if isinstance(error, RemixError) else 2 if is_out_of_memory(error) else 1
-    return Failure(" ".join(line.split())[:300], code)
+    failure = Failure.of(error)
+    console.print(f"error: {failure.line}", highlight=False, soft_wrap=True)
+    return failure
 
 
 def _let_go() -> None:
     """The next run in this process starts afresh, and other processes need the memory."""
     import torch
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_state()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

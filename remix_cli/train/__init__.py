@@ -1,18 +1,21 @@
-"""Training.
+"""Training. `trainer.train` is the way in; from there on the files are in the order of a run.
 
 prepare.py      refusals that cost nothing
 preview.py      what `remix validate` shows
-step.py         the gradients of one micro-batch: M sampled forward passes, LoRA and router gradients
-cluster_prompts.py  the prompts' clusters, found before the first step
-loop.py         steps, evaluation, checkpoints, signals
-optim.py        parameter groups, schedule, clipping, the one all-reduce of a step
-held_out.py     the held-out loss and tasks between steps
-step_graphs.py  steps by CUDA graph
-shard.py        the base model shared out over the processes
+setup.py        from a recipe to everything a run needs, one frozen value
 resume.py       may this run go on from what another process left?
-budget.py       `remix budget`: how large each method is for equal parameters
+shard.py        the base model shared out over the processes
+trainer.py      the run: steps, held-out loss, checkpoints, signals
+cluster_prompts.py  the prompts' clusters, found before the first step
+micro_batch.py  a recipe's words to the library's step; the gradients of one micro-batch
+step_graphs.py  the same by CUDA graph
+sums.py         what a step's micro-batches add up to, over all processes
+optim.py        parameter groups, schedule, clipping, the all-reduce of gradients
+pace.py         how fast
+held_out.py     the held-out loss and tasks between steps
 checkpoints.py  durable training state
 record.py       metrics.jsonl, tracker, summary.json
 signals.py      SIGTERM and Ctrl-C
 console.py      what a person sees while it runs
+budget.py       `remix budget`: how large each method is for equal parameters
 """

@@ -10,8 +10,7 @@ from remix_cli.data.splits import TrainingData
 from remix_cli.diagnostics.parameters import ParameterCounts
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.recipe import Recipe
-from remix_cli.recipe.methods import METHODS
-from remix_cli.train.step import describe_router
+from remix_cli.train.micro_batch import describe_router
 
 
 class TrainingConsole:
@@ -59,7 +58,7 @@ class TrainingConsole:
         lines = [
             f"train     {data.train.describe()}",
             f"held out  {data.validation.describe()}{also}",
-            f"method    {method}: {METHODS[method].summary}",
+            f"method    {method}: {recipe.method.summary}",
             f"adapter   {counts.describe()}",
         ]
         if recipe.adapter_config().samples:

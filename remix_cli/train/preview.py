@@ -19,8 +19,8 @@ from remix_cli.recipe.sources import named_locally
 from remix_cli.runs import Subject
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
+from remix_cli.train.micro_batch import describe_router, passes_of
 from remix_cli.train.prepare import check_recipe
-from remix_cli.train.step import Passes, describe_router
 
 GIB = 2**30
 
@@ -112,7 +112,7 @@ def estimate_memory(
         activations = tokens * layers * kept * size
     logits = tokens * config.vocab_size * 2 * size + 3 * CHUNK * 4
     inputs = layers * tokens * hidden * size  # of the routers, for one selection
-    passes = Passes.of(recipe.router, recipe.adapter_config().samples)
+    passes = passes_of(recipe.router, recipe.adapter_config().samples)
     # A pass with gradient keeps them anyway; those of other passes outlive its activations.
     before = passes.with_gradient - 1
     traces = max(before * inputs, passes.total * inputs - activations - logits)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from remix_cli.core.estimators.base import Estimator
 from remix_cli.core.patch import Adapter
+from remix_cli.core.step import MicroResult
 from remix_cli.data.batches import Batch
 from remix_cli.recipe.schema import Router
+from remix_cli.train.micro_batch import accumulate_batch
 from remix_cli.train.optim import allocate_gradients
-from remix_cli.train.step import MicroResult, accumulate_gradients
 
 Run = Callable[[], MicroResult]
 Replay = Callable[[], None]
@@ -25,10 +26,12 @@ Record = Callable[[Run], tuple[MicroResult, Replay]]  # -> where the result will
 
 
 class StepGraphs:
-    """`accumulate_gradients` for one model, recorded when a shape comes for the second time.
+    """`accumulate_batch` for one model, recorded when a shape comes for the second time.
 
     Gradients must keep their place, too: zero them, do not drop them.
     """
+
+    drops_gradients = False
 
     def __init__(
         self,
@@ -46,8 +49,8 @@ class StepGraphs:
         self.seen: set[tuple[int, ...]] = set()
         self.graphs: dict[tuple[int, ...], tuple[Batch, dict[str, Tensor], MicroResult, Replay]] = {}
 
-    def accumulate(self, batch: Batch, targets_in_step: int, seed: tuple[int, int]) -> MicroResult:
-        """Add the gradients of a batch that is still on the host; see `step.accumulate_gradients`."""
+    def accumulate(self, batch: Batch, targets_in_step: float, seed: tuple[int, int]) -> MicroResult:
+        """Add the gradients of a batch that is still on the host; see `micro_batch.accumulate_batch`."""
         batch = batch.in_few_shapes().to(self.device)
         numbers = {
             "targets_in_step": torch.tensor(targets_in_step, dtype=torch.float64).to(self.device),
@@ -72,7 +75,7 @@ class StepGraphs:
         return _copy(result)
 
     def _run(self, batch: Batch, numbers: dict[str, Tensor], seed: int) -> MicroResult:
-        return accumulate_gradients(
+        return accumulate_batch(
             self.model,
             self.adapter,
             batch,

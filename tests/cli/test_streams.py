@@ -16,7 +16,7 @@ from rich.console import Console
 from remix_cli import cli
 from remix_cli.errors import Interrupted
 from remix_cli.recipe import load_recipe
-from remix_cli.train import loop
+from remix_cli.train import micro_batch, trainer
 
 
 def nobody_reads():
@@ -67,7 +67,7 @@ def test_training_without_any_console_ends_with_its_real_exit_code(stage, tmp_pa
     def poisoned(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(micro_batch, "accumulate_batch", poisoned)
     assert ended("train", recipe, "--overwrite", stdout=full(), stderr=full())[0] == 2
 
 
@@ -112,21 +112,22 @@ def test_generate_without_a_prompt_is_refused(stdin, finished, verb, monkeypatch
 
 def test_a_terminal_that_closes_is_a_signal_to_save_and_end(stage, tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out")))
-    step = loop._Run._step
+    step = trainer.Trainer._step
 
     def hanging_up(self, n):
-        step(self, n)
+        asked = step(self, n)
         os.kill(os.getpid(), signal.SIGHUP)
+        return asked
 
     before = signal.signal(signal.SIGHUP, lambda *_: None)  # should the run not heed it
     try:
-        monkeypatch.setattr(loop._Run, "_step", hanging_up)
+        monkeypatch.setattr(trainer.Trainer, "_step", hanging_up)
         with pytest.raises(Interrupted) as ended:
-            loop.train(recipe, Console(quiet=True))
+            trainer.train(recipe, Console(quiet=True))
         assert ended.value.exit_code == 129
         assert (tmp_path / "out" / "checkpoints" / "step-000002").is_dir()
         shutil.rmtree(tmp_path / "out")
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup: it is to go on
-        loop.train(recipe, Console(quiet=True))
+        trainer.train(recipe, Console(quiet=True))
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -20,7 +20,7 @@ from remix_cli.data.encode import EncodedRow
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.recipe import load_recipe
 from remix_cli.train.cluster_prompts import find_clusters, rows_to_cluster
-from remix_cli.train.loop import train
+from remix_cli.train.trainer import train
 
 CONFIG = AdapterConfig(pool_size=8, active=4, rank=2, level="sequence", clusters=3, router_init_std=1.0)
 
@@ -133,21 +133,21 @@ def whole(stage):
 
 
 def test_a_run_keeps_its_clusters_and_a_stopped_one_takes_them_up(stage, whole, monkeypatch, tmp_path):
-    from remix_cli.train import loop
+    from remix_cli.train import trainer
 
     recipe = recipe_for(stage, tmp_path / "run")
-    step, found = loop._Run._step, []
+    step, found = trainer.Trainer._step, []
 
     def stop_at_three(run, number):
         if number == 3:
             raise OSError("stop")
-        step(run, number)
+        return step(run, number)
 
-    monkeypatch.setattr(loop._Run, "_step", stop_at_three)
-    monkeypatch.setattr(loop, "find_clusters", lambda *args: found.append(1) or find_clusters(*args))
+    monkeypatch.setattr(trainer.Trainer, "_step", stop_at_three)
+    monkeypatch.setattr(trainer, "find_clusters", lambda *args: found.append(1) or find_clusters(*args))
     with pytest.raises(OSError, match="stop"):
         train(recipe, Console(quiet=True))
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
     train(recipe, Console(quiet=True), resume=True)
     assert len(found) == 1, "a checkpoint holds them"
     ours, theirs = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (tmp_path / "run", whole))

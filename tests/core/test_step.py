@@ -14,7 +14,7 @@ from remix_cli.core.trace import Trace, Weighting
 from remix_cli.data.batches import collate
 from remix_cli.models import batch_losses
 from remix_cli.recipe.schema import Router
-from remix_cli.train import step as step_module
+from remix_cli.train import micro_batch
 
 ESTIMATORS = ["paper", "rtg", "control_variate", "straight_through"]
 
@@ -92,7 +92,7 @@ def test_straight_through_is_the_gradient_through_inclusion_probabilities(monkey
         return Weighting(gates_of(weights, self.config.rank, x.dtype), weights)
 
     monkeypatch.setattr(layer.Router, "forward", forward)
-    (step_module.batch_losses(model, batch).sum() / len(batch.targets)).backward()
+    (micro_batch.batch_losses(model, batch).sum() / len(batch.targets)).backward()
     assert all(close(ours[name], p.grad, 1e-5) for name, p in adapter.parameters().items())
 
 
@@ -147,8 +147,8 @@ def test_mean_is_the_mean_of_the_selections():
     targets = len(batch.targets)
     for m in range(2):
         noise = adapter.noise((0, 7, m), batch.rows, batch.input_ids.shape[1])
-        with adapter.tracing(step_module.Trace(noise=noise)):
-            (step_module.batch_losses(model, batch).sum() / targets / 2).backward()
+        with adapter.tracing(Trace(noise=noise)):
+            (micro_batch.batch_losses(model, batch).sum() / targets / 2).backward()
     assert all(close(p.grad, mean[name], 1e-5) for name, p in adapter.lora_parameters().items())
 
 
@@ -157,8 +157,8 @@ def test_dropout_is_shared_by_the_selections(monkeypatch):
     seen = []
     quiet = lambda self, seed, rows, length: torch.zeros(2, len(rows), length, 4)  # noqa: E731
     monkeypatch.setattr(Adapter, "noise", quiet)
-    original = step_module.batch_losses
-    monkeypatch.setattr(step_module, "batch_losses", lambda *a: seen.append(original(*a)) or seen[-1])
+    original = micro_batch.batch_losses
+    monkeypatch.setattr(micro_batch, "batch_losses", lambda *a: seen.append(original(*a)) or seen[-1])
     gradients(Router(selections=3), dropout=0.5)
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
@@ -178,8 +178,8 @@ def test_N4_equal_losses_leave_the_router_where_it_is():
 def test_nothing_is_sampled_twice_when_every_lora_is_on(monkeypatch):
     """k = n: plain LoRA, one pass whatever M says."""
     seen = []
-    original = step_module.batch_losses
-    monkeypatch.setattr(step_module, "batch_losses", lambda *a: seen.append(0) or original(*a))
+    original = micro_batch.batch_losses
+    monkeypatch.setattr(micro_batch, "batch_losses", lambda *a: seen.append(0) or original(*a))
     gradients(Router(selections=3), active=4)
     assert len(seen) == 1
 

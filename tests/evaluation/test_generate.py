@@ -47,7 +47,7 @@ def test_answers_do_not_depend_on_batches(stage, tmp_path, decoding, level):
     from rich.console import Console
 
     from remix_cli.recipe import load_recipe
-    from remix_cli.train.loop import train
+    from remix_cli.train.trainer import train
 
     model, rows, _ = stage
     router = {"level": "sequence", "clusters": 3} if level == "clusters" else {"level": level}

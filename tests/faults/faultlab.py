@@ -36,17 +36,17 @@ class Lab:
         from helpers import runs
         from helpers.tiny import write_rows, write_tiny_model
 
-        from remix_cli.train import loop
+        from remix_cli.train import setup
 
         torch.set_num_threads(1)
         self.tools, self.folder = runs, folder
         self.stage = (write_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl", 24), folder)
         recipe = self.recipe(folder / "warm")
-        tokenizer = loop.load_tokenizer(recipe.model)
-        data = loop.load_data(recipe, tokenizer, 1)
-        model = loop.load_model(recipe.model, torch.device("cpu"))
-        loop.load_tokenizer, loop.load_data = lambda *_: tokenizer, lambda *_: data
-        loop.load_model = lambda *_: model
+        tokenizer = setup.load_tokenizer(recipe.model)
+        data = setup.load_data(recipe, tokenizer, 1)
+        model = setup.load_model(recipe.model, torch.device("cpu"))
+        setup.load_tokenizer, setup.load_data = lambda *_: tokenizer, lambda *_: data
+        setup.load_model = lambda *_: model
         begun = time.monotonic()
         self.wait(self.start(folder / "whole"))
         self.seconds = time.monotonic() - begun

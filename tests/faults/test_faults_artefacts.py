@@ -24,8 +24,8 @@ from remix_cli.models import forward_settings, identify, load_model, load_tokeni
 from remix_cli.recipe import load_recipe
 from remix_cli.recipe.schema import Model
 from remix_cli.storage import seal, sha256
-from remix_cli.train import checkpoints, loop
-from remix_cli.train.loop import train
+from remix_cli.train import checkpoints, trainer
+from remix_cli.train.trainer import train
 
 
 @pytest.fixture
@@ -377,13 +377,13 @@ def test_no_summary_stands_beside_an_adapter_that_is_being_replaced(finished, tm
     """Else a kill between the two would leave a healthy run that is refused."""
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "adapter")
-    publish, seen = loop.publish_folder, []
+    publish, seen = trainer.publish_folder, []
 
     def watched(target, **options):
         seen.append((target.name, (run / "summary.json").exists()))
         return publish(target, **options)
 
-    monkeypatch.setattr(loop, "publish_folder", watched)
+    monkeypatch.setattr(trainer, "publish_folder", watched)
     train(load_recipe(run / "recipe.yaml", [f"output_dir={run}"]), Console(quiet=True), resume=True)
     assert seen == [("adapter", False)]
     assert check_run(run)

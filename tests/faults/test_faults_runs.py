@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from remix_cli.errors import DivergedError, Interrupted
 from remix_cli.storage import lock_folder, recover
-from remix_cli.train import checkpoints, loop
+from remix_cli.train import checkpoints, micro_batch, setup, trainer
 
 
 def laboratory(*arguments) -> subprocess.Popen:
@@ -112,17 +112,17 @@ def test_K7_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(stage, tm
     recipe = small(stage, tmp_path, train={"per_device_eval_batch_size": 2})
     (tmp_path / "whole").mkdir()
     run(small(stage, tmp_path / "whole"))
-    original = loop._Run._heed_signals
+    original = trainer.Trainer._heed_signals
 
     def arriving(self, n):
         if self.state.step == 2:
             self.signals.received = signal.SIGTERM
         original(self, n)
 
-    monkeypatch.setattr(loop._Run, "_heed_signals", arriving)
+    monkeypatch.setattr(trainer.Trainer, "_heed_signals", arriving)
     with pytest.raises(Interrupted, match="after step 2;"):
         run(recipe)
-    monkeypatch.setattr(loop._Run, "_heed_signals", original)
+    monkeypatch.setattr(trainer.Trainer, "_heed_signals", original)
     assert json.loads((tmp_path / "out/checkpoints/step-000002/state.json").read_text())["evaluation_due"]
     run(recipe, resume=True)
 
@@ -157,18 +157,18 @@ def test_K12_checkpoints_are_ordered_by_number_and_pruned_after_the_new_one(tmp_
 
 def test_K14_another_thread_count_is_said(stage, tmp_path, monkeypatch, capsys):
     recipe = small(stage, tmp_path)
-    original = loop._Run._after_step
+    original = trainer.Trainer._note
 
-    def stopping(self, done, *_):
-        self.state.step = done
+    def stopping(self, step, *_):
+        self.state.step = step + 1
         self._stop()
 
-    monkeypatch.setattr(loop._Run, "_after_step", stopping)
+    monkeypatch.setattr(trainer.Trainer, "_note", stopping)
     with pytest.raises(Interrupted):
         run(recipe)
-    monkeypatch.setattr(loop._Run, "_after_step", original)
+    monkeypatch.setattr(trainer.Trainer, "_note", original)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    loop.train(recipe, Console(width=200), resume=True)
+    trainer.train(recipe, Console(width=200), resume=True)
     assert re.search(r"not bit-reproducible: threads was \d+, is 77 when step-000001 was made", capsys.readouterr().out)
 
 
@@ -178,8 +178,8 @@ def test_K14_another_number_of_processes_is_refused(stage, tmp_path, monkeypatch
 
     run(small(stage, tmp_path))
     (tmp_path / "out" / "summary.json").unlink()
-    original = loop.load_data
-    monkeypatch.setattr(loop, "load_data", lambda recipe, tokenizer, world: original(recipe, tokenizer, 2))
+    original = setup.load_data
+    monkeypatch.setattr(setup, "load_data", lambda recipe, tokenizer, world: original(recipe, tokenizer, 2))
     with pytest.raises(ArtefactError, match="made from another number of processes than this run would use"):
         run(small(stage, tmp_path), resume=True)
 
@@ -220,7 +220,7 @@ def test_K14_other_rows_or_another_base_model_are_refused(stage, tmp_path, verb)
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte")])
 def test_K15_out_of_memory_is_said_and_the_checkpoint_serves(stage, tmp_path, verb, monkeypatch, error):
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
-    original = loop.accumulate_gradients
+    original = micro_batch.accumulate_batch
 
     def greedy(*arguments, seed, **options):
         if seed[1] == 3:
@@ -228,14 +228,14 @@ def test_K15_out_of_memory_is_said_and_the_checkpoint_serves(stage, tmp_path, ve
         return original(*arguments, seed=seed, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "accumulate_gradients", greedy)
+        patch.setattr(micro_batch, "accumulate_batch", greedy)
         assert "out of memory; lower train.per_device" in verb("train", recipe, expect=2)[1]
     verb("train", recipe, "--resume")
 
 
 @pytest.mark.parametrize("what", ["lora_A", "router"])
 def test_N2_an_infinite_gradient_stops_before_the_update(stage, tmp_path, monkeypatch, what):
-    original = loop.accumulate_gradients
+    original = micro_batch.accumulate_batch
     recipe = small(stage, tmp_path)
     seen = {}
 
@@ -246,7 +246,7 @@ def test_N2_an_infinite_gradient_stops_before_the_update(stage, tmp_path, monkey
             next(p for name, p in adapter.parameters().items() if name.endswith(what)).grad[0, 0] = float("inf")
         return result
 
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(micro_batch, "accumulate_batch", poisoned)
     with pytest.raises(DivergedError, match=r"diverged at step 3.*gradient norm inf"):
         run(recipe)
     after = seen.pop("adapter").parameters()
@@ -286,7 +286,7 @@ def test_L1_no_secret_is_written_or_printed(stage, tmp_path, verb, monkeypatch):
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
     printed = [verb("train", recipe), verb("eval", tmp_path / "out", "--task", "nll"), verb("validate", recipe)]
     printed.append(verb("train", recipe, f"data.train.0.path=https://me:{secret}@example.org/x.jsonl", expect=2))
-    monkeypatch.setattr(loop, "accumulate_gradients", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(micro_batch, "accumulate_batch", lambda *a, **k: 1 / 0)
     printed.append(verb("train", recipe, "--overwrite", expect=1))
     assert secret not in repr(printed)
     for path in tmp_path.rglob("*"):
@@ -298,7 +298,7 @@ def test_L2_a_bug_of_ours_shows_no_values(stage, tmp_path, verb, monkeypatch):
         password = "hunter2"
         return {}[len(password)]
 
-    monkeypatch.setattr(loop, "accumulate_gradients", broken)
+    monkeypatch.setattr(micro_batch, "accumulate_batch", broken)
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
     _, err = verb("train", recipe, expect=1)
     assert "hunter2" not in err

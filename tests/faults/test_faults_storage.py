@@ -17,7 +17,7 @@ from remix_cli import storage
 from remix_cli.errors import BusyError, StorageError
 from remix_cli.evaluation.answers import open_lines
 from remix_cli.storage import lock_folder, publish_folder
-from remix_cli.train import checkpoints, loop
+from remix_cli.train import checkpoints, setup
 
 
 def test_M1_whoever_loses_a_new_folder_leaves_the_winners_lock_alone(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_S1_a_really_full_disk(stage, tmp_path, verb):
 
 
 def test_S2_a_disk_that_is_too_small_is_refused_before_the_model_loads(stage, tmp_path, verb, monkeypatch):
-    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr("remix_cli.train.prepare.free_bytes", lambda _: 1000)
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
     _, err = verb("train", recipe, expect=4)
@@ -101,7 +101,7 @@ def test_S2_a_disk_that_is_too_small_is_refused_before_the_model_loads(stage, tm
 
 @pytest.mark.parametrize("kind", ["below a file", "a file", "read-only"])
 def test_S3_outputs_that_cannot_be_written(stage, tmp_path, verb, monkeypatch, kind):
-    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("the model was loaded"))
     place = tmp_path / "place"
     if kind == "read-only":
         place.mkdir()
@@ -174,12 +174,12 @@ def test_M3_two_runs_read_the_same_table_at_once(stage, tmp_path):
 def test_M4_when_one_of_two_processes_dies_both_end_and_nothing_half_done_is_published(stage, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(
-        "import os, signal, sys\nfrom remix_cli import cli\nfrom remix_cli.train import loop\n"
-        "step = loop._Run._step\n"
+        "import os, signal, sys\nfrom remix_cli import cli\nfrom remix_cli.train import trainer\n"
+        "step = trainer.Trainer._step\n"
         "def dying(self, index):\n"
         "    if index == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    step(self, index)\n"
-        "loop._Run._step = dying\ncli.main()\n"
+        "    return step(self, index)\n"
+        "trainer.Trainer._step = dying\ncli.main()\n"
     )
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -1,6 +1,6 @@
 """Every method at a size that a tiny model can carry."""
 
-from remix_cli.recipe.methods import METHODS
+from remix_cli.methods.registry import method_named
 
 FAST = {"prompt": 0.3, "p_tuning": 0.03, "prefix": 0.1, "ia3": 0.1}
 SMALL = {
@@ -14,4 +14,4 @@ SMALL = {
 
 
 def small_method(method):
-    return {"method": method} | {key: value for key, value in SMALL.items() if key in METHODS[method].settings}
+    return {"method": method} | {key: value for key, value in SMALL.items() if key in method_named(method).settings}

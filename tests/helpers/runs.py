@@ -10,7 +10,7 @@ from rich.console import Console
 
 from helpers.tiny import recipe_text, write_recipe
 from remix_cli.recipe import load_recipe
-from remix_cli.train import checkpoints, loop
+from remix_cli.train import checkpoints, trainer
 
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
 STEPS = 6
@@ -37,7 +37,7 @@ def recipe_for(stage, output, **groups):
 
 
 def run(recipe, **options):
-    return loop.train(recipe, Console(quiet=True), **options)
+    return trainer.train(recipe, Console(quiet=True), **options)
 
 
 def outcome(folder):

@@ -9,7 +9,7 @@ from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.patch import apply_adapter
 from remix_cli.data.batches import collate
 from remix_cli.data.encode import EncodedRow
-from remix_cli.train.step import accumulate_gradients
+from remix_cli.train.micro_batch import accumulate_batch
 
 
 def rows(count=4):
@@ -38,7 +38,7 @@ def gradients(router, cuts=(4,), scale=1.0, beta=0.5, checkpointing=False, dtype
     everything, start = rows(), 0
     targets = sum(int(r.supervised[1:].sum()) for r in everything)
     for size in cuts:
-        accumulate_gradients(
+        accumulate_batch(
             model,
             adapter,
             collate(everything[start : start + size], start),

@@ -17,7 +17,7 @@ from transformers import (
 
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.patch import Adapter
-from remix_cli.train.step import accumulate_gradients
+from remix_cli.train.micro_batch import accumulate_batch
 
 SHAPE = {
     "vocab_size": 64,
@@ -130,7 +130,7 @@ def write_recipe(path: Path, recipe: dict) -> Path:
 
 def backward_step(model, adapter: Adapter, batch, router, *, step: int = 0, beta: float = 0.0, **options) -> None:
     """The gradients of one batch that is the whole step, with the estimator that `router` names."""
-    accumulate_gradients(
+    accumulate_batch(
         model,
         adapter,
         batch,

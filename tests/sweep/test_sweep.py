@@ -353,11 +353,11 @@ def test_a_sweep_ends_with_the_exit_code_of_its_first_failed_run(stage, tmp_path
     _, err = verb("sweep", path, expect=3)
     assert err.splitlines()[-1].startswith("error: failed: sweep.arms.A; mend the cause")
     monkeypatch.setattr(sweep_run, "train_run", real)
-    monkeypatch.setattr("remix_cli.train.loop.train", lambda *_, **__: [][0])  # a bug of ours
+    monkeypatch.setattr("remix_cli.train.trainer.train", lambda *_, **__: [][0])  # a bug of ours
     _, err = verb("sweep", path, expect=1)
     assert "A/seed0: IndexError" in err
     for error, code in ((errors.ArtefactError("x"), 5), (MemoryError(), 2), (errors.StorageError("x"), 4)):
-        monkeypatch.setattr("remix_cli.train.loop.train", functools.partial(raising, error))
+        monkeypatch.setattr("remix_cli.train.trainer.train", functools.partial(raising, error))
         _, err = verb("sweep", path, expect=code)
 
 

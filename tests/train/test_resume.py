@@ -14,12 +14,12 @@ from helpers.tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
 
+from remix_cli.core.step import MicroResult
 from remix_cli.core.store import BaseIdentity
 from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.storage import lock_folder
-from remix_cli.train import checkpoints, loop, resume
-from remix_cli.train.step import MicroResult
+from remix_cli.train import checkpoints, micro_batch, resume, trainer
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def whole(stage):
 
 def stop_after(monkeypatch, step):
     """As if SIGTERM had arrived during `step`."""
-    original = loop._Run._step
+    original = trainer.Trainer._step
 
     def stopping(self, index):
         if index + 1 == step:
             self.signals.received = signal.SIGTERM
-        original(self, index)
+        return original(self, index)
 
-    monkeypatch.setattr(loop._Run, "_step", stopping)
+    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
 
 
 def interrupted_run(stage, folder, monkeypatch, *stops):
@@ -90,9 +90,9 @@ def test_K5_the_comparison_sees_a_resume_that_forgets_something(stage, whole, mo
 
     monkeypatch.setattr(checkpoints, "restore", forgetful)
     if broken == "seed":
-        accumulate = loop.accumulate_gradients
+        accumulate = micro_batch.accumulate_batch
         other = lambda *a, seed, **k: accumulate(*a, seed=(seed[0], seed[1] + 1000 * (seed[1] >= 3)), **k)  # noqa: E731
-        monkeypatch.setattr(loop, "accumulate_gradients", other)
+        monkeypatch.setattr(micro_batch, "accumulate_batch", other)
     assert interrupted_run(stage, tmp_path / "run", monkeypatch, 3) != whole
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_serves(stage
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    loop.train(recipe_for(stage, folder), Console(width=200), resume=True)
+    trainer.train(recipe_for(stage, folder), Console(width=200), resume=True)
     assert "step-000004: optimizer.safetensors is damaged" in capsys.readouterr().out
     assert outcome(folder) == whole
 
@@ -131,7 +131,7 @@ def test_a_manifest_that_was_changed_is_skipped_and_the_checkpoint_before_serves
         at = data.index('"data": "') + len('"data": "')
         manifest.write_text(data[:at] + ("1" if data[at] == "0" else "0") + data[at + 1 :])
     (folder / "checkpoints" / "step-²").mkdir()
-    loop.train(recipe_for(stage, folder), Console(width=200), resume=True)
+    trainer.train(recipe_for(stage, folder), Console(width=200), resume=True)
     assert "skipped a damaged checkpoint" in capsys.readouterr().out
     (folder / "checkpoints" / "step-²").rmdir()  # no checkpoint of ours, so left alone
     assert outcome(folder) == whole
@@ -164,12 +164,16 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_that_it_starts_again(
     stage, whole, monkeypatch, tmp_path, capsys
 ):
     folder = tmp_path / "run"
-    save = loop._Run._save
-    monkeypatch.setattr(loop._Run, "_save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))  # step 2 is recorded
+    save = trainer.Trainer._save
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "_save", interrupted)  # step 2 is recorded
     with pytest.raises(KeyboardInterrupt):
         run(recipe_for(stage, folder))
-    monkeypatch.setattr(loop._Run, "_save", save)
-    loop.train(recipe_for(stage, folder), Console(width=200), resume=True)
+    monkeypatch.setattr(trainer.Trainer, "_save", save)
+    trainer.train(recipe_for(stage, folder), Console(width=200), resume=True)
     assert "no checkpoint was saved before the interruption: the run starts from step 0" in capsys.readouterr().out
     assert outcome(folder) == whole
 
@@ -197,7 +201,7 @@ def test_a_complete_run_without_its_adapter_is_not_called_complete(stage, whole,
         shutil.rmtree(folder / "adapter")
     else:
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    loop.train(recipe_for(stage, folder), Console(), resume=True)
+    trainer.train(recipe_for(stage, folder), Console(), resume=True)
     assert "; taken from the last checkpoint" in " ".join(capsys.readouterr().out.split())
     assert outcome(folder) == whole
 
@@ -330,7 +334,7 @@ def test_S7_folders_named_like_ours_without_a_recipe_are_not_ours(stage, tmp_pat
 
 def test_N1_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):
     """N1: a NaN loss at step 3."""
-    original, steps = loop.accumulate_gradients, []
+    original, steps = micro_batch.accumulate_batch, []
 
     def poisoned(*args, seed, **options):
         result: MicroResult = original(*args, seed=seed, **options)
@@ -339,7 +343,7 @@ def test_N1_divergence_stops_before_the_update(stage, monkeypatch, tmp_path):
             result.loss = result.loss * float("nan")
         return result
 
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(micro_batch, "accumulate_batch", poisoned)
     folder = tmp_path / "run"
     with pytest.raises(DivergedError, match=r"diverged at step 3: loss nan.*training rows.*step-000002"):
         run(recipe_for(stage, folder))

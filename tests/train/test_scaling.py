@@ -33,7 +33,7 @@ from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.recipe.schema import Router
 from remix_cli.train import optim
 from remix_cli.train.shard import shard_base
-from remix_cli.train.step import accumulate_gradients
+from remix_cli.train.micro_batch import accumulate_batch
 import math, numpy as np
 
 accelerator = Accelerator(cpu=True)
@@ -56,7 +56,7 @@ def gradients(router, config, shared, whole, checkpointing=False):
     place = (0, 1) if whole else (rank, world)
     for first, part, counts in micro_batches(np.arange(5), lengths, 2, *place, equally_many=shared):
         batch = collate([everything[i] for i in part], first)
-        accumulate_gradients(
+        accumulate_batch(
             model, adapter, batch, router, make_estimator(router.estimator), seed=(0, 7), numbers={{"beta": 0.5}},
             targets_in_step=targets if counts else math.inf, backward=lambda loss: loss.backward(),
         )

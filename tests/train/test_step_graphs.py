@@ -15,7 +15,7 @@ from remix_cli.core.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.models import batch_losses
 from remix_cli.recipe.schema import Router
-from remix_cli.train.step import accumulate_gradients
+from remix_cli.train.micro_batch import accumulate_batch
 from remix_cli.train.step_graphs import StepGraphs, _copy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +96,7 @@ def check_recorded_steps(router, **config):
                     "numbers": estimator.numbers(),
                     "backward": backward,
                 }
-                result = accumulate_gradients(model, adapter, batch.to(DEVICE), router, estimator, **options)
+                result = accumulate_batch(model, adapter, batch.to(DEVICE), router, estimator, **options)
             results.append(_copy(result))
             for name, p in adapter.parameters().items():
                 results.append((name, p.grad.clone()))

@@ -1,0 +1,154 @@
+"""From a recipe to everything that a run needs, in the order in which it must come.
+
+1. `_read_data`: tokenizer and rows. Nothing large is in memory yet.
+2. `_load_base`: the frozen model, what identifies it, and whether all processes were given the same.
+3. `_adapt`: the method's adapter on it; the base shared out over the processes, if asked for.
+4. `_measure`: what is measured between steps. Its scorers read the model as it is now.
+5. the rest: compilation, estimator, gradients, optimizer, schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from remix_cli.core.estimators.base import Estimator
+from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.patch import Adapter, compile_unadapted
+from remix_cli.core.store import BaseIdentity, TrainedOn
+from remix_cli.data.encode import Encoder
+from remix_cli.data.splits import TrainingData, load_data
+from remix_cli.methods.apply import apply_method
+from remix_cli.models import check_base, identify, load_model, load_tokenizer
+from remix_cli.recipe import Recipe
+from remix_cli.runs import RunFolder, Subject
+from remix_cli.train import optim
+from remix_cli.train.checkpoints import Origin
+from remix_cli.train.held_out import Evaluation
+from remix_cli.train.micro_batch import EagerGradients
+from remix_cli.train.prepare import check_graphs
+from remix_cli.train.resume import check_ranks, origin_of
+from remix_cli.train.shard import shard_base
+from remix_cli.train.step_graphs import StepGraphs
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run needs and that does not change while it runs, weights and moments aside."""
+
+    recipe: Recipe
+    folder: RunFolder
+    accelerator: Accelerator
+    tokenizer: Any
+    data: TrainingData
+    total_steps: int
+    model: Any  # with the adapter in place
+    adapter: Adapter
+    identity: BaseIdentity
+    origin: Origin
+    trained_on: TrainedOn
+    evaluation: Evaluation
+    estimator: Estimator
+    gradients: EagerGradients | StepGraphs
+    loras: list[nn.Parameter]
+    routers: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]  # step, from 0 -> factor on both learning rates
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+def set_up(recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> Setup:
+    """Load and connect. Writes nothing. Raises RecipeError, DataError, ArtefactError."""
+    tokenizer, data = _read_data(recipe, accelerator)
+    model, identity, origin = _load_base(recipe, data, tokenizer, accelerator)
+    adapter = _adapt(recipe, model, tokenizer, accelerator)
+    evaluation = _measure(recipe, adapter, data, tokenizer, accelerator)
+    if recipe.train.torch_compile:
+        compile_unadapted(adapter.model)
+    estimator = make_estimator(recipe.router.estimator)
+    total_steps = data.total_steps(recipe) if recipe.method.trains else 0
+    return Setup(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        data=data,
+        total_steps=total_steps,
+        model=adapter.model,
+        adapter=adapter,
+        identity=identity,
+        origin=origin,
+        trained_on=TrainedOn(origin.recipe, origin.data, data.held_out),
+        evaluation=evaluation,
+        estimator=estimator,
+        gradients=_gradients(recipe, adapter, estimator, accelerator),
+        loras=list(adapter.lora_parameters().values()),
+        routers=list(adapter.router_parameters().values()),
+        optimizer=optim.make_optimizer(adapter, recipe),
+        schedule=optim.make_schedule(recipe, total_steps),
+    )
+
+
+def _read_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Any, TrainingData]:
+    tokenizer = load_tokenizer(recipe.model)
+    return tokenizer, load_data(recipe, tokenizer, accelerator.num_processes)
+
+
+def _load_base(
+    recipe: Recipe, data: TrainingData, tokenizer: Any, accelerator: Accelerator
+) -> tuple[Any, BaseIdentity, Origin]:
+    """On the host where it is to be sharded: no card need hold it whole."""
+    sharded = recipe.train.shard_base
+    model = load_model(recipe.model, torch.device("cpu") if sharded else accelerator.device)
+    identity = identify(recipe.model, model, tokenizer)
+    origin = origin_of(recipe, data, identity)
+    check_ranks(recipe, origin, identity, accelerator.num_processes)
+    check_graphs(recipe, model)
+    return model, identity, origin
+
+
+def _adapt(recipe: Recipe, model: Any, tokenizer: Any, accelerator: Accelerator) -> Adapter:
+    """The base is checked by a pass of its own: before the adapter where it is whole, after it where it is sharded,
+    because only then does it stand on its devices."""
+    sharded = recipe.train.shard_base
+    if not sharded:
+        check_base(model, len(tokenizer))
+    adapter = apply_method(model, recipe.adapter_config(), seed=recipe.seed)
+    if sharded:
+        shard_base(adapter.model, adapter, accelerator.device, accelerator.num_processes)
+        check_base(adapter.model, len(tokenizer))
+    if recipe.train.gradient_checkpointing:
+        adapted: Any = adapter.model
+        adapted.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": adapter.state.checkpoint_contexts}
+        )
+    return adapter
+
+
+def _measure(
+    recipe: Recipe, adapter: Adapter, data: TrainingData, tokenizer: Any, accelerator: Accelerator
+) -> Evaluation:
+    encoder = Encoder.of(tokenizer, recipe.data)
+    subject = Subject(recipe, adapter.model, tokenizer, adapter, encoder)
+    return Evaluation(subject, data.validation.rows, accelerator)
+
+
+def _gradients(
+    recipe: Recipe, adapter: Adapter, estimator: Estimator, accelerator: Accelerator
+) -> EagerGradients | StepGraphs:
+    backward = accelerator.backward
+    if recipe.train.cuda_graphs:
+        return StepGraphs(adapter.model, adapter, recipe.router, estimator, backward)
+    scaler = accelerator.scaler
+    loss_scale = scaler.get_scale if scaler else lambda: 1.0
+    return EagerGradients(adapter, recipe.router, estimator, accelerator.device, backward, loss_scale)
