@@ -10,11 +10,13 @@ from typing import Any, get_args
 
 from remix_cli.core.description import CONFIG_FILE, check_shapes, read_description, read_shapes
 from remix_cli.errors import ArtefactError
+from remix_cli.methods.registry import METHODS, method_named
 from remix_cli.recipe import Recipe, Source, Task, load_recipe
 from remix_cli.recipe.loader import dump
 from remix_cli.recipe.schema import Model
 from remix_cli.storage import read_whole, write_text
 
+OF_BOTH = ("method", "pool", "pool_size", "active", "rank", "level")  # what an adapter and its recipe must agree on
 RUN_FROM = "# run from "  # in front of the working directory, in the first line of a run's recipe
 
 
@@ -271,16 +273,23 @@ def check_run(path: Path, *, best: bool = False) -> RunFolder:
                 f"{where}: no evaluation beat the base model, so there is no best adapter; leave out --best"
             )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
-    read_whole(where, lambda place: check_shapes(place, read_description(place).config, read_shapes(place)))
+    read_whole(where, _check_sizes)
     read_whole(where, lambda place: _check_own(folder, place))
     found, said = read_description(where).config, folder.load_recipe().adapter_config()
-    other = [
-        key for key in ("method", "pool_size", "active", "rank", "level") if getattr(found, key) != getattr(said, key)
-    ]
+    other = [key for key in OF_BOTH if getattr(found, key) != getattr(said, key)]
     if other:
         one, two = (", ".join(f"{key} {getattr(config, key)}" for key in other) for config in (found, said))
         raise ArtefactError(f"{where}: an adapter of {one}, but {folder.recipe} says {two}: put the run's own back")
     return folder
+
+
+def _check_sizes(adapter: Path) -> None:
+    """Raises ArtefactError for an adapter of a method that is not known, or of other sizes than its config says."""
+    config = read_description(adapter).config
+    if config.method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ArtefactError(f"{adapter / CONFIG_FILE}: its method ({config.method!r}) is none of those known: {known}")
+    check_shapes(adapter, method_named(config.method).tensor_sizes(config), read_shapes(adapter))
 
 
 def report_file(path: Path) -> Path:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import Adapter
 from remix_cli.core.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
 from remix_cli.data.encode import Encoder
@@ -14,7 +13,7 @@ from remix_cli.data.formats import Example
 from remix_cli.data.splits import digest_of, split_examples
 from remix_cli.errors import ArtefactError, RecipeError, shortened
 from remix_cli.folders import RunFolder, check_run
-from remix_cli.methods.apply import apply_method
+from remix_cli.methods.apply import apply_method, unadapted
 from remix_cli.models import identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe
 
@@ -86,11 +85,11 @@ def load_model_folder(path: Path, *, trust_code: bool = False, device: torch.dev
         recipe = recipe.model_copy(update={"model": model})
     model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(recipe.model)
-    config = AdapterConfig(method="none", pool_size=1, active=1)
+    adapter = unadapted(model)
     identity = identify(recipe.model, model, tokenizer)
-    stored = StoredAdapter(config, identity, {}, "", TrainedOn())
+    stored = StoredAdapter(adapter.config, identity, {}, "", TrainedOn())
     encoder = Encoder.of(tokenizer, recipe.data)
-    return LoadedRun(recipe, model, tokenizer, Adapter(model, config), encoder, folder, "model", stored, identity)
+    return LoadedRun(recipe, model, tokenizer, adapter, encoder, folder, "model", stored, identity)
 
 
 def load_run(

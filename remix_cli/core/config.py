@@ -5,15 +5,38 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Omega = Literal["rslora", "lora"]
-Method = Literal[
-    "remix", "mixlora", "hydralora", "lora", "rslora", "dora", "ia3", "vblora", "prefix", "prompt", "p_tuning", "none"
-]
-ROUTED = ("remix", "mixlora", "hydralora")  # methods with a pool and a router
-POOLED = (*ROUTED, "lora", "rslora")  # those that our own layer computes
-# settings that adapters of the first release do not name
-YOUNGER = {"virtual_tokens", "vectors", "vector_length", "clusters"}
 Scope = Literal["block", "module"]
 Level = Literal["token", "sequence"]
+Rule = Literal["constant", "softmax"]
+Sizes = dict[str, tuple[int | None, ...]]  # by the end of a tensor's name its dimensions; None: the base model's to say
+# settings that adapters of the first release do not name
+YOUNGER = {"virtual_tokens", "vectors", "vector_length", "clusters", "pool"}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How the LoRAs of a pool are weighted and stored.
+
+    `rule`: `constant` gives each active LoRA omega, `softmax` a share of the total weight; None: no router, every LoRA
+    is always on, at omega. `shares_a`: one A (r, D_in) for all of them.
+    """
+
+    rule: Rule | None = None
+    shares_a: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in (None, *get_args(Rule)) or type(self.shares_a) is not bool:
+            raise ValueError(f"pool ({self.rule!r}, {self.shares_a!r}) must be a rule, or none, and true or false")
+
+
+# By the name of the method in an adapter folder. A folder of any other method with a pool says what it is.
+POOLS = {
+    "remix": Pool("constant"),
+    "mixlora": Pool("softmax"),
+    "hydralora": Pool("softmax", shares_a=True),
+    "lora": Pool(),
+    "rslora": Pool(),
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +46,8 @@ class AdapterConfig:
     `method`: `remix` gives every active LoRA the same constant weight omega; `mixlora` (arXiv 2404.15159) weights
     the active ones by a renormalised softmax (times k * omega, so that the total weight is the same); `hydralora`
     (arXiv 2404.19245) weights all by a softmax and has one A for the pool. `lora` and `rslora` are one LoRA, always
-    on. The others are PEFT's: `virtual_tokens` of the prompt methods, `vectors` and `vector_length` of VB-LoRA's
-    bank. `none` is the base model.
+    on. Any other name is a label, and `pool` says how its pool works, if it has one.
+    `virtual_tokens`, `vectors` and `vector_length` are not of pools: every adapter folder names them.
     `scope`: `block` places one router on each module that holds targets (an FFN) and lets it read that
     module's input; `module` gives each adapted linear its own router. `level`: one selection for each
     position, or one for each sequence, from the mean of the router's inputs over the prompt.
@@ -38,7 +61,7 @@ class AdapterConfig:
     omega: Omega = "rslora"
     target_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     dropout: float = 0.0
-    method: Method = "remix"
+    method: str = "remix"
     scope: Scope = "block"
     level: Level = "token"
     router_init_std: float = 0.02
@@ -47,13 +70,16 @@ class AdapterConfig:
     vectors: int = 256
     vector_length: int = 64
     clusters: int = 0
+    pool: Pool | None = None  # by default that of `method` in POOLS
 
     def __post_init__(self) -> None:
         """Raises ValueError for any value that could not be meant, so that a damaged file is not computed with."""
         for name in ("pool_size", "active", "rank", "virtual_tokens", "vectors", "vector_length"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be a whole number")
-        for name, known in (("omega", Omega), ("method", Method), ("scope", Scope), ("level", Level)):
+        if type(self.method) is not str:
+            raise ValueError(f"method ({self.method!r}) must be text")
+        for name, known in (("omega", Omega), ("scope", Scope), ("level", Level)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(get_args(known))}")
         for name, most in (("dropout", 1.0), ("router_init_std", math.inf)):
@@ -74,15 +100,22 @@ class AdapterConfig:
             raise ValueError(f"pool_size ({self.pool_size}) and rank ({self.rank}) must be 1 or more")
         if not 1 <= self.active <= self.pool_size:
             raise ValueError(f"active ({self.active}) must lie between 1 and pool_size ({self.pool_size})")
+        if self.pool is None:
+            object.__setattr__(self, "pool", POOLS.get(self.method))
+
+    @property
+    def rule(self) -> Rule | None:
+        """How the router weights the LoRAs; None without a router."""
+        return self.pool.rule if self.pool else None
 
     @property
     def routed(self) -> bool:
-        return self.method in ROUTED
+        return self.rule is not None
 
     @property
     def shares_a(self) -> bool:
         """One A (r, D_in) for the whole pool, as HydraLoRA has it."""
-        return self.method == "hydralora"
+        return self.pool is not None and self.pool.shares_a
 
     @property
     def scale(self) -> float:
@@ -100,38 +133,27 @@ class AdapterConfig:
     @property
     def samples(self) -> bool:
         """Is there anything to sample? Not under a soft rule, nor when every LoRA is always on."""
-        return self.method == "remix" and self.active < self.pool_size
+        return self.rule == "constant" and self.active < self.pool_size
 
-    def misfit(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
-        """In what tensors of these shapes, by name, are not an adapter of this config; None if they may be one.
-
-        A name's end says which dimensions the config sets; each of them must be there, so that no size is believed
-        that the weights do not bear out.
-        """
+    def tensor_sizes(self) -> Sizes:
+        """Those of a pool's tensors, which must all be there; none for a method without a pool."""
+        if self.pool is None:
+            return {}
         stacked = self.pool_size * self.rank
-        sizes: dict[str, tuple[int | None, ...]] = {}  # by the end of a name; None: the model's to say
-        if self.method in POOLED:
-            sizes = {".lora_A": (self.rank if self.shares_a else stacked, None), ".lora_B": (None, stacked)}
-            sizes |= {".router": (self.pool_size, None)} if self.routed else {}
-            sizes |= {".router_common": (None,), ".router_centres": (self.clusters, None)} if self.clusters else {}
-        elif self.method == "dora":
-            sizes = {".lora_A.weight": (self.rank, None), ".lora_B.weight": (None, self.rank)}
-        elif self.method == "vblora":
-            sizes = {"vblora_vector_bank": (self.vectors, self.vector_length)}
-            sizes |= {"vblora_logits_A": (self.rank, None, self.vectors)}
-        elif self.method in ("prefix", "prompt", "p_tuning"):
-            sizes = {"embedding.weight": (self.virtual_tokens, None)}
-        for end, wanted in sizes.items():
-            found = {name: shape for name, shape in shapes.items() if name.endswith(end)}
-            if not found:
-                return f"no tensor named *{end}"
-            for name, shape in found.items():
-                if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
-                    return f"{name} is {shape}, declared {tuple('any' if w is None else w for w in wanted)}"
-        return None
+        sizes: Sizes = {".lora_A": (self.rank if self.shares_a else stacked, None), ".lora_B": (None, stacked)}
+        if self.routed:
+            sizes[".router"] = (self.pool_size, None)
+        if self.clusters:
+            sizes[".router_common"] = (None,)
+            sizes[".router_centres"] = (self.clusters, None)
+        return sizes
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"target_modules": list(self.target_modules)}
+        """For `remix_config.json`; `pool` only where the method's name does not say it."""
+        values = asdict(self) | {"target_modules": list(self.target_modules)}
+        if self.pool == POOLS.get(self.method):
+            del values["pool"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":
@@ -139,4 +161,7 @@ class AdapterConfig:
         names = {field.name for field in fields(cls)}
         if not names - YOUNGER <= set(values) <= names:
             raise ValueError(f"adapter config keys differ: {sorted((set(values) ^ names) - YOUNGER)}")
-        return cls(**(values | {"target_modules": tuple(values["target_modules"])}))
+        changed: dict[str, Any] = {"target_modules": tuple(values["target_modules"])}
+        if "pool" in values:
+            changed["pool"] = Pool(**values["pool"])
+        return cls(**(values | changed))

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from remix_cli.core.config import AdapterConfig
+from remix_cli.core.config import AdapterConfig, Sizes
 from remix_cli.errors import ArtefactError
 from remix_cli.storage import is_sealed, seal
 
@@ -107,11 +107,32 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(kind) if f.name in values or f.default is MISSING}
 
 
-def check_shapes(folder: Path, config: AdapterConfig, shapes: Shapes) -> None:
-    """Raises ArtefactError unless the weights have the sizes that `config` declares, for a model is built by those."""
-    problem = config.misfit(shapes)
+def check_shapes(folder: Path, sizes: Sizes, shapes: Shapes) -> None:
+    """Raises ArtefactError unless the weights have the `sizes` that their description declares.
+
+    A model is built by those, so no size is believed that the weights do not bear out.
+    """
+    problem = misfit(sizes, shapes)
     if problem:
         raise ArtefactError(f"{folder / CONFIG_FILE}: does not describe {WEIGHTS_FILE} beside it ({problem})")
+
+
+def misfit(sizes: Sizes, shapes: Shapes) -> str | None:
+    """In what tensors of these shapes are not of these sizes, each of which some tensor must have; None if they are."""
+    for end, wanted in sizes.items():
+        found = {name: shape for name, shape in shapes.items() if name.endswith(end)}
+        if not found:
+            return f"no tensor named *{end}"
+        for name, shape in found.items():
+            if not _has_size(shape, wanted):
+                return f"{name} is {shape}, declared {tuple('any' if size is None else size for size in wanted)}"
+    return None
+
+
+def _has_size(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    return all(size is None or size == found for size, found in zip(wanted, shape, strict=True))
 
 
 def read_shapes(folder: Path) -> Shapes:

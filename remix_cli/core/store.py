@@ -90,5 +90,6 @@ def _load_stored(folder: Path) -> StoredAdapter:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtefactError(f"{weights_file}: tensor {name} holds non-finite values")
-    check_shapes(folder, described.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(folder, described.config.tensor_sizes(), shapes)
     return StoredAdapter(described.config, described.identity, tensors, described.weights_sha256, described.trained_on)

@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 import remix_cli
 from remix_cli.folders import read_report
-from remix_cli.recipe.methods import METHODS
+from remix_cli.methods.registry import method_named
 from remix_cli.runs import LoadedRun
 
 PEFT = """
@@ -72,7 +72,7 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
     ]
     parts = [
         "\n".join(head),
-        f"# {base.rstrip('/').rpartition('/')[2]}, finetuned with {'ReMix' if c.routed else c.method}",
+        f"# {base.rstrip('/').rpartition('/')[2]}, finetuned with {method_named(c.method).title or c.method}",
         KINDS[kind],
         "\n".join(facts),
     ]
@@ -84,15 +84,22 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
 
 
 def _method(run: LoadedRun) -> list[str]:
-    c = run.stored.config
-    if c.method != "remix":
-        return [f"- method: {c.method}, {METHODS[c.method].summary}; remix {remix_cli.__version__}"]
+    c, version = run.stored.config, remix_cli.__version__
+    method = method_named(c.method)
+    if not c.routed:
+        return [f"- method: {c.method}, {method.summary}; remix {version}"]
     return [
-        f"- method: ReMix ([arXiv 2603.10160](https://arxiv.org/abs/2603.10160)), remix {remix_cli.__version__}: "
+        f"- method: {method.title or c.method} ({_paper(method.summary)}), remix {version}: "
         f"{c.active} of {c.pool_size} LoRAs of rank {c.rank} for each {'token' if c.level == 'token' else 'sequence'}, "
         f"each weighted by omega = {c.scale:.6g}, on {', '.join(c.target_modules)}; one router per {c.scope}",
         f"- router: {_router(run)}",
     ]
+
+
+def _paper(summary: str) -> str:
+    """The paper that the summary of a method names, as a link."""
+    number = re.search(r"arXiv (\d+\.\d+)", summary)
+    return f"[arXiv {number[1]}](https://arxiv.org/abs/{number[1]})" if number else summary
 
 
 def _router(run: LoadedRun) -> str:

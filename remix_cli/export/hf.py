@@ -4,9 +4,7 @@
 ordinary module here, so that linters and tests read what users get.
 """
 
-import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
+from remix_cli.compat.transformers import imported, quiet
 from remix_cli.core.trace import Trace
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.export.card import card
+from remix_cli.export.holds import check_holds
 from remix_cli.export.readback import check_logits, logits_differ, probe
-from remix_cli.models import quiet
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import publish_folder
 
@@ -58,12 +57,8 @@ def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> Agreemen
 
 
 def check_pool(run: LoadedRun, form: str) -> None:
-    """Raises RecipeError unless the run is a ReMix pool on weights that can be written out."""
-    method = run.stored.config.method
-    if method in ("mixlora", "hydralora"):
-        raise RecipeError(f"--format {form}: {method} weights its LoRAs by a softmax; only remix pools")
-    if method != "remix":
-        raise RecipeError(f"--format {form}: {method} has no pool; use --format peft")
+    """Raises RecipeError unless the format can hold the run, and its weights can be written out."""
+    check_holds(form, run.stored.config.method)
     if run.recipe.model.quantization != "none":
         raise RecipeError(
             f"--format {form}: the run's base model is in {run.recipe.model.quantization}, and weights written from it "
@@ -176,18 +171,8 @@ def _check(run: LoadedRun, folder: Path) -> Agreement:
 
 
 def load_exported(folder: Path, dtype: torch.dtype) -> Any:
-    """The exported model by its own code, as transformers would load it, without its cache of remote code."""
-    name = f"remix_exported_{abs(hash(folder.resolve()))}"
-    spec = importlib.util.spec_from_file_location(name, folder / CODE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
+    """The exported model by its own code, as transformers would load it."""
+    with imported(folder / CODE) as module, quiet():
         model = getattr(module, CLASS)
-        with quiet():
-            config = model.config_class.from_pretrained(folder)
-            return model.from_pretrained(folder, config=config, dtype=dtype).eval()
-    finally:
-        del sys.modules[name]
+        config = model.config_class.from_pretrained(folder)
+        return model.from_pretrained(folder, config=config, dtype=dtype).eval()

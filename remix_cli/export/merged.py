@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM
 
+from remix_cli.compat.transformers import quiet
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import evenly
@@ -21,7 +22,6 @@ from remix_cli.export.merge import Merged, applied, merge_pool, price
 from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.export.readback import check_logits, logits_differ, probe
 from remix_cli.export.selected import Selection, check_sequence_level, merge_selection
-from remix_cli.models import quiet
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import publish_folder, write_json
 
@@ -35,7 +35,7 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
     ArtefactError if the folder read back is not the model that was fitted, StorageError.
     """
     config = run.stored.config
-    check_pool(run, "merged")
+    check_pool(run, "merged" if into_weights else "peft-merged")
     largest = config.pool_size * config.rank
     rank = rank or min(largest, config.active * config.rank)
     if rank > largest:
@@ -50,7 +50,7 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
 
 def export_selection(run: LoadedRun, target: Path, selection: Selection, *, into_weights: bool) -> None:
     """Write one selection of a run that routes by sequence, exactly; with `selection.json`. Raises as above."""
-    check_pool(run, "merged")
+    check_pool(run, "merged" if into_weights else "peft-merged")
     check_sequence_level(run)
     rank = run.stored.config.active * run.stored.config.rank
     kind = "selected" if into_weights else "peft-selected"

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from remix_cli.errors import RecipeError
+from remix_cli.compat.peft import without_bitsandbytes
 from remix_cli.export.card import card
+from remix_cli.export.holds import check_holds
 from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.export.readback import check_logits, logits_differ, probe
-from remix_cli.methods.peft_adapter import PeftAdapter, without_bitsandbytes
+from remix_cli.methods.peft_adapter import PeftAdapter
 from remix_cli.models import load_model
 from remix_cli.runs import LoadedRun
 from remix_cli.storage import publish_folder
@@ -18,16 +19,10 @@ from remix_cli.storage import publish_folder
 def export_peft(run: LoadedRun, target: Path) -> float:
     """Write the folder, whole or not at all; how far logits of the folder read back are from ours, relative, in norm.
 
-    Raises RecipeError for a routed run, ArtefactError if they differ, StorageError.
+    Raises RecipeError for a method that PEFT does not know, ArtefactError if they differ, StorageError.
     """
     c = run.stored.config
-    if c.routed or c.method == "none":
-        others = "use hf, merged, peft-merged or peft-experts" if c.method == "remix" else "nor can another format"
-        raise RecipeError(
-            f"--format peft: PEFT cannot hold a {c.method} run; {others}"
-            if c.routed
-            else "--format peft: the run has no adapter"
-        )
+    check_holds("peft", c.method)
     with publish_folder(target) as scratch:
         if isinstance(run.adapter, PeftAdapter):
             run.adapter.wrapped.save_pretrained(scratch)

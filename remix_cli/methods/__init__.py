@@ -1,5 +1,10 @@
-"""Every finetuning method behind one interface: our pools, and PEFT's adapters as baselines.
+"""Every finetuning method behind one interface: our pools, and PEFT's adapters as baselines. One file a method.
 
+base.py          what a method declares of itself; no torch
+registry.py      the methods by name
 apply.py         config -> adapter in place on a model
-peft_adapter.py  what `peft` provides: DoRA, (IA)^3, VB-LoRA, prefix and prompt tuning, P-tuning
+pooled.py        what pools of ours have in common: remix.py, mixlora.py, hydralora.py, lora.py, rslora.py
+peft_base.py     what `peft` provides, its adapters behind our interface in peft_adapter.py: dora.py, ia3.py, vblora.py
+virtual.py       trained vectors in front of the sequence, by `peft`: prefix.py, prompt.py, p_tuning.py
+none.py          the base model
 """

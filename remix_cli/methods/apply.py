@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from remix_cli.core.config import POOLED, AdapterConfig
-from remix_cli.core.patch import Adapter, apply_adapter
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.patch import Adapter
+from remix_cli.methods.registry import method_named
 
 
 def apply_method(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
@@ -12,11 +13,9 @@ def apply_method(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapt
     Whatever is random is drawn from `seed` alone. Raises TargetError if a target matches nothing or does not suit
     the method, RecipeError if PEFT is needed and missing.
     """
-    if config.method in POOLED:
-        return apply_adapter(model, config, seed=seed)
-    if config.method == "none":
-        model.requires_grad_(False)
-        return Adapter(model, config)
-    from remix_cli.methods.peft_adapter import PeftAdapter
+    return method_named(config.method).build(model, config, seed)
 
-    return PeftAdapter(model, config, seed)
+
+def unadapted(model: nn.Module) -> Adapter:
+    """An adapter that is none: the model as it is."""
+    return apply_method(model, AdapterConfig(method="none", pool_size=1, active=1), seed=0)

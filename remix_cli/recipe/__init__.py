@@ -2,7 +2,7 @@
 
 schema.py    the keys, their types, limits and defaults
 sources.py   those of the `data` group
-methods.py   what `adapter.method` may name, and what each method takes by default
+rules.py     what the method makes of the other keys: defaults, and which are not read
 sweep_grammar.py  one file that stands for many recipes
 loader.py    reads YAML and overrides; every problem at once, with line and nearest valid name
 """

@@ -15,9 +15,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from remix_cli.core.config import POOLED, AdapterConfig, Level, Method, Omega, Scope
+from remix_cli.core.config import AdapterConfig, Level, Omega, Scope
 from remix_cli.core.estimators.registry import ESTIMATORS
-from remix_cli.recipe.methods import METHODS, PROMPTS, fill_defaults, idle_in_router, unread_of_router
+from remix_cli.methods.registry import METHODS, method_named, methods_by_name
+from remix_cli.recipe.rules import fill_defaults, idle_in_router, unread_of_router
 from remix_cli.recipe.sources import (
     NONE_HELD_OUT,
     Data,
@@ -33,11 +34,21 @@ from remix_cli.recipe.sources import (
 from remix_cli.tasks.registry import TASKS, task_class, task_classes
 
 if TYPE_CHECKING:
+    from remix_cli.methods.base import Method
     from remix_cli.tasks.base import Measure
 
 Rate = Annotated[float, Field(gt=0, le=10)]
 TaskName: Any = name_in(TASKS)
 EstimatorName: Any = name_in(ESTIMATORS)
+MethodName: Any = name_in(METHODS)
+SUMMARIES = "; ".join(f"{name}: {method.summary}" for name, method in methods_by_name().items())
+
+
+def _readers(key: str) -> str:
+    """The methods that read `adapter.<key>` or `router.<key>`, as a sentence has them."""
+    methods = methods_by_name().items()
+    *most, last = [name for name, method in methods if key in (*method.settings, *method.router_settings)]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 class Model(Strict):
@@ -55,7 +66,7 @@ class Model(Strict):
 
 
 class Adapter(Strict):
-    method: Method = Field("remix", description="; ".join(f"{name}: {m.summary}" for name, m in METHODS.items()) + ".")
+    method: MethodName = Field("remix", description=f"{SUMMARIES}.")
     pool_size: Positive = Field(8, description="n, LoRAs in each pool.")
     active: Positive = Field(4, description="k, LoRAs in use for each token.")
     rank: Positive = Field(8, description="r, rank of each LoRA.")
@@ -64,13 +75,15 @@ class Adapter(Strict):
         ["gate_proj", "up_proj", "down_proj"], description="Ends of module names, or regular expressions."
     )
     dropout: Share = 0.0
-    virtual_tokens: Positive = Field(20, description="Of prefix, prompt and p_tuning.")
-    vectors: Positive = Field(256, description="vblora: vectors in the bank.")
-    vector_length: Positive = Field(64, description="vblora: length of each; must divide the adapted layers' widths.")
+    virtual_tokens: Positive = Field(20, description=f"Of {_readers('virtual_tokens')}.")
+    vectors: Positive = Field(256, description=f"{_readers('vectors')}: vectors in the bank.")
+    vector_length: Positive = Field(
+        64, description=f"{_readers('vector_length')}: length of each; must divide the adapted layers' widths."
+    )
 
     @model_validator(mode="after")
     def _only_own_settings(self) -> Self:
-        own = METHODS[self.method].settings
+        own = method_named(self.method).settings
         other = sorted(self.model_fields_set - {"method", *own})
         if other:
             also = f" (nor is {', '.join(other[1:])})" if other[1:] else ""
@@ -84,7 +97,8 @@ class Adapter(Strict):
 
     @model_serializer(mode="wrap")
     def _dump_own_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key in ("method", *METHODS[self.method].settings)}
+        own = ("method", *method_named(self.method).settings)
+        return {key: value for key, value in dump(self).items() if key in own}
 
     @field_validator("active")
     @classmethod
@@ -131,7 +145,7 @@ class Router(Strict):
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")
     balance: Annotated[float, Field(ge=0, le=10)] = Field(
-        0.0, description="mixlora: weight of the load balance loss, by default 0.01."
+        0.0, description=f"{_readers('balance')}: weight of the load balance loss, by default 0.01."
     )
 
 
@@ -274,10 +288,12 @@ class Alarm(Strict):
     patience: Positive = Field(10, description="Logged steps in a row before training warns.")
 
 
-def _refuse(key: str, other: str) -> NoReturn:
+def _refuse(key: str, other: str, why: str = "") -> NoReturn:
     """`train.<key>` cannot be combined with another setting."""
     raise PydanticCustomError(
-        "conflict", "cannot be combined with {other}; leave one of them out", {"other": other, "at": ("train", key)}
+        "conflict",
+        "cannot be combined with {other}{why}; leave one of them out",
+        {"other": other, "why": f" ({why})" if why else "", "at": ("train", key)},
     )
 
 
@@ -304,7 +320,7 @@ class Recipe(Strict):
         config, router = self.adapter_config(), self.router
         unread = idle_in_router(config.method, config.active == config.pool_size, router)
         unread |= unread_of_router(config.method, router)
-        refuse_unread(router, unread, "router", **METHODS[config.method].router)
+        refuse_unread(router, unread, "router", **self.method.router_defaults)
         refuse_unread(self.alarm, self._unread_of_alarm(), "alarm")
         refuse_unread(self.train, self._unread_of_train(), "train")
         return self
@@ -315,7 +331,7 @@ class Recipe(Strict):
         if not config.routed:
             return dict.fromkeys(Alarm.model_fields, f"{reason}adapter.method {config.method} has none")
         if config.active == config.pool_size:
-            every = "hydralora" if config.method == "hydralora" else "adapter.active = adapter.pool_size"
+            every = "adapter.active = adapter.pool_size" if "active" in self.method.settings else config.method
             return dict.fromkeys(Alarm.model_fields, f"{reason}under {every} every LoRA is always active")
         return {"ess": "is of the weights of several LoRAs, and adapter.active is 1"} if config.active == 1 else {}
 
@@ -380,19 +396,13 @@ class Recipe(Strict):
                 _refuse("shard_base", "train.eval_tasks_limit")
             if self.model.quantization != "none":
                 _refuse("shard_base", "model.quantization")
-            if self.adapter.method not in POOLED:
-                _refuse("shard_base", f"adapter.method: {self.adapter.method}")
         return self
 
     @model_validator(mode="after")
-    def _virtual_tokens_fit(self) -> Self:
-        """A recomputed layer would find its prefix in the cache already. In a recorded step PEFT's prompts would be
-        copied from the host, and VB-LoRA would wait for the device."""
-        method = self.adapter.method
-        if method == "prefix" and self.train.gradient_checkpointing:
-            _refuse("gradient_checkpointing", "adapter.method: prefix")
-        if method in (*PROMPTS, "vblora") and self.train.cuda_graphs:
-            _refuse("cuda_graphs", f"adapter.method: {method}")
+    def _method_fits(self) -> Self:
+        for key, why in self.method.not_with.items():
+            if getattr(self.train, key):
+                _refuse(key, f"adapter.method: {self.adapter.method}", why)
         return self
 
     @model_validator(mode="after")
@@ -416,29 +426,32 @@ class Recipe(Strict):
         return self
 
     @property
+    def method(self) -> "Method":
+        return method_named(self.adapter.method)
+
+    @property
     def virtual_tokens(self) -> int:
         """That the method puts in front of every sequence."""
-        return self.adapter.virtual_tokens if self.adapter.method in PROMPTS else 0
+        return self.adapter.virtual_tokens if self.method.in_front else 0
 
     def adapter_config(self) -> AdapterConfig:
         """In full; methods without a pool are one adapter that is always on."""
-        a, method = self.adapter, self.adapter.method
-        own = METHODS[method].settings
-        pool_size = a.pool_size if "pool_size" in own else 1
-        return AdapterConfig(
-            method=method,
-            pool_size=pool_size,
-            active=a.active if "active" in own else pool_size,
-            rank=a.rank,
-            omega="lora" if method == "lora" else a.omega,
-            target_modules=tuple(a.target_modules),
-            dropout=a.dropout,
-            scope=self.router.scope,
-            level=self.router.level,
-            router_init_std=self.router.init_std,
-            router_unit_input=self.router.unit_input,
-            virtual_tokens=a.virtual_tokens,
-            vectors=a.vectors,
-            vector_length=a.vector_length,
-            clusters=self.router.clusters if self.router.level == "sequence" else 0,
-        )
+        a, method = self.adapter, self.method
+        pool_size = a.pool_size if "pool_size" in method.settings else 1
+        chosen: dict[str, Any] = {
+            "pool_size": pool_size,
+            "active": a.active if "active" in method.settings else pool_size,
+            "rank": a.rank,
+            "omega": a.omega,
+            "target_modules": tuple(a.target_modules),
+            "dropout": a.dropout,
+            "scope": self.router.scope,
+            "level": self.router.level,
+            "router_init_std": self.router.init_std,
+            "router_unit_input": self.router.unit_input,
+            "virtual_tokens": a.virtual_tokens,
+            "vectors": a.vectors,
+            "vector_length": a.vector_length,
+            "clusters": self.router.clusters if self.router.level == "sequence" else 0,
+        }
+        return AdapterConfig(method=a.method, pool=method.pool, **(chosen | method.constants))

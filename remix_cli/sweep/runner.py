@@ -17,29 +17,36 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from remix_cli.errors import ArtefactError, DivergedError, FailedRuns, Interrupted, RecipeError
 from remix_cli.evaluation.evaluator import check_code
-from remix_cli.folders import read_sweep
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import cost, measures_while_training
 from remix_cli.recipe.sweep_grammar import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
-from remix_cli.sweep.work import DIVERGED, NO_MEMORY, Failure, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, SweepRecord, read_record
+from remix_cli.sweep.work import Cause, Failure, is_scored, report_file, score_run, set_up, train_run
 from remix_cli.tasks.base import Settings
 from remix_cli.train.checkpoints import rows_of_last
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import check_same_recipe
 
-FILE = "sweep.json"
 Say = Callable[[str], None]
 Work = Callable[[Recipe], Failure | None]  # what went wrong
 Then = Callable[[Failure | None], None]
-Job = tuple[Work, Recipe, Then]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do with a recipe, and what follows from how that ended."""
+
+    work: Work
+    recipe: Recipe
+    then: Then
 
 
 @dataclass
@@ -60,6 +67,22 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     Raises RecipeError, BusyError, Interrupted, and RemixError at the end if a run failed for another reason than
     divergence, which makes a setting the worst of its arm; ArtefactError if an earlier `sweep.json` is damaged.
     """
+    _check(sweep, allow_code)
+    with lock_folder(sweep.folder):
+        if os.path.lexists(sweep.folder / FILE):
+            read_record(sweep.folder / FILE)  # its other arms would be lost
+        done = _Sweep(sweep, say, allow_code).run(processes)
+        record = done.record()
+        known = _other_arms(sweep, say) | record.arms
+        arms = {name: known[name] for name in sweep.arms if name in known}
+        write_json(sweep.folder / FILE, replace(record, arms=arms).to_dict())
+    if done.failures:
+        raise _failed(done.failures)
+    return sweep.folder / FILE
+
+
+def _check(sweep: Sweep, allow_code: bool) -> None:
+    """What can be refused before anything is trained. Raises RecipeError, SandboxError, ArtefactError."""
     _check_metric(sweep)
     _check_folder(sweep)
     for arm, points in sweep.points.items():
@@ -68,33 +91,31 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
         except RecipeError as error:
             raise RecipeError(*(f"sweep.arms.{arm}: {problem}" for problem in error.problems)) from None
         check_code(points[0].recipe.eval.tasks, Settings(allow_code=allow_code))
-    changed = [problem for points in sweep.points.values() for point in points for problem in _changed(sweep, point)]
+    changed = []
+    for points in sweep.points.values():
+        for point in points:
+            changed += _changed(sweep, point)
     if changed:
         raise RecipeError(*changed)
-    with lock_folder(sweep.folder):
-        if os.path.lexists(sweep.folder / FILE):
-            read_sweep(sweep.folder / FILE)  # its other arms would be lost
-        done = _Sweep(sweep, say, allow_code).run(processes)
-        document = done.document()
-        known = _other_arms(sweep, say) | document["arms"]
-        document["arms"] = {name: known[name] for name in sweep.arms if name in known}
-        write_json(sweep.folder / FILE, document)
-    if done.failures:
-        (first, failure), *others = done.failures.items()
-        more = f" and {len(others)} more" if others else ""
-        raise FailedRuns(
-            failure.exit_code,
-            *(f"{what}: {failed.line}" for what, failed in done.failures.items()),
-            f"failed: {first}{more}; mend the cause (logs are beside the run folders) and give the same command again, "
-            "which keeps what is done",
-        )
-    return sweep.folder / FILE
+
+
+def _failed(failures: dict[str, Failure]) -> FailedRuns:
+    """With the exit code of the first, and a line for each."""
+    first = next(iter(failures))
+    more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+    return FailedRuns(
+        failures[first].exit_code,
+        *(f"{what}: {failure.line}" for what, failure in failures.items()),
+        f"failed: {first}{more}; mend the cause (logs are beside the run folders) and give the same command again, "
+        "which keeps what is done",
+    )
 
 
 def _changed(sweep: Sweep, point: Point) -> list[str]:
     """How runs of the point, where there are some, were begun otherwise than the file now says: a line for each."""
     problems = []
-    for recipe in (sweep.under(point, seed).recipe for seed in sweep.seeds):
+    for seed in sweep.seeds:
+        recipe = sweep.under(point, seed).recipe
         folder = RunFolder(Path(recipe.output_dir))
         if folder.recipe.is_file():
             try:
@@ -104,25 +125,26 @@ def _changed(sweep: Sweep, point: Point) -> list[str]:
     return problems
 
 
-def _other_arms(sweep: Sweep, say: Say) -> dict[str, Any]:
+def _other_arms(sweep: Sweep, say: Say) -> dict[str, ArmRecord]:
     """What an earlier command with the same metric and seeds has left of arms that this one did not run.
 
     An arm that the file has changed since is none of them: its runs answer another question.
     """
     if not os.path.lexists(sweep.folder / FILE):
         return {}
-    earlier = read_sweep(sweep.folder / FILE)
-    if earlier["metric"] != sweep.metric or earlier["seeds"] != sweep.seeds:
+    earlier = read_record(sweep.folder / FILE)
+    if earlier.metric != sweep.metric or earlier.seeds != sweep.seeds:
         return {}
     kept = {}
     for name, points in sweep.others.items():
-        if name not in earlier["arms"]:
+        if name not in earlier.arms:
             continue
-        runs = {str(sweep.folder / one["run"]) for one in earlier["arms"][name]["searched"]}
-        if runs != {str(point.folder) for point in points} or any(_changed(sweep, point) for point in points):
+        had = {str(sweep.folder / point.run) for point in earlier.arms[name].searched}
+        has = {str(point.folder) for point in points}
+        if had != has or any(_changed(sweep, point) for point in points):
             say(f"{name}: was run before with other settings than the file now has, so it is not in the table")
             continue
-        kept[name] = earlier["arms"][name]
+        kept[name] = earlier.arms[name]
     return kept
 
 
@@ -158,11 +180,11 @@ class _Sweep:
         self.rows: dict[str, tuple[Path, tuple[str, str | None]]] = {}  # by what the recipe says of them
 
     def run(self, processes: int) -> "_Sweep":
-        todo: list[Job] = []
+        todo = []
         for arm in self.arms.values():
             for point in arm.points:
                 arm.waiting += 1
-                todo.append((train_run, point.recipe, functools.partial(self._trained, arm, point)))
+                todo.append(Job(train_run, point.recipe, functools.partial(self._trained, arm, point)))
         try:
             self._do(todo, processes)
             if self.again:
@@ -174,22 +196,23 @@ class _Sweep:
             raise Interrupted(number, "interrupted; the same command goes on where every run was stopped") from None
         return self
 
-    def _do(self, jobs: list["Job"], processes: int) -> None:
+    def _do(self, jobs: list[Job], processes: int) -> None:
         """These jobs and those that follow from them."""
         with _Pool(processes) as pool:
             self.pool = pool
-            for job, recipe, then in jobs:
-                self._submit(job, recipe, then)
+            for job in jobs:
+                self._submit(job)
             pool.until_idle()
 
-    def _submit(self, job: Work, recipe: Recipe, then: Then) -> None:
+    def _submit(self, job: Job) -> None:
         def done(problem: Failure | None) -> None:
-            if problem is not None and problem.line.startswith(NO_MEMORY) and self.pool.processes > 1:
-                self.again.append((job, recipe, then))
+            lacked_memory = problem is not None and problem.cause is Cause.NO_MEMORY
+            if lacked_memory and self.pool.processes > 1:
+                self.again.append(job)
             else:
-                then(problem)
+                job.then(problem)
 
-        self.pool.submit(job, recipe, done)
+        self.pool.submit(job.work, job.recipe, done)
 
     def _trained(self, arm: _Arm, point: Point, problem: Failure | None) -> None:
         arm.waiting -= 1
@@ -200,18 +223,19 @@ class _Sweep:
                 value = _cost(self.sweep.metric, point)
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 problem = Failure(f"metrics.jsonl: {error}", ArtefactError.exit_code)
-        problem = problem or self._other_rows(point)
-        if problem is not None:
+        if problem is None:
+            problem = self._other_rows(point)
+        if problem is None:
+            shown = f"{self.sweep.metric} {abs(value):.4f}"
+        else:
             value = math.inf
+            shown = problem.line
             self.errors[point.folder] = problem.line
-            if not problem.line.startswith(DIVERGED):
+            if problem.cause is not Cause.DIVERGED:
                 arm.sound = False
                 self.failures[str(point.folder)] = problem
         arm.values[point.folder] = value
-        shown = f"{self.sweep.metric} {abs(value):.4f}" if problem is None else problem.line
-        setting = describe(point.setting)
-        name = f"{arm.name}{f' ({setting})' if setting else ''}, seed {point.seed}"
-        self.say(f"{self.count:>4} trained  {name}: {shown}")
+        self.say(f"{self.count:>4} trained  {_name(arm, point)}: {shown}")
         if arm.chosen is None and arm.waiting == 0:
             self._choose(arm)
         elif arm.chosen is not None and problem is None:
@@ -242,44 +266,50 @@ class _Sweep:
         for seed in self._seeds(best)[1:]:
             point = self.sweep.under(best, seed)
             arm.waiting += 1
-            self._submit(train_run, point.recipe, functools.partial(self._trained, arm, point))
+            self._submit(Job(train_run, point.recipe, functools.partial(self._trained, arm, point)))
 
     def _seeds(self, point: Point) -> list[int]:
         """Without training nothing depends on a seed."""
-        return self.sweep.seeds if point.recipe.adapter.method != "none" else self.sweep.seeds[:1]
+        return self.sweep.seeds if point.recipe.method.trains else self.sweep.seeds[:1]
 
     def _score(self, point: Point) -> None:
-        job = functools.partial(score_run, allow_code=self.allow_code)
-        self._submit(job, point.recipe, functools.partial(self._scored, point))
+        work = functools.partial(score_run, allow_code=self.allow_code)
+        self._submit(Job(work, point.recipe, functools.partial(self._scored, point)))
 
     def _scored(self, point: Point, problem: Failure | None) -> None:
+        said = ""
         if problem is not None:
             self.failures[str(point.folder)] = problem
-        self.say(f"     scored   {point.arm}, seed {point.seed}{f': {problem.line}' if problem else ''}")
+            said = f": {problem.line}"
+        self.say(f"     scored   {point.arm}, seed {point.seed}{said}")
 
-    def document(self) -> dict[str, Any]:
-        """What sweep.json holds; folders are relative to its own."""
-        arms = {}
-        for name, arm in self.arms.items():
-            searched = [
-                {
-                    "setting": point.setting,
-                    "run": self._relative(point.folder),
-                    "value": _finite(arm.values.get(point.folder), self.sweep.metric, point),
-                    "error": self.errors.get(point.folder),
-                }
-                for point in arm.points
-            ]
-            runs = []
-            if arm.chosen is not None:
-                under = [self.sweep.under(arm.chosen, seed) for seed in self._seeds(arm.chosen)]
-                runs = [self._relative(report_file(p.recipe)) for p in under if is_scored(p.recipe)]
-            chosen = arm.chosen.setting if arm.chosen is not None else None
-            arms[name] = {"searched": searched, "chosen": chosen, "reports": runs}
-        return {"metric": self.sweep.metric, "seeds": self.sweep.seeds, "arms": arms}
+    def record(self) -> SweepRecord:
+        """Of the arms that were run."""
+        arms = {name: self._record_of(arm) for name, arm in self.arms.items()}
+        return SweepRecord(self.sweep.metric, self.sweep.seeds, arms)
+
+    def _record_of(self, arm: _Arm) -> ArmRecord:
+        searched = []
+        for point in arm.points:
+            value = _finite(arm.values.get(point.folder), self.sweep.metric, point)
+            error = self.errors.get(point.folder)
+            searched.append(SearchedPoint(point.setting, self._relative(point.folder), value, error))
+        if arm.chosen is None:
+            return ArmRecord(searched, None, [])
+        reports = []
+        for seed in self._seeds(arm.chosen):
+            recipe = self.sweep.under(arm.chosen, seed).recipe
+            if is_scored(recipe):
+                reports.append(self._relative(report_file(recipe)))
+        return ArmRecord(searched, arm.chosen.setting, reports)
 
     def _relative(self, folder: Path) -> str:
         return str(folder.relative_to(self.sweep.folder))
+
+
+def _name(arm: _Arm, point: Point) -> str:
+    setting = describe(point.setting)
+    return f"{arm.name} ({setting}), seed {point.seed}" if setting else f"{arm.name}, seed {point.seed}"
 
 
 def _finite(value: float | None, metric: str, point: Point) -> float | None:
@@ -372,4 +402,6 @@ def _devices(processes: int) -> list[str | None]:
         import torch
 
         names = [str(i) for i in range(torch.cuda.device_count())]
-    return [names[i % len(names)] if len(names) > 1 else None for i in range(processes)]
+    if len(names) < 2:
+        return [None] * processes
+    return [names[i % len(names)] for i in range(processes)]

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from remix_cli.core.layer import ONE_LIST
+from remix_cli.core.router import ONE_LIST
 from remix_cli.core.patch import Adapter, TargetError, find_targets
 from remix_cli.core.trace import Trace
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError, shortened
 from remix_cli.methods.apply import apply_method
+from remix_cli.methods.registry import method_named
 from remix_cli.models import input_ranks, longest_input, meta_ids, rehearsing, skeleton
 from remix_cli.recipe import Recipe
-from remix_cli.recipe.methods import PROMPTS
 from remix_cli.runs import RunFolder
 from remix_cli.storage import MIB, free_bytes, remove, storage_errors
 from remix_cli.tasks.registry import task_class
@@ -54,8 +54,7 @@ def check_recipe(recipe: Recipe) -> Adapter:
             problems += _check_answers(recipe, i, limit)
         ranks = input_ranks(model)
         config = recipe.adapter_config()
-        untargeted = config.method in (*PROMPTS, "none")
-        targets = [] if untargeted else find_targets(model, config.target_modules)
+        targets = find_targets(model, config.target_modules) if _has_targets(config.method) else []
         adapter = apply_method(model, config, seed=recipe.seed)
         problems += _check_inputs(adapter, targets, ranks) or _check_pass(adapter)
     except RecipeError as error:
@@ -99,6 +98,10 @@ def _check_inputs(adapter: Adapter, targets: list[str], ranks: dict[str, int]) -
     return [f"adapter.target_modules: {bad} {what}; {adapter.config.method} can adapt: {', '.join(could) or 'nothing'}"]
 
 
+def _has_targets(method: str) -> bool:
+    return "target_modules" in method_named(method).settings
+
+
 def _end_of_none(name: str, others: list[str]) -> str | None:
     """The last word of `name`, or the last two, whichever no other ends with."""
     words = name.split(".")
@@ -123,7 +126,7 @@ def _check_pass(adapter: Adapter) -> list[str]:
             if type(_alone(adapter, ids)) is type(error):  # what a skeleton cannot do at all
                 return []
             said = shortened(f"{type(error).__name__}: {error}", 120)
-            if adapter.config.method in PROMPTS:
+            if not _has_targets(adapter.config.method):
                 return [f"adapter.method: {adapter.config.method} does not suit this model: {said}"]
             return [f"adapter.target_modules: {adapter.config.method} cannot adapt these in this model: {said}"]
     if adapter.parameters() and not logits.requires_grad:

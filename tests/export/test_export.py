@@ -29,7 +29,7 @@ def trained(stage, tmp_path_factory):
     from rich.console import Console
 
     from remix_cli.recipe import load_recipe
-    from remix_cli.train.loop import train
+    from remix_cli.train.trainer import train
 
     made = {}
 
@@ -282,7 +282,7 @@ def test_what_has_no_router_becomes_pefts_own_folder(method, stage, tmp_path, ve
 
 def test_a_routed_run_is_no_peft_folder(verb, trained, tmp_path):
     _, err = verb("export", trained(), "--format", "peft", "-o", tmp_path / "p", expect=2)
-    assert "PEFT cannot hold a remix run" in err
+    assert "remix has a router, which PEFT cannot hold; use --format hf, merged" in err
 
 
 def test_one_selection_of_a_sequence_level_run_merges_exactly(verb, trained, tmp_path):

@@ -11,22 +11,22 @@ from helpers.methods import FAST, small_method
 from helpers.steps import rows
 from helpers.tiny import backward_step, fill_adapter, recipe_text, tiny_model, write_recipe
 
-from remix_cli.core.config import POOLED, AdapterConfig
+from remix_cli.core.config import AdapterConfig
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.patch import apply_adapter
+from remix_cli.core.step import balance_loss
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
+from remix_cli.methods.registry import METHODS, method_named, methods_by_name
 from remix_cli.models import batch_losses
 from remix_cli.recipe import load_recipe
 from remix_cli.recipe.loader import dump
-from remix_cli.recipe.methods import METHODS, PROMPTS
 from remix_cli.recipe.schema import Router
 from remix_cli.runs import load_run
-from remix_cli.train.step import balance_loss
 
-TRAINED = [name for name in METHODS if name != "none"]
+TRAINED = [name for name, method in methods_by_name().items() if method.trains]
 
 
 def ids_of(count=3, length=7):
@@ -84,7 +84,7 @@ def test_every_method_trains_saves_loads_equal_and_evaluates(method, stage, tmp_
     assert all(torch.equal(p, trained[name]) for name, p in fresh.parameters().items())
     verb("eval", tmp_path / "run", "--base")
     base = json.loads((tmp_path / "run" / "eval" / "base.json").read_text())
-    starts_at_base = method not in PROMPTS  # untrained vectors in front are no zero
+    starts_at_base = not method_named(method).in_front  # untrained vectors in front are no zero
     assert (base["results"][0]["scores"]["loss"] == pytest.approx(held[0], rel=1e-5)) == starts_at_base
     # the second half of training from its checkpoint gives the same adapter
     (tmp_path / "run" / "summary.json").unlink()
@@ -250,7 +250,7 @@ def test_virtual_tokens_do_not_shift_the_supervised_positions(method):
             assert close(alone[0, : length - 1][supervised], expected[supervised], 1e-4)
 
 
-@pytest.mark.parametrize("method", [m for m in TRAINED if m not in POOLED])
+@pytest.mark.parametrize("method", [m for m in TRAINED if method_named(m).pool is None])
 def test_pefts_adapters_are_drawn_from_the_seed_and_leave_the_base_model_alone(method):
     config = AdapterConfig(method=method, pool_size=1, active=1, rank=2, vector_length=8, vectors=6, virtual_tokens=3)
     if method == "ia3":

@@ -1,0 +1,27 @@
+"""DoRA: one LoRA for the direction of a weight, and a trained length for each of its rows."""
+
+from typing import Any
+
+from remix_cli.compat.peft import loses_scales
+from remix_cli.core.config import AdapterConfig, Sizes
+from remix_cli.errors import RecipeError
+from remix_cli.methods.base import LINEARS
+from remix_cli.methods.peft_base import PeftMethod, on_targets
+
+
+class Dora(PeftMethod):
+    summary = "one LoRA for the direction of W and a length for each row (arXiv 2402.09353)"
+    settings = LINEARS
+    learning_rate = 3e-3
+    sizes = ("rank",)
+
+    def describe(self, peft: Any, model: Any, config: AdapterConfig) -> Any:
+        if loses_scales(model):
+            raise RecipeError(
+                "adapter.method: dora on an 8-bit base needs a GPU; set model.quantization to 4bit or none here"
+            )
+        targets = on_targets(model, config)
+        return peft.LoraConfig(**targets, r=config.rank, lora_alpha=2, lora_dropout=config.dropout, use_dora=True)
+
+    def tensor_sizes(self, config: AdapterConfig) -> Sizes:
+        return {".lora_A.weight": (config.rank, None), ".lora_B.weight": (None, config.rank)}
