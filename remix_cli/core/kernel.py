@@ -1,7 +1,7 @@
 """A router's whole forward pass as one GPU kernel: scores, their scaling, the choice of k and the weights.
 
-The eager code in layer.py is the reference and says what is computed; it takes about ten launches a router and
-reads the input three times, this reads it once. Only n numbers a token leave the kernel.
+The eager code in router.py, with `rules.ConstantWeight`, is the reference and says what is computed; it takes about
+ten launches a router and reads the input three times, this reads it once. Only n numbers a token leave the kernel.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 AVAILABLE = importlib.util.find_spec("triton") is not None
 
 
-class Rule(NamedTuple):
-    """How a router chooses, apart from its weights."""
+class Settings(NamedTuple):
+    """How a router chooses, apart from its parameters."""
 
     active: int  # k
     scale: float  # weight of each chosen LoRA
@@ -43,33 +43,41 @@ def serves(x: Tensor, pool_size: int) -> bool:
 
 
 def choose(
-    x: Tensor, weight: Tensor, noise: Tensor | None, rule: Rule, gates_type: torch.dtype, weights_type: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    settings: Settings,
+    gates_type: torch.dtype,
+    weights_type: torch.dtype,
 ) -> Choice:
     """Choose k of n LoRAs for each position of x (..., D) by weight (n, D) float32.
 
     `noise` (..., n) is added to the scores for the choice, not to the logits returned. Equal scores go to the lower
-    index.
+    index. Raises RuntimeError without triton.
     """
     n, tokens, where = weight.shape[0], x.shape[:-1], x.device
-    logits = torch.empty(*tokens, n, dtype=torch.float32, device=where)
-    length = torch.empty(*tokens, 1, dtype=torch.float32, device=where)
-    chosen = torch.empty(*tokens, rule.active, dtype=torch.int64, device=where)
-    weights = torch.empty(*tokens, n, dtype=weights_type, device=where)
-    gates = torch.empty(*tokens, n * rule.rank, dtype=gates_type, device=where)
-    found = Choice(logits, length, chosen, weights, gates)
-    _launch(x, weight, noise, rule, found, record=True)
-    return found
+    choice = Choice(
+        logits=torch.empty(*tokens, n, dtype=torch.float32, device=where),
+        length=torch.empty(*tokens, 1, dtype=torch.float32, device=where),
+        chosen=torch.empty(*tokens, settings.active, dtype=torch.int64, device=where),
+        weights=torch.empty(*tokens, n, dtype=weights_type, device=where),
+        gates=torch.empty(*tokens, n * settings.rank, dtype=gates_type, device=where),
+    )
+    _launch(x, weight, noise, settings, choice.gates, choice)
+    return choice
 
 
-def choose_gates(x: Tensor, weight: Tensor, noise: Tensor | None, rule: Rule, dtype: torch.dtype) -> Tensor:
+def choose_gates(x: Tensor, weight: Tensor, noise: Tensor | None, settings: Settings, dtype: torch.dtype) -> Tensor:
     """The gates of `choose` alone, (..., n r): all that inference needs, where a launch is most of the time."""
-    gates = torch.empty(*x.shape[:-1], weight.shape[0] * rule.rank, dtype=dtype, device=x.device)
-    untouched = gates
-    _launch(x, weight, noise, rule, Choice(untouched, untouched, untouched, untouched, gates), record=False)
+    gates = torch.empty(*x.shape[:-1], weight.shape[0] * settings.rank, dtype=dtype, device=x.device)
+    _launch(x, weight, noise, settings, gates, None)
     return gates
 
 
-def _launch(x: Tensor, weight: Tensor, noise: Tensor | None, rule: Rule, into: Choice, record: bool) -> None:
+def _launch(
+    x: Tensor, weight: Tensor, noise: Tensor | None, settings: Settings, gates: Tensor, record: Choice | None
+) -> None:
+    """Fill `gates` and, if given, the rest of `record`."""
     if not AVAILABLE:
         raise RuntimeError("the routing kernel needs triton")
     from remix_cli.core.kernel_triton import route
@@ -79,22 +87,27 @@ def _launch(x: Tensor, weight: Tensor, noise: Tensor | None, rule: Rule, into: C
     tokens = flat.shape[0]
     padded = _power_of_two(n)
     rows = 1 if tokens <= FEW else max(1, 32 // padded)
+    unused = gates  # the program wants an address for everything, and leaves alone what it is not asked for
     route[(-(-tokens // rows),)](
         flat,
         weight.contiguous(),
-        into.gates if noise is None else noise.reshape(-1, n).contiguous(),
-        *into,
+        unused if noise is None else noise.reshape(-1, n).contiguous(),
+        unused if record is None else record.logits,
+        unused if record is None else record.length,
+        unused if record is None else record.chosen,
+        unused if record is None else record.weights,
+        gates,
         tokens,
         width,
-        rule.scale,
+        settings.scale,
         N=n,
-        K=rule.active,
-        RANK=rule.rank,
+        K=settings.active,
+        RANK=settings.rank,
         SAMPLED=noise is not None,
-        UNIT=rule.unit,
-        RECORD=record,
+        UNIT=settings.unit,
+        RECORD=record is not None,
         PADDED=padded,
-        PADDED_RANK=_power_of_two(rule.rank),
+        PADDED_RANK=_power_of_two(settings.rank),
         ROWS=rows,
         COLUMNS=min(SUMS // (rows * padded), _power_of_two(width)),
     )

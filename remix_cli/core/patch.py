@@ -10,8 +10,11 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from remix_cli.core.config import POOLED, AdapterConfig
-from remix_cli.core.layer import RoutedLinear, Router
+from remix_cli.core.config import AdapterConfig
+from remix_cli.core.layer import RoutedLinear
+from remix_cli.core.locality import local_linears
+from remix_cli.core.router import Router
+from remix_cli.core.rules import make_rule
 from remix_cli.core.trace import RoutingState, Seed, Trace, selection_noise
 from remix_cli.errors import RecipeError, shortened
 
@@ -76,8 +79,10 @@ class Adapter:
         self.config = config
         self.routers: dict[str, Router] = {}
         self.linears: dict[str, RoutedLinear] = {}
+        self.others: dict[str, nn.Parameter] = {}  # trained parameters by name, of methods without LoRAs of ours
         self.state = RoutingState()
-        self._hooks: list[Any] = []
+        self.hooks: list[Any] = []  # in the model, until `remove`
+        self._local: set[str] | None = None  # see find_local
 
     def tracing(self, trace: Trace) -> Any:
         """Context: forward passes inside follow and fill `trace`."""
@@ -89,9 +94,35 @@ class Adapter:
 
     @cached_property
     def local(self) -> Tensor:
-        """(routers,) bool on the model's device: True for routers after the last attention. There must be routers."""
+        """(routers,) bool on the routers' device: does a choice at a position change the loss there alone?
+
+        Asked for the first time, it runs `find_local`. There must be routers.
+        """
         device = next(iter(self.routers.values())).weight.device
-        return torch.tensor([router.local for router in self.routers.values()], device=device)
+        local = self.find_local()
+        return torch.tensor([name in local for name in self.routers], device=device)
+
+    def find_local(self) -> set[str]:
+        """Names of the routers all of whose linears are local: see locality.py.
+
+        The first call runs a small pass of the base model, which must be whole and not compiled then.
+        """
+        if self._local is None:
+            self._local = self._look_for_local()
+        return self._local
+
+    def _look_for_local(self) -> set[str]:
+        """Only the last layer is looked into: attention follows on every other."""
+        last = _last_layer_prefix(self.model)
+        if last is None or not self.routers:
+            return set()
+        with self.disabled():
+            local = local_linears(self.model, [name for name in self.linears if name.startswith(last)])
+        routers = set(self.routers)
+        for name, linear in self.linears.items():
+            if linear.router is not None and name not in local:
+                routers.discard(linear.router.name)
+        return routers
 
     def noise(self, seed: Seed, rows: Tensor, length: int) -> Tensor:
         """Selection noise of one forward pass over rows (B,) of `length` positions, (routers, B, T, n).
@@ -117,13 +148,13 @@ class Adapter:
 
     def _activate(self, active: int) -> None:
         for router in self.routers.values():
-            router.active, router.scale = active, self.config.scale * self.config.active / active
+            router.rule = make_rule(self.config, active)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         named = {}
         for name, linear in self.linears.items():
             named[f"{name}.lora_A"], named[f"{name}.lora_B"] = linear.lora_A, linear.lora_B
-        return named
+        return named | self.others
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{name}.router": router.weight for name, router in self.routers.items()}
@@ -179,7 +210,7 @@ class Adapter:
     def remove(self) -> None:
         """Restore the model as it was before `apply_adapter`."""
         self._swap(base=True)
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         if self.config.scope == "block":
             for name in self.routers:
@@ -189,20 +220,17 @@ class Adapter:
 def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
     """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
 
-    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing, ValueError for a method that
-    is not one of `config.POOLED`.
+    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing, ValueError for a method
+    without a pool.
     """
-    if config.method not in POOLED:
+    if config.pool is None:
         raise ValueError(f"{config.method} is not a method of pools; see remix_cli.methods")
     targets = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     adapter = Adapter(model, config)
-    last_layer = _last_layer_prefix(model)
     for name in targets:
         base = model.get_submodule(name)
         router = _router_of(name, base, adapter) if config.routed else None
-        if router is not None:
-            router.local = router.local and last_layer is not None and _is_local(name, last_layer)
         linear = RoutedLinear(base, config, router, adapter.state)
         adapter.linears[name] = linear
         set_module(model, name, linear)
@@ -223,10 +251,9 @@ def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
         width = _hidden_size(adapter.model) if by_block else int(base.in_features)  # type: ignore[arg-type]
         device = next(base.parameters()).device
         router = Router(owner, len(adapter.routers), width, config, adapter.state, device)
-        router.local = True  # until a linear says otherwise
         adapter.routers[owner] = router
         if by_block:
-            adapter._hooks += _attach_to_block(adapter.model.get_submodule(owner), router)
+            adapter.hooks += _attach_to_block(adapter.model.get_submodule(owner), router)
     return router
 
 
@@ -297,11 +324,3 @@ def _last_layer_prefix(model: nn.Module) -> str | None:
     """Dotted prefix of the last decoder layer."""
     layers = decoder_layers(model)
     return next((f"{name}." for name, m in model.named_modules() if len(layers) and m is layers[-1]), None)
-
-
-def _is_local(name: str, last_layer: str) -> bool:
-    """Does nothing but its own position read this linear's output? True after the last attention's keys."""
-    if not name.startswith(last_layer):
-        return False
-    inside = name[len(last_layer) :]
-    return inside.startswith("mlp.") or inside.endswith((".q_proj", ".o_proj"))

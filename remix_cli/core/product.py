@@ -1,10 +1,13 @@
-"""A frozen linear layer and its pool of LoRAs as one differentiable product, with the backward pass by hand.
+"""The product of a frozen linear layer and its pool of LoRAs.
 
     y = x W^T + bias + (g . (x A^T)) B^T       the gates g repeat each LoRA's weight r times
 
-Autograd would give the same gradients through about twice as many kernels, which is what a step of a small model
-or a few tokens is made of. By hand the sums are folded into the products (`addmm`), the gradient with respect to
-W is never considered.
+It is written three times. `pool_linear` has its backward pass by hand: autograd would give the same gradients through
+about twice as many kernels, which is what a step of a small model or a few tokens is made of. By hand the sums are
+folded into the products (`addmm`), the gradient with respect to W is never considered. `pool_linear_by_autograd` is
+for what the first cannot see through: a quantised W, autocast, dropout on the pool's input. RemixLinear in
+export/modeling_remix.py travels with exported models, which load without this package. tests/core/test_paths.py holds
+them together.
 """
 
 from typing import Any
@@ -30,6 +33,23 @@ def pool_linear(
     if not torch.is_grad_enabled():
         return _product(x, base.weight, base.bias, a, b, gates)[0]
     return _PoolLinear.apply(x, base.weight, base.bias, lora_a, lora_b, a, b, weights, gates)
+
+
+def pool_linear_by_autograd(
+    x: Tensor, y: Tensor, lora_a: nn.Parameter, lora_b: nn.Parameter, weighting: Weighting
+) -> Tensor:
+    """y (B, T, D_out), what the linear itself gave, plus what the pool adds to it for x (B, T, D_in)."""
+    gates, weights = weighting
+    # Worked size: B, T = 4, 512, D_in = 4096, n = 8, r = 8.
+    down = F.linear(x, lora_a.to(x.dtype))  # (4, 512, 64), or (4, 512, 8) of a shared A
+    if down.shape[-1] != gates.shape[-1]:
+        down = down.repeat(1, 1, gates.shape[-1] // down.shape[-1])
+    if weights is None:
+        mixed = down * gates.to(down.dtype)
+    else:  # by LoRA, so that each weight gets its gradient
+        by_lora = down.unflatten(-1, (weights.shape[-1], -1))  # (4, 512, 8, 8)
+        mixed = (by_lora * weights.to(x.dtype).unsqueeze(-1)).flatten(-2)
+    return y + F.linear(mixed, lora_b.to(x.dtype))  # (4, 512, D_out)
 
 
 def gates_of(weights: Tensor, rank: int, dtype: torch.dtype) -> Tensor:

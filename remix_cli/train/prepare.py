@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from remix_cli.core.router import ONE_LIST
 from remix_cli.core.patch import Adapter, TargetError, find_targets
+from remix_cli.core.router import ONE_LIST
 from remix_cli.core.trace import Trace
 from remix_cli.data.sources import check_source
 from remix_cli.errors import RecipeError, StorageError, shortened

@@ -78,7 +78,7 @@ class Testbed:
             EncodedRow(random.integers(0, 32, t).astype(np.int32), np.arange(t) >= max(1, t // 3), "t") for t in lengths
         ]
         self.batch = collate(rows)
-        self.local = torch.tensor([r.local for r in self.routers])
+        self.local = self.adapter.local
 
     @property
     def mask(self) -> Tensor:

@@ -245,21 +245,6 @@ def test_draws_do_not_depend_on_batch_or_padding():
     assert not torch.equal(together, adapter.noise((3, 2), torch.tensor([0, 1, 2]), 9))
 
 
-def test_last_layer_is_local_where_nothing_attends_to_it_afterwards():
-    def local(targets, scope):
-        adapter = apply_adapter(
-            tiny_model(),
-            AdapterConfig(pool_size=4, active=2, rank=2, target_modules=targets, scope=scope),
-            seed=0,
-        )
-        return {name for name, router in adapter.routers.items() if router.local}
-
-    assert local(("gate_proj", "down_proj"), "block") == {"model.layers.1.mlp"}
-    assert local(("q_proj", "k_proj", "o_proj"), "block") == set()
-    last = "model.layers.1.self_attn."
-    assert local(("q_proj", "k_proj", "v_proj", "o_proj"), "module") == {f"{last}q_proj", f"{last}o_proj"}
-
-
 def test_unknown_targets_name_what_there_is():
     with pytest.raises(TargetError, match=r"up_projj.*gate_proj"):
         find_targets(tiny_model(), ("gate_proj", "up_projj"))

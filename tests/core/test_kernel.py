@@ -7,14 +7,14 @@ from helpers.steps import gradients, same
 
 from remix_cli.core import kernel, routing
 from remix_cli.core.config import AdapterConfig
-from remix_cli.core.layer import Router
 from remix_cli.core.product import gates_of
+from remix_cli.core.router import Router
 from remix_cli.core.trace import RoutingState
 from remix_cli.recipe.schema import Router as RouterRecipe
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
-RULE = kernel.Rule(active=3, scale=0.5, rank=2, unit=True)
+SETTINGS = kernel.Settings(active=3, scale=0.5, rank=2, unit=True)
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
@@ -49,28 +49,28 @@ def test_kernel_chooses_as_the_eager_router(n, k, width, shape, unit, dtype, sam
     generator = torch.Generator().manual_seed(0)
     x = (5 * torch.randn(*shape, width, generator=generator)).to(DEVICE, dtype)
     noise = routing.gumbel_noise(torch.arange(shape[0] * shape[1]).view(shape), 1, n)[0].to(DEVICE) if sampled else None
-    rule = router._rule()._replace(scale=0.5)  # a number in every type: the interpreter does not round to nearest
-    found = kernel.choose(x, router.weight.detach(), noise, rule, dtype, torch.float32)
+    settings = kernel.Settings(k, 0.5, 3, unit)  # 0.5 is a number in every type: the interpreter rounds down
+    found = kernel.choose(x, router.weight.detach(), noise, settings, dtype, torch.float32)
     with torch.no_grad():
         logits, length = router.scores(x)
     assert close(found.logits, logits, 1e-5)
     assert close(found.length, length, 1e-6)
     assert torch.equal(found.chosen, routing.top_k(logits if noise is None else logits + noise, k))
     assert torch.equal(found.weights > 0, routing.selection_mask(found.chosen, n))
-    assert torch.equal(found.weights.amax(-1), torch.full(shape, rule.scale, device=DEVICE))
-    assert torch.equal(found.gates, gates_of(found.weights, rule.rank, dtype))
-    assert torch.equal(found.gates, kernel.choose_gates(x, router.weight.detach(), noise, rule, dtype))
+    assert torch.equal(found.weights.amax(-1), torch.full(shape, settings.scale, device=DEVICE))
+    assert torch.equal(found.gates, gates_of(found.weights, settings.rank, dtype))
+    assert torch.equal(found.gates, kernel.choose_gates(x, router.weight.detach(), noise, settings, dtype))
 
 
 def test_equal_scores_go_to_the_lower_index():
     x = torch.ones(1, 2, 16, device=DEVICE)
-    found = kernel.choose(x, torch.zeros(6, 16, device=DEVICE), None, RULE, torch.float32, torch.float32)
+    found = kernel.choose(x, torch.zeros(6, 16, device=DEVICE), None, SETTINGS, torch.float32, torch.float32)
     assert found.chosen.tolist() == [[[0, 1, 2], [0, 1, 2]]]
 
 
 def test_scores_that_are_no_numbers_still_choose_valid_loras():
     x = torch.full((1, 2, 16), float("nan"), device=DEVICE)
-    found = kernel.choose(x, torch.ones(6, 16, device=DEVICE), None, RULE, torch.float32, torch.float32)
+    found = kernel.choose(x, torch.ones(6, 16, device=DEVICE), None, SETTINGS, torch.float32, torch.float32)
     assert found.chosen.tolist() == [[[0, 1, 2], [0, 1, 2]]]
     assert found.logits.isnan().all()
 
@@ -78,7 +78,7 @@ def test_scores_that_are_no_numbers_still_choose_valid_loras():
 def test_inputs_that_are_slices_are_read_as_they_are():
     router = made(4, 2, 8)
     x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)[..., :8]
-    found = kernel.choose(x, router.weight.detach(), None, RULE._replace(active=2), torch.float32, torch.float32)
+    found = kernel.choose(x, router.weight.detach(), None, SETTINGS._replace(active=2), torch.float32, torch.float32)
     with torch.no_grad():
         assert close(found.logits, router.scores(x)[0], 1e-5)
 

@@ -266,13 +266,13 @@ def test_virtual_tokens_count_among_the_positions_of_options(loaded):
 def test_other_numbers_of_active_loras(loaded):
     """The total weight stays as trained; afterwards everything is as before."""
     router = next(iter(loaded.adapter.routers.values()))
-    before = router.active, router.scale
+    rule = router.rule
     ids = torch.tensor([[4, 5, 6]])
     plain = loaded.model(ids).logits
     with loaded.adapter.activating(4):
-        assert router.active * router.scale == pytest.approx(before[0] * before[1])
+        assert router.rule.active * router.rule.scale == pytest.approx(rule.active * rule.scale)
         assert not torch.allclose(loaded.model(ids).logits, plain)
-    assert (router.active, router.scale) == before
+    assert router.rule == rule
     assert torch.equal(loaded.model(ids).logits, plain)
     with pytest.raises(ValueError, match="between 1 and"), loaded.adapter.activating(5):
         pass
@@ -507,7 +507,7 @@ def test_answers_of_any_characters_are_kept_and_compared(verb, finished, monkeyp
 
 
 def test_samples_of_one_problem_are_one_item_in_comparisons():
-    from remix_cli.evaluation.compare import parts_of_lines
+    from remix_cli.evaluation.evaluated import parts_of_lines
 
     lines = [{"correct": c} for c in (1, 0, 1, 1, 0, 0)]
     assert parts_of_lines(lines, Measure("pass@1", "correct"), 2).tolist() == [[1, 2, 0], [2, 2, 2]]
@@ -515,7 +515,7 @@ def test_samples_of_one_problem_are_one_item_in_comparisons():
 
 def test_text_keeps_the_space_that_follows_the_prompt():
     """As with sentencepiece's decoders, which drop the space a text begins with."""
-    from remix_cli.evaluation.generate import _after
+    from remix_cli.evaluation.generate import text_after
 
     class Tokenizer:
         pieces = ("def", " f", "\n   ", " return")
@@ -523,5 +523,5 @@ def test_text_keeps_the_space_that_follows_the_prompt():
         def decode(self, ids, **_):
             return "".join(self.pieces[i] for i in ids).removeprefix(" ")
 
-    assert _after(Tokenizer(), [0, 1], [3, 1]) == " return f"
-    assert _after(Tokenizer(), [0], []) == ""
+    assert text_after(Tokenizer(), [0, 1], [3, 1]) == " return f"
+    assert text_after(Tokenizer(), [0], []) == ""
