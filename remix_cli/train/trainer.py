@@ -65,12 +65,13 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
             recover(folder.path)
             recover(folder.checkpoints)
         if resume and folder.summary.exists():
+            summary = folder.read_summary()  # a damaged one is named before anything is done about it
             problem = _problem_of(folder)
             if main:
                 line = f"{problem}; taken from the last checkpoint" if problem else "already complete; nothing to do"
                 console.print(f"{folder.path}: {line}", highlight=False, soft_wrap=True)
             if not problem:
-                return folder.read_summary()
+                return summary
         if main:
             prepare.check_space(recipe, skeleton)
         accelerator.wait_for_everyone()
