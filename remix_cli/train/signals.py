@@ -12,6 +12,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received = 0
+        self.before: dict[int, Any] = {}  # the handlers in whose place this stands
 
     def __enter__(self) -> "Signals":
         heeded = [s for s in ENDING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # under nohup
