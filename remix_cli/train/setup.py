@@ -127,6 +127,7 @@ def _adapt(recipe: Recipe, model: Any, tokenizer: Any, accelerator: Accelerator)
     if sharded:
         shard_base(adapter.model, adapter, accelerator.device, accelerator.num_processes)
         check_base(adapter.model, len(tokenizer))
+    adapter.find_local()  # by a pass of its own, before anything is compiled
     if recipe.train.gradient_checkpointing:
         adapted: Any = adapter.model
         adapted.gradient_checkpointing_enable(
