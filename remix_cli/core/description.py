@@ -38,7 +38,8 @@ class BaseIdentity:
 
     def __post_init__(self) -> None:
         values = asdict(self)
-        settings, probe = values.pop("base_settings"), values.pop("tokenizer_probe")
+        settings = values.pop("base_settings")
+        probe = values.pop("tokenizer_probe")
         if not all(isinstance(value, str) for value in values.values()) or not isinstance(probe, str | None):
             raise ValueError("the base model's name and hashes must be text")
         if not isinstance(settings, dict | None):
@@ -46,15 +47,20 @@ class BaseIdentity:
 
     def differences(self, now: "BaseIdentity") -> list[str]:
         """In what the base `now` is another one. What only one of the two knows of itself is not compared."""
-        found = []
-        before, after = self.base_settings or {}, now.base_settings or {}
-        changed = [f"{k} was {v}, is {after[k]}" for k, v in before.items() if k in after and after[k] != v]
-        if changed or self.base_fingerprint != now.base_fingerprint:
-            found.append(f"base model ({'; '.join(changed)})" if changed else "base model")
+        different = []
+        settings_now = now.base_settings or {}
+        changed = []
+        for key, value in (self.base_settings or {}).items():
+            if key in settings_now and settings_now[key] != value:
+                changed.append(f"{key} was {value}, is {settings_now[key]}")
+        if changed:
+            different.append(f"base model ({'; '.join(changed)})")
+        elif self.base_fingerprint != now.base_fingerprint:
+            different.append("base model")
         probes = {self.tokenizer_probe, now.tokenizer_probe} - {None}
         if len(probes) > 1 or self.tokenizer_fingerprint != now.tokenizer_fingerprint:
-            found.append("tokenizer")
-        return found
+            different.append("tokenizer")
+        return different
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ def choose(
     `noise` (..., n) is added to the scores for the choice, not to the logits returned. Equal scores go to the lower
     index. Raises RuntimeError without triton.
     """
-    n, tokens, where = weight.shape[0], x.shape[:-1], x.device
+    n = weight.shape[0]
+    tokens = x.shape[:-1]
+    where = x.device
     choice = Choice(
         logits=torch.empty(*tokens, n, dtype=torch.float32, device=where),
         length=torch.empty(*tokens, 1, dtype=torch.float32, device=where),

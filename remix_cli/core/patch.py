@@ -37,7 +37,8 @@ def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head]
     found: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in linears if n == pattern or n.endswith(f".{pattern}")} | _full_matches(pattern, linears)
+        hits = {name for name in linears if name == pattern or name.endswith(f".{pattern}")}
+        hits |= _full_matches(pattern, linears)
         if not hits:
             have = ", ".join(last_names(linears)) or "no nn.Linear at all"
             raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")
@@ -153,7 +154,8 @@ class Adapter:
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         named = {}
         for name, linear in self.linears.items():
-            named[f"{name}.lora_A"], named[f"{name}.lora_B"] = linear.lora_A, linear.lora_B
+            named[f"{name}.lora_A"] = linear.lora_A
+            named[f"{name}.lora_B"] = linear.lora_B
         return named | self.others
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
@@ -166,9 +168,11 @@ class Adapter:
     def cluster_tensors(self) -> dict[str, Tensor]:
         """What routers with `clusters` go by, `<block>.router_common` (D,) and `<block>.router_centres` (C, D)."""
         named: dict[str, Tensor] = {}
+        if not self.config.clusters:
+            return named
         for name, router in self.routers.items():
-            if self.config.clusters:
-                named[f"{name}.router_common"], named[f"{name}.router_centres"] = router.common, router.centres
+            named[f"{name}.router_common"] = router.common
+            named[f"{name}.router_centres"] = router.centres
         return named
 
     def tensors(self) -> dict[str, Tensor]:
@@ -179,7 +183,8 @@ class Adapter:
         """Copy `tensors` into the adapter's. Raises ValueError for other names or shapes."""
         own = self.tensors()
         if own.keys() != tensors.keys():
-            missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+            missing = sorted(own.keys() - tensors.keys())
+            extra = sorted(tensors.keys() - own.keys())
             raise ValueError(
                 f"adapter tensors do not fit the model: {len(missing)} missing (first: {missing[:1]}), "
                 f"{len(extra)} unexpected (first: {extra[:1]})"
@@ -244,7 +249,8 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
 
 def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
     """The router that serves the linear `name`: that of its block, made for the first of them, or its own."""
-    config, by_block = adapter.config, adapter.config.scope == "block"
+    config = adapter.config
+    by_block = config.scope == "block"
     owner = name.rpartition(".")[0] if by_block else name
     router = adapter.routers.get(owner)
     if router is None:
@@ -315,12 +321,17 @@ def _hidden_size(model: nn.Module) -> int:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The only list as long as the model is deep; an empty one if that does not tell."""
     config: Any = getattr(model, "config", None)
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
+    if config is None:
+        return nn.ModuleList()
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return lists[0] if len(lists) == 1 else nn.ModuleList()
 
 
 def _last_layer_prefix(model: nn.Module) -> str | None:
-    """Dotted prefix of the last decoder layer."""
+    """Dotted prefix of the last decoder layer; None if the layers cannot be told."""
     layers = decoder_layers(model)
-    return next((f"{name}." for name, m in model.named_modules() if len(layers) and m is layers[-1]), None)
+    for name, module in model.named_modules():
+        if len(layers) and module is layers[-1]:
+            return f"{name}."
+    return None

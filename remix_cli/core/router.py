@@ -1,24 +1,23 @@
 """The router of a pool: its parameters, what it reads, its scores, its choice, and its gradient in closed form.
 
-Which path serves a call of `Router.forward`: the first row that applies. A test calls each of them.
+Which path serves a call of `Router.forward`, the first row that applies:
 
-    | by an earlier pass                                          | path           |
-    |-------------------------------------------------------------|----------------|
-    | kept: `level: sequence`, chosen by the trace's first pass    | `_kept`        |
-    | replayed under checkpointing, constant weights              | `_recorded`    |
-    | replayed under checkpointing, weights with a gradient       | `_reweighted`  |
-    | anew                                                        |                |
-    | constant weights on a GPU, the trace records                | `_fused`       |
-    | constant weights on a GPU, the trace does not record        | `_fused_gates` |
-    | anything else, recorded or not                              | `_eager`       |
+    | a call                                                    | path             |
+    |-----------------------------------------------------------|------------------|
+    | chosen already: `level: sequence`, a later pass           | `_kept`          |
+    | replayed under checkpointing, constant weights            | `_recorded`      |
+    | replayed under checkpointing, weights with a gradient     | `_reweighted`    |
+    | chosen now: constant weights on a GPU, recorded           | `_fused`         |
+    | chosen now: constant weights on a GPU, not recorded       | `_fused_gates`   |
+    | chosen now: anything else                                 | `_eager`         |
 
-What those that choose anew read, and those that reweight:
+What a call that scores reads:
 
-    | setting                                                     | read by          |
-    |-------------------------------------------------------------|------------------|
-    | `level: token`                                              | `_by_token`      |
-    | `level: sequence`                                           | `_by_sequence`   |
-    | `level: sequence` with `clusters`                           | `nearest_centre` |
+    | setting                                                   | read by          |
+    |-----------------------------------------------------------|------------------|
+    | `level: token`                                            | `_by_token`      |
+    | `level: sequence`                                         | `_by_sequence`   |
+    | `level: sequence` with `clusters`                         | `nearest_centre` |
 
 The choice is written three times. `_eager` with rules.py is the reference: any rule, type and device, and readable.
 kernel_triton.py is ReMix's rule in one launch instead of about ten, which is most of the time of a short pass.

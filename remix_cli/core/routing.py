@@ -36,7 +36,9 @@ def fold(key: Tensor, value: Tensor | int) -> Tensor:
     if isinstance(value, Tensor):
         return _mix(key + (value + 1) * _GOLDEN)
     step = (value + 1) * _GOLDEN % (1 << 64)  # as the tensor would wrap around
-    return _mix(key + (step - (1 << 64) if step >> 63 else step))
+    if step >= 1 << 63:
+        step -= 1 << 64
+    return _mix(key + step)
 
 
 def gumbel_noise(key: Tensor, routers: int, pool_size: int) -> Tensor:
@@ -116,12 +118,15 @@ def _piecewise(work: Callable[..., Tensor], subsets: int, *tensors: Tensor) -> T
     With M = 8 selections the routers of a model decide millions of times a step, and a recursion over subsets keeps
     hundreds of values for each. Pieces keep none of them: the backward pass computes a piece again.
     """
-    tokens, step = math.prod(tensors[0].shape[:-1]), max(1, SUBSETS_AT_ONCE // subsets)
-    if tokens <= step:
+    leading = tensors[0].shape[:-1]
+    at_once = max(1, SUBSETS_AT_ONCE // subsets)  # tokens
+    if math.prod(leading) <= at_once:
         return work(*tensors)
-    pieces = zip(*(x.flatten(0, -2).split(step) for x in tensors), strict=True)
-    found = [checkpoint(work, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-    return torch.cat(found).unflatten(0, tensors[0].shape[:-1])
+    split = [x.flatten(0, -2).split(at_once) for x in tensors]
+    results = []
+    for piece in zip(*split, strict=True):
+        results.append(checkpoint(work, *piece, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(results).unflatten(0, leading)
 
 
 MAX_SET_SIZE = 8  # 2^k subsets per position in set_log_prob

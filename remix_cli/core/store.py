@@ -47,7 +47,10 @@ def fingerprint(model: nn.Module) -> str:
     Values are rounded to bfloat16 first, so a model loaded in bfloat16 or float32 has one fingerprint.
     """
     digest = hashlib.sha256()
-    own = {id(p) for m in model.modules() if isinstance(m, RoutedLinear) for p in (m.lora_A, m.lora_B)}
+    own: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, RoutedLinear):
+            own |= {id(module.lora_A), id(module.lora_B)}
     for name, parameter in model.named_parameters():
         if id(parameter) in own or name.endswith(("remix_router.weight", ".router.weight")):
             continue

@@ -88,7 +88,8 @@ class RoutingState:
         A scope rather than a check of what has changed, because fused optimizers change parameters unseen.
         """
         before = self.casts
-        self.casts = {} if before is None else before
+        if before is None:
+            self.casts = {}
         try:
             yield
         finally:
@@ -98,15 +99,17 @@ class RoutingState:
         """`parameter`, detached, in another type."""
         if self.casts is None or parameter.dtype == dtype:
             return parameter.detach().to(dtype)
-        found = self.casts.get(id(parameter))
-        if found is None or found.dtype != dtype:
-            found = self.casts[id(parameter)] = parameter.detach().to(dtype)
-        return found
+        cast = self.casts.get(id(parameter))
+        if cast is None or cast.dtype != dtype:
+            cast = parameter.detach().to(dtype)
+            self.casts[id(parameter)] = cast
+        return cast
 
     @contextmanager
     def tracing(self, trace: Trace) -> Iterator[Trace]:
         """Run the forward passes inside under `trace`. Without one, routers take the top k and keep nothing."""
-        before, self.trace = self.trace, trace
+        before = self.trace
+        self.trace = trace
         try:
             yield trace
         finally:
