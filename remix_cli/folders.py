@@ -5,7 +5,6 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any, get_args
 
 from remix_cli.core.description import CONFIG_FILE, check_shapes, read_description, read_shapes
@@ -15,6 +14,7 @@ from remix_cli.recipe import Recipe, Source, Task, load_recipe
 from remix_cli.recipe.loader import dump
 from remix_cli.recipe.schema import Model
 from remix_cli.storage import read_whole, write_text
+from remix_cli.stored_json import Damaged, Kinds, check_kinds, read_object
 
 OF_BOTH = ("method", "pool", "pool_size", "active", "rank", "level")  # what an adapter and its recipe must agree on
 RUN_FROM = "# run from "  # in front of the working directory, in the first line of a run's recipe
@@ -86,11 +86,14 @@ class RunFolder:
 
     def model_config(self) -> dict[str, Any]:
         """Of a model folder, its config.json. Raises ArtefactError."""
-        return _read_object(self.path / "config.json")
+        return read_object(self.path / "config.json")
 
     def read_summary(self) -> dict[str, Any]:
         """What training wrote when it ended. Raises ArtefactError."""
-        return _check_kinds(self.summary, _read_object(self.summary), SUMMARY, "move it away and resume the run")
+        try:
+            return check_kinds(read_object(self.summary), SUMMARY)
+        except Damaged as error:
+            raise ArtefactError(f"{self.summary}: {error}; move it away and resume the run") from None
 
     def foreign(self, where: Path) -> str | None:
         """Why the adapter at `where` is not the one that the run wrote there, in words; None if no record says so.
@@ -103,7 +106,7 @@ class RunFolder:
         hashes = {"recipe": described.trained_on.recipe, "data": described.trained_on.data}
         if any(mine is not None and made.get(key, mine) != mine for key, mine in hashes.items()):
             return "trained by another run"
-        weights = _read_object(self.summary).get("adapters") if os.path.lexists(self.summary) else None
+        weights = read_object(self.summary).get("adapters") if os.path.lexists(self.summary) else None
         known = weights.get(where.name) if isinstance(weights, dict) else None
         return "not the adapter that the run ended with" if known not in (None, described.weights_sha256) else None
 
@@ -111,7 +114,7 @@ class RunFolder:
         """Hashes of what the run is made from, by its newest checkpoint; empty if nothing says so."""
         for manifest in sorted(self.checkpoints.glob("step-*/manifest.json"), reverse=True):
             with suppress(ArtefactError):
-                made = _read_object(manifest).get("origin")
+                made = read_object(manifest).get("origin")
                 if isinstance(made, dict):
                     return made
         return {}
@@ -162,7 +165,6 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.exists() and one.samefile(other)
 
 
-Kinds = dict[str, type | UnionType]  # of what a JSON object must hold
 SUMMARY: Kinds = {
     "steps": int,
     "best_eval_loss": int | float | None,
@@ -170,67 +172,6 @@ SUMMARY: Kinds = {
     "seconds": int | float,
     "parameters": dict,
 }
-RESULT: Kinds = {"task": str, "count": int, "scores": dict, "intervals": dict, "shares": list, "protocol": dict}
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A report of `remix eval`, {"model", "results": [...]}, of the adapter beside it. Raises ArtefactError."""
-    mend = "not a report of `remix eval`, or damaged; evaluate again"
-    report = _check_kinds(path, _read_object(path), {"model": str, "results": list}, mend)
-    for result in report["results"]:
-        _check_kinds(path, result, RESULT, mend)
-        for score, value in result["scores"].items():
-            interval = result["intervals"].get(score)
-            if not isinstance(value, int | float) or not isinstance(interval, list) or len(interval) != 2:
-                raise ArtefactError(f"{path}: no {score} of {result['task']} with its interval; {mend}")
-    _check_adapter(path, report)
-    return report
-
-
-def read_sweep(path: Path) -> dict[str, Any]:
-    """What `remix sweep` wrote when it ended: {"metric", "seeds", "arms"}. Raises ArtefactError."""
-    mend = "move it away and give the `remix sweep` again, which keeps its runs"
-    found = _check_kinds(path, _read_object(path), {"metric": str, "seeds": list, "arms": dict}, mend)
-    for arm in found["arms"].values():
-        _check_kinds(path, arm, {"searched": list, "chosen": dict | None, "reports": list}, mend)
-        for point in arm["searched"]:
-            _check_kinds(path, point, {"setting": dict, "run": str, "value": int | float | None}, mend)
-        if not all(isinstance(report, str) for report in arm["reports"]):
-            raise ArtefactError(f"{path}: reports is damaged; {mend}")
-    return found
-
-
-def _check_adapter(path: Path, report: dict[str, Any]) -> None:
-    """Raises ArtefactError if the run now holds another adapter than was scored: the run was overwritten meanwhile,
-    `best/` was replaced, or the report is another run's."""
-    which = report["model"].partition("-")[0]
-    weights = path.parent.parent / which / CONFIG_FILE
-    if which not in ("adapter", "best") or not weights.is_file():
-        return
-    now = str(_read_object(weights).get("weights_sha256"))[:16]
-    if any(result["protocol"].get("adapter") != now for result in report["results"]):
-        raise ArtefactError(f"{path}: scores of another adapter than {weights.parent} now holds; evaluate again")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise ArtefactError(f"{path}: damaged: a JSON object was written there")
-    return found
-
-
-def _check_kinds(path: Path, found: Any, kinds: Kinds, mend: str) -> dict[str, Any]:
-    """`found`, if it is an object with these keys. Raises ArtefactError."""
-    bad = next((key for key, kind in kinds.items() if not isinstance(found, dict) or key not in found), None)
-    bad = bad or next((key for key, kind in kinds.items() if not isinstance(found[key], kind)), None)
-    if bad:
-        raise ArtefactError(f"{path}: {bad} is missing or damaged; {mend}")
-    return found
-
-
 def _located(recipe: Recipe, origins: list[Path]) -> Recipe:
     """The recipe with every relative path from the first of `origins` that has it; others, as hub ids, as they are."""
 

@@ -6,8 +6,11 @@ decoding_graphs.py  decoding by CUDA graph
 converse.py    `remix generate`: one prompt, answered as it is written
 headroom.py    `remix route-stats --headroom`: what routing is worth, and what is left to gain
 answers.py     the per-example files, which an interrupted evaluation continues
-evaluator.py   `remix eval` from start to end, and the stamp
-request.py     what its flags ask for
+score_folder.py  `remix eval` from its flags to scores
+request.py     what the flags ask for
+evaluator.py   scores the tasks, keeps every answer, stamps the report
+report.py      what it writes: scores, and the stamp of how they were made
+evaluated.py   that read back, with the lines of every item
 statistics.py  intervals and paired differences
 compare.py     `remix compare`
 score_tables.py  Rich tables of both

@@ -3,15 +3,14 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from remix_cli.errors import BusyError
 from remix_cli.storage import closed_quietly, storage_errors, write_text
-
-Line = dict[str, Any]
+from remix_cli.tasks.base import Line
 
 
 class Lines:
@@ -39,8 +38,11 @@ class Lines:
 
 
 @contextmanager
-def open_lines(folder: Path, name: str, stamp: dict[str, Any]) -> Iterator[Lines]:
-    """Raises BusyError if another evaluation is writing there, StorageError if the disk refuses."""
+def open_lines(folder: Path, name: str, stamp: Mapping[str, object]) -> Iterator[Lines]:
+    """The file of one task; `stamp`, a JSON object, is what earlier lines must have been made under to count.
+
+    Raises BusyError if another evaluation is writing there, StorageError if the disk refuses.
+    """
     path = folder / f"{name}.partial.jsonl"
     with storage_errors(path):
         folder.mkdir(parents=True, exist_ok=True)

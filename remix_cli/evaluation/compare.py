@@ -1,80 +1,118 @@
-"""`remix compare`: the same items under several models, item by item."""
+"""`remix compare`: the same items under several models, item by item.
 
-import json
-import os
-from dataclasses import dataclass, field
+What is compared: the scores of every task that all reports have and that all were asked in the same way (`TaskStamp`
+says what counts). Paired how: line by line, since the files of all hold the same items in the same order. With which
+interval: 95 %, by bootstrap over the items, of the difference between the first report's score and another's
+(`paired_difference`).
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from remix_cli.errors import ArtefactError, RecipeError
+from remix_cli.evaluation.evaluated import Evaluated, load_evaluated, scores_in_common
+from remix_cli.evaluation.report import TaskResult
 from remix_cli.evaluation.statistics import paired_difference
-from remix_cli.folders import RunFolder, read_report, report_file
-from remix_cli.tasks.base import Measure
-from remix_cli.tasks.registry import TASKS, task_class
-
-# What must agree for two scores to mean the same.
-SAME = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts", "protocol", "samples")
+from remix_cli.stored_json import check_kinds, read_fields
 
 
-@dataclass
-class Evaluated:
-    """One report, its lines, and what is known of the run that it belongs to."""
+@dataclass(frozen=True)
+class Difference:
+    """How far a score is from the first report's, with the ends of its interval."""
 
-    label: str
-    report: dict[str, Any]
-    folder: Path
-    summary: dict[str, Any]
-
-    read: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # lines by task
-    own_name: dict[str, str] = field(default_factory=dict)  # of a task that the first report calls otherwise
-
-    def result(self, task: str) -> dict[str, Any] | None:
-        """The result of a task under the first report's name for it."""
-        name = self.own_name.get(task, task)
-        return next((r for r in self.report["results"] if r["task"] == name), None)
-
-    def lines(self, task: str) -> list[dict[str, Any]]:
-        if task not in self.read:
-            self.read[task] = self._read(self.own_name.get(task, task))
-        return self.read[task]
-
-    def match(self, first: "Evaluated") -> None:
-        """Find the results that answer what the first report's did, whatever they are called: a model folder has no
-        recipe that says which rows are its own."""
-        for theirs in first.report["results"]:
-            candidates = [r for r in self.report["results"] if not difference_of_protocols(theirs, r)]
-            names = [r["task"] for r in candidates]
-            if names and theirs["task"] not in names:
-                self.own_name[theirs["task"]] = names[0]
-
-    def _read(self, task: str) -> list[dict[str, Any]]:
-        path = self.folder / f"{self.report['model']}-{task}.jsonl"
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            if any(not isinstance(line["prompt"], str) for line in lines):
-                raise ValueError("a prompt that is no text")
-            return lines
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ArtefactError(f"{path}: cannot be read ({error}); evaluate again with `remix eval`") from None
+    value: float
+    low: float
+    high: float
 
 
-def load_evaluated(path: Path) -> Evaluated:
-    """From a run folder (its last evaluation of the adapter), or a report such as RUN/eval/base.json.
+@dataclass(frozen=True)
+class ComparedScore:
+    """One score of one report, with the ends of its own interval. `share`: a proportion."""
 
-    Raises ArtefactError.
-    """
-    file = report_file(path)
-    report = read_report(file)
-    run = file.parent.parent
-    folder = RunFolder(run)
-    summary = folder.read_summary() if os.path.lexists(folder.summary) else {}
-    label = run.name if report["model"] in ("adapter", "model") else f"{run.name}/{report['model']}"
-    return Evaluated(label, report, file.parent, {} if report["model"] == "base" else summary)
+    value: float
+    low: float
+    high: float
+    share: bool
+    difference: Difference | None  # None for the first report
+
+    def to_dict(self) -> dict[str, Any]:
+        document: dict[str, Any] = {"value": self.value, "interval": [self.low, self.high]}
+        if self.difference is not None:
+            document["difference"] = self.difference.value
+            document["difference_interval"] = [self.difference.low, self.difference.high]
+        document["share"] = self.share
+        return document
+
+    @classmethod
+    def from_dict(cls, document: Any) -> "ComparedScore":
+        found = check_kinds(document, {"value": int | float, "interval": list, "share": bool})
+        difference = None
+        if "difference" in found:
+            least, most = found["difference_interval"]
+            difference = Difference(found["difference"], least, most)
+        low, high = found["interval"]
+        return cls(found["value"], low, high, found["share"], difference)
 
 
-def compare(paths: list[Path]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ComparedTask:
+    """One task: how many items, and for each score one entry per report, in their order."""
+
+    items: int
+    scores: dict[str, list[ComparedScore]]
+
+    def to_dict(self) -> dict[str, Any]:
+        scores = {}
+        for name, entries in self.scores.items():
+            scores[name] = [entry.to_dict() for entry in entries]
+        return {"items": self.items, "scores": scores}
+
+    @classmethod
+    def from_dict(cls, document: Any) -> "ComparedTask":
+        found = check_kinds(document, {"items": int, "scores": dict})
+        scores = {}
+        for name, entries in found["scores"].items():
+            scores[name] = [ComparedScore.from_dict(entry) for entry in entries]
+        return cls(found["items"], scores)
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """What a report is of, and what its training cost; None where that is not known, as for a base model."""
+
+    run: str
+    method: str | None
+    trained_parameters: int | None
+    active_parameters: int | None
+    train_seconds: float | None
+    train_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `remix compare --json` prints."""
+
+    runs: list[ComparedRun]
+    tasks: dict[str, ComparedTask]
+    skipped: list[str]  # a line for each task that was not asked the same
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "runs": [asdict(run) for run in self.runs],
+            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
+            "skipped": self.skipped,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Any) -> "Comparison":
+        found = check_kinds(document, {"runs": list, "tasks": dict, "skipped": list})
+        runs = [read_fields(ComparedRun, run) for run in found["runs"]]
+        tasks = {name: ComparedTask.from_dict(task) for name, task in found["tasks"].items()}
+        return cls(runs, tasks, found["skipped"])
+
+
+def compare(paths: list[Path]) -> Comparison:
     """Scores of every task that all have, with the paired difference of each from the first.
 
     A task that two of them were not asked the same is skipped. Raises RecipeError if that leaves none.
@@ -84,97 +122,81 @@ def compare(paths: list[Path]) -> dict[str, Any]:
     runs = [load_evaluated(path) for path in paths]
     for run in runs[1:]:
         run.match(runs[0])
-    asked = [r["task"] for r in runs[0].report["results"]]
-    results = [{task: r for task in asked if (r := run.result(task)) is not None} for run in runs]
-    tasks = [task for task in asked if all(task in found for found in results)]
-    if not tasks:
-        had = "; ".join(f"{run.label}: {', '.join(r['task'] for r in run.report['results'])}" for run in runs)
-        raise RecipeError(f"no task was evaluated in all of them ({had})")
+    results = _results_of_all(runs)
+    if not results:
+        raise RecipeError(f"no task was evaluated in all of them ({_what_each_has(runs)})")
+    alike: dict[str, list[TaskResult]] = {}
     skipped = []
-    for task in list(tasks):
-        for run, found in zip(runs[1:], results[1:], strict=True):
-            different = difference_of_protocols(results[0][task], found[task])
-            if different and task in tasks:
-                tasks.remove(task)
-                skipped.append(f"{task}: {runs[0].label} and {run.label} were not asked the same ({different})")
-    if not tasks:
+    for task, of_runs in results.items():
+        problem = _asked_otherwise(task, runs, of_runs)
+        if problem:
+            skipped.append(problem)
+        else:
+            alike[task] = of_runs
+    if not alike:
         raise RecipeError(*(f"{line}; evaluate both with the same task, data and --limit" for line in skipped))
-    return {
-        "runs": [_describe(run) for run in runs],
-        "tasks": {task: _task(task, runs, [found[task] for found in results]) for task in tasks},
-        "skipped": skipped,
-    }
+    tasks = {task: _compare_task(task, runs, of_runs) for task, of_runs in alike.items()}
+    return Comparison([_describe(run) for run in runs], tasks, skipped)
 
 
-def difference_of_protocols(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Which parts of two stamps forbid a comparison; empty if none."""
-    return ", ".join(f"other {key}" for key in SAME if a["protocol"].get(key) != b["protocol"].get(key))
-
-
-def _task(task: str, runs: list[Evaluated], results: list[dict[str, Any]]) -> dict[str, Any]:
-    """{score: one entry per run}."""
-    items = [[line["prompt"] for line in run.lines(task)] for run in runs]
-    if any(found != items[0] for found in items):
-        raise ArtefactError(f"{task}: the per-example files do not hold the same items; evaluate again")
-    found: dict[str, Any] = {"items": len(items[0]), "scores": {}}
-    for score in scores_in_common(results):
-        parts = [parts_of(run, task, score) for run in runs]
-        entries = []
-        for result, part in zip(results, parts, strict=True):
-            entry = {"value": result["scores"][score], "interval": result["intervals"][score]}
-            if part is not parts[0]:
-                difference = paired_difference(parts[0], part)
-                entry |= {"difference": difference.value, "difference_interval": [difference.low, difference.high]}
-            entries.append(entry | {"share": score in result["shares"]})
-        found["scores"][score] = entries
+def _results_of_all(runs: list[Evaluated]) -> dict[str, list[TaskResult]]:
+    """The results of each task that all runs have, one per run; tasks as the first report orders them."""
+    found = {}
+    for first in runs[0].report.results:
+        results = [run.result(first.task) for run in runs]
+        present = [result for result in results if result is not None]
+        if len(present) == len(runs):
+            found[first.task] = present
     return found
 
 
-def scores_in_common(results: list[dict[str, Any]]) -> list[str]:
-    """Scores that all results of one task have and that can be compared item by item."""
-    comparable = _comparable(results[0])
-    return [s for s in results[0]["scores"] if s in comparable and all(s in r["scores"] for r in results)]
+def _what_each_has(runs: list[Evaluated]) -> str:
+    parts = []
+    for run in runs:
+        names = ", ".join(result.task for result in run.report.results)
+        parts.append(f"{run.label}: {names}")
+    return "; ".join(parts)
 
 
-def _comparable(result: dict[str, Any]) -> dict[str, Measure]:
-    """The measures of its task that are made of what each line holds."""
-    kind = result["protocol"]["task"]
-    measures = task_class(kind).measures if kind in TASKS else ()
-    return {measure.name: measure for measure in measures if measure.above is not None}
+def _asked_otherwise(task: str, runs: list[Evaluated], results: list[TaskResult]) -> str:
+    """A line on the first run that was not asked what the first of all was; empty if all were."""
+    first = results[0].protocol.asked
+    for run, result in zip(runs[1:], results[1:], strict=True):
+        different = first.differences(result.protocol.asked)
+        if different:
+            return f"{task}: {runs[0].label} and {run.label} were not asked the same ({different})"
+    return ""
 
 
-def parts_of(run: Evaluated, task: str, score: str) -> np.ndarray:
-    """(2, S) numerators and denominators of the score; the samples of one problem are one item."""
-    result = run.result(task)
-    assert result is not None  # who asks has found it there
-    samples = result["protocol"].get("samples", 1)
-    try:
-        parts = parts_of_lines(run.lines(task), _comparable(result)[score], samples)
-        whole = parts.shape[1] * samples == result["count"]
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise ArtefactError(
-            f"{run.folder}: the lines of {task} are not the {result['count']} answers that its report counts, each "
-            f"with its {score}; evaluate again with `remix eval`"
-        )
-    return parts
+def _compare_task(task: str, runs: list[Evaluated], results: list[TaskResult]) -> ComparedTask:
+    items = runs[0].items(task)
+    if any(run.items(task) != items for run in runs):
+        raise ArtefactError(f"{task}: the per-example files do not hold the same items; evaluate again")
+    scores = {name: _compare_score(task, name, runs, results) for name in scores_in_common(results)}
+    return ComparedTask(len(items), scores)
 
 
-def parts_of_lines(lines: list[dict[str, Any]], measure: Measure, samples: int) -> np.ndarray:
-    assert measure.above is not None
-    numerators = [float(line[measure.above]) for line in lines]
-    denominators = [float(line[measure.below]) if measure.below else 1.0 for line in lines]
-    return np.array([numerators, denominators]).reshape(2, -1, samples).sum(-1)
+def _compare_score(task: str, name: str, runs: list[Evaluated], results: list[TaskResult]) -> list[ComparedScore]:
+    """One entry per run."""
+    reference = runs[0].parts(task, name)
+    entries = []
+    for run, result in zip(runs, results, strict=True):
+        score = result.scores[name]
+        difference = None
+        if run is not runs[0]:
+            found = paired_difference(reference, run.parts(task, name), share=score.share)
+            difference = Difference(found.value, found.low, found.high)
+        entries.append(ComparedScore(score.value, score.low, score.high, score.share, difference))
+    return entries
 
 
-def _describe(run: Evaluated) -> dict[str, Any]:
-    parameters = run.summary.get("parameters", {})
-    return {
-        "run": run.label,
-        "method": run.summary.get("method"),
-        "trained_parameters": parameters.get("trained"),
-        "active_parameters": parameters.get("active"),
-        "train_seconds": run.summary.get("seconds"),
-        "train_tokens": run.summary.get("tokens"),
-    }
+def _describe(run: Evaluated) -> ComparedRun:
+    costs = run.costs
+    return ComparedRun(
+        run.label,
+        costs.method,
+        costs.trained_parameters,
+        costs.active_parameters,
+        costs.seconds,
+        costs.tokens,
+    )

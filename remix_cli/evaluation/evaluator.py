@@ -14,57 +14,70 @@ import torch
 import transformers
 
 import remix_cli
-from remix_cli.errors import RecipeError
+from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.evaluation.answers import Lines, open_lines
+from remix_cli.evaluation.report import Evaluation, ModelStamp, Protocol, Report, TaskResult
 from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.schema import labelled
 from remix_cli.runs import LoadedRun
 from remix_cli.sandbox import outside as sandbox
 from remix_cli.storage import write_json
+from remix_cli.stored_json import Damaged, read_object
 from remix_cli.tasks.base import Scorer, Settings
 from remix_cli.tasks.registry import task_class
 
 Progress = Callable[[str, int, int], Any]  # (task, total, done) -> an object with advance(n, value)
 
 
-def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Score `tasks`; write `eval/<name>.json` and `eval/<name>-<task>.jsonl` and return the report.
+def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Progress) -> Evaluation:
+    """Score `tasks`; write `eval/<name>.json` and `eval/<name>-<task>.jsonl`.
 
     Answers that an interrupted evaluation of the same kind has left are not asked for again. Raises RecipeError if
     programs would have to be run and are not allowed, SandboxError if they cannot be confined, DataError.
     """
     check_code(tasks, settings)
     name = report_name(run.which, settings)
+    target = run.folder.evaluations / f"{name}.json"
     with ExitStack() as scope:
         if settings.base:
             scope.enter_context(run.adapter.disabled())
         elif settings.active is not None:
             scope.enter_context(run.adapter.activating(settings.active))
-        target = run.folder.evaluations / f"{name}.json"
-        kept = {r["task"]: r["protocol"]["data"] for r in _earlier(target)[0]}
-        scorers = {}
-        for label, task in zip(result_labels(run.recipe, tasks), tasks, strict=True):
-            scorer = task_class(task.task)(run, task, settings)
-            data = scorer.stamp()["data"]
-            if OTHER_DATA in label and kept.get(label, data) != data:  # another file of the same name
-                label = f"{label}-{data[:6]}"
-            scorers[label] = scorer
+        scorers = _labelled_scorers(run, tasks, settings, target)
         finished: list[Lines] = []
-        results = []
+        results: list[TaskResult] = []
         for label, scorer in scorers.items():
-            stamp = scorer.stamp() | _model(run, settings)
-            lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", stamp))
-            results.append(_score(label, scorer, lines, stamp, progress) | {"task_digest": task_digest(_asked(scorer))})
+            protocol = Protocol(scorer.stamp(), _model_stamp(run, settings))
+            lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", protocol.to_dict()))
+            results.append(_score(label, scorer, lines, protocol, progress))
             finished.append(lines)
-        earlier, notes = _earlier(target)
-        report = {"model": name, "results": results + _of_the_same(earlier, results)}
-        write_json(target, report)
+        earlier, notes = _earlier_results(target)
+        everything = Report(name, results + _others_of_the_model(earlier, results))
+        write_json(target, everything.to_dict())
         for lines in finished:  # only now: until here an interruption must find them
             lines.publish()
-    return report | {"results": results, "file": str(target), "notes": notes}
+    return Evaluation(Report(name, results), target, notes)
 
 
 OTHER_DATA = "@"  # parts a task's name from that of a data set which is not the recipe's
+
+
+def _labelled_scorers(run: LoadedRun, tasks: list[Task], settings: Settings, target: Path) -> dict[str, Scorer]:
+    """A scorer for each task, by what its result is called.
+
+    Where the report already holds a result of that name for another file of the same name, this one's says which
+    rows it is of.
+    """
+    earlier, _ = _earlier_results(target)
+    kept = {result.task: result.protocol.asked.data for result in earlier}
+    scorers = {}
+    for label, task in zip(result_labels(run.recipe, tasks), tasks, strict=True):
+        scorer = task_class(task.task)(run, task, settings)
+        data = scorer.stamp().data
+        if OTHER_DATA in label and kept.get(label, data) != data:
+            label = f"{label}-{data[:6]}"
+        scorers[label] = scorer
+    return scorers
 
 
 def result_labels(recipe: Recipe, tasks: list[Task]) -> list[str]:
@@ -72,78 +85,69 @@ def result_labels(recipe: Recipe, tasks: list[Task]) -> list[str]:
 
     So the score of another data set stands beside the run's own, never in its place.
     """
-    own = labelled(recipe.eval.tasks)
     labels: list[str] = []
     for task in tasks:
-        same = (name for name, known in own if (known.task, known.source) == (task.task, task.source))
-        label = next((name for name in same if name not in labels), None)
-        if label is None:
-            sources = [known.source for _, known in own if known.task == task.task]
-            elsewhere = task.source is not None and task.source not in sources
-            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(task.source.place).stem)[:80] if task.source else ""
-            label = f"{task.task}{OTHER_DATA}{name}" if elsewhere else task.task
+        label = _label_in_recipe(recipe, task, labels) or _label_elsewhere(recipe, task)
         while label in labels:
             label += "-again"
         labels.append(label)
     return labels
 
 
-def _earlier(target: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _label_in_recipe(recipe: Recipe, task: Task, taken: list[str]) -> str | None:
+    """The recipe's label of a task of this kind on the same rows; None if there is none that is not yet taken."""
+    for label, known in labelled(recipe.eval.tasks):
+        if known.task == task.task and known.source == task.source and label not in taken:
+            return label
+    return None
+
+
+def _label_elsewhere(recipe: Recipe, task: Task) -> str:
+    own_sources = [known.source for known in recipe.eval.tasks if known.task == task.task]
+    if task.source is None or task.source in own_sources:
+        return task.task
+    file = Path(task.source.place).stem
+    return f"{task.task}{OTHER_DATA}{re.sub(r'[^A-Za-z0-9_.-]+', '_', file)[:80]}"
+
+
+def _earlier_results(target: Path) -> tuple[list[TaskResult], list[str]]:
     """The results that the report already holds; a line if there is a report that cannot be read."""
     if not os.path.lexists(target):
         return [], []
     try:
-        results = json.loads(target.read_text(encoding="utf-8"))["results"]
-        for r in results:
-            _ = r["task"], r["protocol"]["data"], _weights(r)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Report.from_dict(read_object(target)).results, []
+    except (ArtefactError, Damaged):
         return [], [f"{target}: was damaged, so the scores of other tasks in it are gone; evaluate those again"]
-    return results, []
 
 
-def _weights(result: dict[str, Any]) -> tuple[Any, ...]:
-    """By what weights a result was made."""
-    return result["protocol"]["base_fingerprint"], result["protocol"]["adapter"]
-
-
-def _of_the_same(earlier: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _others_of_the_model(earlier: list[TaskResult], results: list[TaskResult]) -> list[TaskResult]:
     """Earlier results of other tasks by the same model."""
-    labels = {result["task"] for result in results}
-    same, works = _weights(results[0]), results[0]["protocol"]["base_works"]
-    others = [r for r in earlier if r["task"] not in labels and _weights(r) == same]
-    return [r for r in others if r["protocol"].get("base_works", works) == works]  # earlier versions did not say
+    scored_now = {result.task for result in results}
+    model = results[0].protocol.answered_by
+    return [
+        result for result in earlier if result.task not in scored_now and result.protocol.answered_by.same_model(model)
+    ]
 
 
-def _score(label: str, scorer: Scorer, lines: Lines, stamp: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _score(label: str, scorer: Scorer, lines: Lines, protocol: Protocol, progress: Progress) -> TaskResult:
+    """Ask for every item that `lines` does not hold yet, and make the scores of all."""
     begun = time.monotonic()
-    todo = [i for i in range(len(scorer.keys)) if i not in lines.done]
-    bar = progress(label, len(scorer.keys), len(lines.done))
+    count = len(scorer.keys)
+    todo = [item for item in range(count) if item not in lines.done]
+    bar = progress(label, count, len(lines.done))
     with scorer.subject.adapter.unchanging():
-        for i, line in scorer.run(todo):
-            lines.add(i, {"prompt": scorer.keys[i]} | line)
+        for item, line in scorer.run(todo):
+            lines.add(item, {"prompt": scorer.keys[item]} | line)
             bar.advance(1, float(line[scorer.headline]))
-    scores = scorer.scores([lines.done[i] for i in range(len(scorer.keys))])
-    return {
-        "task": label,
-        "count": len(scorer.keys),
-        "scores": {key: score.value for key, score in scores.items()},
-        "intervals": {key: [score.low, score.high] for key, score in scores.items()},
-        "counts": {key: score.count for key, score in scores.items()},
-        "shares": sorted(key for key, score in scores.items() if score.share),
-        "seconds": round(time.monotonic() - begun, 3),
-        "asked": len(todo),
-        "protocol": stamp,
-    }
+    scores = scorer.scores([lines.done[item] for item in range(count)])
+    as_asked = scorer.task.model_copy(update={"limit": scorer.limit})
+    seconds = round(time.monotonic() - begun, 3)
+    return TaskResult(label, count, scores, seconds, len(todo), protocol, task_digest(as_asked))
 
 
 def task_digest(task: Task) -> str:
-    """A hash of the task as the recipe has it, so that a sweep knows whether a result answers it."""
+    """A hash of the task as it is asked, its limit included, so that a sweep knows whether a result answers it."""
     return hashlib.sha256(task.model_dump_json().encode()).hexdigest()[:16]
-
-
-def _asked(scorer: Scorer) -> Task:
-    """The task as it was asked, `--limit` included."""
-    return scorer.task.model_copy(update={"limit": scorer.limit})
 
 
 def check_code(tasks: list[Task], settings: Settings) -> None:
@@ -163,26 +167,33 @@ def report_name(which: str, settings: Settings) -> str:
     """`adapter`, `best`, `base` or `model`, and how it was evaluated if not as usual."""
     if settings.base:
         return "model" if which == "model" else "base"
-    return which + (f"-k{settings.active}" if settings.active else "") + ("-sampled" if settings.sampled else "")
+    name = which
+    if settings.active:
+        name += f"-k{settings.active}"
+    if settings.sampled:
+        name += "-sampled"
+    return name
 
 
-def _model(run: LoadedRun, settings: Settings) -> dict[str, Any]:
+def _model_stamp(run: LoadedRun, settings: Settings) -> ModelStamp:
     config = run.adapter.config
-    rule = f"{'sampled' if settings.sampled else 'top'} {settings.active or config.active} of {config.pool_size}"
-    works = run.identity.base_settings, run.identity.tokenizer_probe
-    routing = f"{rule} by {config.level}" if config.routed and not settings.base else "none"
-    return {
-        "model": run.recipe.model.name_or_path,
-        "base_fingerprint": run.identity.base_fingerprint[:16],
-        "base_works": hashlib.sha256(json.dumps(works, sort_keys=True).encode()).hexdigest()[:16],
-        "adapter": None if settings.base else run.stored.weights_sha256[:16],
-        "method": config.method,
-        "routing": routing,
-        "dtype": run.recipe.model.dtype,
-        "device": run.device.type,
-        "versions": {
+    routing = "none"
+    if config.routed and not settings.base:
+        rule = "sampled" if settings.sampled else "top"
+        routing = f"{rule} {settings.active or config.active} of {config.pool_size} by {config.level}"
+    works = json.dumps((run.identity.base_settings, run.identity.tokenizer_probe), sort_keys=True)
+    return ModelStamp(
+        model=run.recipe.model.name_or_path,
+        base_fingerprint=run.identity.base_fingerprint[:16],
+        base_works=hashlib.sha256(works.encode()).hexdigest()[:16],
+        adapter=None if settings.base else run.stored.weights_sha256[:16],
+        method=config.method,
+        routing=routing,
+        dtype=run.recipe.model.dtype,
+        device=run.device.type,
+        versions={
             "remix": remix_cli.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-    }
+    )

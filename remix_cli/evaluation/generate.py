@@ -1,7 +1,7 @@
 """Batched generation with the KV cache and routed inference: the same text whatever the batch."""
 
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,9 @@ class Decoding:
 
 def check_fits(subject: Subject, task: Task, texts: Sequence[Sized], new: int = 0) -> None:
     """Raises DataError for token ids of a task that, with `new` ones of an answer, the model cannot read at once."""
-    limit, front = longest_input(subject.model), subject.recipe.virtual_tokens
-    longest = max(map(len, texts), default=0)
+    limit = longest_input(subject.model)
+    front = subject.recipe.virtual_tokens
+    longest = max((len(text) for text in texts), default=0)
     if limit is None or front + longest + new <= limit:
         return
     also = f" and {front} virtual tokens" if front else ""
@@ -70,34 +71,36 @@ def generate(
 
 def _generate(prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding) -> list[str]:
     answers = continue_ids(prompts, keys, subject, decoding)
-    return [_after(subject.tokenizer, p, new) for p, new in zip(prompts, answers, strict=True)]
+    return [text_after(subject.tokenizer, prompt, new) for prompt, new in zip(prompts, answers, strict=True)]
 
 
 def continue_ids(
     prompts: list[list[int]], keys: list[int], subject: Subject, decoding: Decoding, streamer: Any = None
 ) -> list[list[int]]:
     """New tokens of each prompt, padded to one length; a `streamer` of transformers sees those of a single one."""
-    model, tokenizer, adapter, device = subject.model, subject.tokenizer, subject.adapter, subject.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    length = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-    rows = torch.tensor(keys, device=device)
+    model, tokenizer = subject.model, subject.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, mask = _pad_left(prompts, pad, subject.device)  # (B, T)
+    length = ids.shape[1]
+    rows = torch.tensor(keys, device=subject.device)
     options: dict[str, Any] = {}
     if decoding.temperature > 0:
         options["logits_processor"] = [_Sampling(decoding.seed, rows, length, decoding.temperature)]
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
-    eager = torch.compiler.set_stance("force_eager")  # the cache grows with every token
-    cache: Any = None
+    cache = None
     if decoding.selection_seed is None:  # selections that are drawn anew for every token cannot be replayed
         cache = fixed_cache(model, len(prompts), length + decoding.max_new_tokens)
-    replayed: Any = nullcontext()
     if cache is not None:
-        replayed = graphed(model, cache)
         options[name_of_cache(model)] = cache
-    routing = _routing(subject, mask, rows, decoding.selection_seed)
-    with eager, torch.no_grad(), adapter.unchanging(), routing, replayed, no_word_of_positions():
+    with ExitStack() as scope:
+        scope.enter_context(torch.compiler.set_stance("force_eager"))  # the cache grows with every token
+        scope.enter_context(torch.no_grad())
+        scope.enter_context(subject.adapter.unchanging())
+        scope.enter_context(_routing(subject, mask, rows, decoding.selection_seed))
+        if cache is not None:
+            scope.enter_context(graphed(model, cache))
+        scope.enter_context(no_word_of_positions())
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -115,13 +118,28 @@ def continue_ids(
     return out[:, length:].tolist()
 
 
-def _after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+def _pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), and a mask (B, T) that is 1 where a prompt stands."""
+    length = max(len(prompt) for prompt in prompts)
+    ids, mask = [], []
+    for prompt in prompts:
+        missing = length - len(prompt)
+        ids.append([pad] * missing + prompt)
+        mask.append([0] * missing + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """The new tokens' text as it follows the prompt: alone, some tokenizers would drop its leading space."""
-    before, alone, together = (
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids in (prompt[-8:], new, prompt[-8:] + new)
-    )
-    return together[len(before) :] if together.startswith(before) else alone
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    end = prompt[-8:]
+    before, together = text(end), text(end + new)
+    if together.startswith(before):
+        return together[len(before) :]
+    return text(new)
 
 
 TOKENS = 1 << 40  # keeps the draws of tokens apart from those of selections, which fold in positions
@@ -165,7 +183,7 @@ def _draw(adapter: Adapter, trace: Trace, mask: Tensor, rows: Tensor, seed: int)
     keys = fold(torch.full_like(rows, seed), rows).unsqueeze(-1)
     positions = mask.cumsum(-1) - 1
 
-    def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(_: Any, args: tuple, kwargs: Mapping[str, Tensor]) -> None:
         nonlocal positions
         length = kwargs["input_ids"].shape[1]  # the prompt, then one token at a time
         trace.noise = gumbel_noise(fold(keys, positions[:, :length]), len(adapter.routers), adapter.config.pool_size)
@@ -176,5 +194,10 @@ def _draw(adapter: Adapter, trace: Trace, mask: Tensor, rows: Tensor, seed: int)
 
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end token and whatever else the model's own settings stop at."""
+    stops = {tokenizer.eos_token_id}
     more = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})
+    if isinstance(more, int):
+        stops.add(more)
+    elif more:
+        stops.update(more)
+    return sorted(stops)

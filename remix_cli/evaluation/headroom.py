@@ -12,6 +12,7 @@ The loss under the top k is compared, row by row, with the loss under other choi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,23 @@ from torch import Tensor
 from remix_cli.core import routing
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import Batch, collate
-from remix_cli.data.chunks import in_chunks
+from remix_cli.data.chunks import in_chunks, start_size
 from remix_cli.data.encode import EncodedRow
+from remix_cli.errors import RecipeError
 from remix_cli.evaluation.statistics import Score, paired_difference, ratio
 from remix_cli.models import batch_losses
-from remix_cli.runs import LoadedRun
+from remix_cli.runs import LoadedRun, load_run
+from remix_cli.storage import write_json
+from remix_cli.stored_json import check_kinds
 
 DRAWS = 8
 ROWS = 256  # looked at by default
 FORCED = 1e6  # on top of a logit, it decides the choice
 PASSES = 3 + 2 * DRAWS
+
+# Two of the choices, by which the verdict goes.
+SHUFFLED = "another token's set"
+BEST_TOGETHER = f"best of {DRAWS} draws, all blocks"
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,68 @@ class Choice:
     name: str
     loss: Score
     difference: Score | None  # None for the top k itself
+
+    def to_dict(self) -> dict[str, Any]:
+        difference = None if self.difference is None else _score_document(self.difference)
+        return {"choice": self.name, "loss": _score_document(self.loss), "difference": difference}
+
+    @classmethod
+    def from_dict(cls, document: Any, rows: int) -> "Choice":
+        found = check_kinds(document, {"choice": str, "loss": dict, "difference": dict | None})
+        difference = found["difference"]
+        if difference is not None:
+            difference = _read_score(difference, rows)
+        return cls(found["choice"], _read_score(found["loss"], rows), difference)
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What `remix route-stats --headroom` finds on `rows` rows: every choice, the top k first."""
+
+    rows: int
+    choices: list[Choice]
+
+    @property
+    def verdict(self) -> str:
+        """What the figures mean, in words."""
+        shuffled, best = self._difference(SHUFFLED), self._difference(BEST_TOGETHER)
+        if shuffled.low > 0:
+            carries = (
+                f"Which LoRAs serve which token matters here: with sets shuffled among tokens the loss is "
+                f"{shuffled.value:.4f} higher ({shuffled.low:.4f} to {shuffled.high:.4f})."
+            )
+        else:
+            carries = (
+                "Which LoRAs serve which token makes no clear difference here: one LoRA of rank k r would do as well."
+            )
+        left = (
+            f"The best of {DRAWS} draws for each row, picked with its answer in sight, gains {-best.value:.4f}: no "
+            "router that has not seen the answers will gain as much by choosing among such draws."
+        )
+        return f"{carries} {left}"
+
+    def _difference(self, name: str) -> Score:
+        (difference,) = (choice.difference for choice in self.choices if choice.name == name)
+        assert difference is not None
+        return difference
+
+    def to_dict(self) -> dict[str, Any]:
+        choices = [choice.to_dict() for choice in self.choices]
+        return {"verdict": self.verdict, "rows": self.rows, "draws": DRAWS, "choices": choices}
+
+    @classmethod
+    def from_dict(cls, document: Any) -> "Headroom":
+        found = check_kinds(document, {"rows": int, "choices": list})
+        return cls(found["rows"], [Choice.from_dict(choice, found["rows"]) for choice in found["choices"]])
+
+
+def _score_document(score: Score) -> dict[str, float]:
+    return {"value": score.value, "low": score.low, "high": score.high}
+
+
+def _read_score(document: Any, rows: int) -> Score:
+    found = check_kinds(document, {"value": int | float, "low": int | float, "high": int | float})
+    return Score(found["value"], found["low"], found["high"], rows, share=False)
 
 
 @dataclass(frozen=True)
@@ -59,8 +129,11 @@ class Sets:
         return self.masks[picked.to(self.masks.device)].unflatten(0, shape)
 
 
-def headroom(run: LoadedRun, rows: list[EncodedRow], batch_size: int, advance: Callable[[int], None]) -> list[Choice]:
-    """Every choice on `rows`, the top k first. For adapters that sample; `advance` hears of rows done, PASSES each."""
+Noise = Callable[[Batch, tuple[int, int], Tensor], Tensor]  # batch, (B, T or 1), row ids -> (L, B, T or 1, n)
+
+
+def headroom(run: LoadedRun, rows: list[EncodedRow], batch_size: int, advance: Callable[[int], None]) -> Headroom:
+    """Every choice on `rows`. For adapters that sample; `advance` hears of rows done, PASSES each."""
     adapter, seed = run.adapter, run.recipe.seed
     tokens = np.array([int(row.supervised[1:].sum()) for row in rows], dtype=float)
     nats, sets = _top(run, rows, batch_size, advance)
@@ -73,56 +146,58 @@ def headroom(run: LoadedRun, rows: list[EncodedRow], batch_size: int, advance: C
     def shuffled(batch: Batch, shape: tuple[int, int], ids: Tensor) -> Tensor:
         return torch.stack([s.drawn(shape, generator) for s in sets]) * FORCED
 
-    def drawn(draw: int) -> Callable[[Batch, tuple[int, int], Tensor], Tensor]:
+    def drawn(draw: int) -> Noise:
         return lambda batch, shape, ids: adapter.noise((seed, draw), ids, batch.input_ids.shape[1])
 
-    def drawn_in_one(draw: int) -> Callable[[Batch, tuple[int, int], Tensor], Tensor]:
+    def drawn_in_one(draw: int) -> Noise:
         """Each row draws in a block of its own, all blocks alike often, and takes the top k elsewhere."""
 
         def noise(batch: Batch, shape: tuple[int, int], ids: Tensor) -> Tensor:
-            own = torch.arange(blocks, device=ids.device)[:, None] == (ids % blocks)
+            own = torch.arange(blocks, device=ids.device)[:, None] == (ids % blocks)  # (L, B)
             return drawn(draw)(batch, shape, ids) * own[:, :, None, None]
 
         return noise
 
-    def losses(noise: Callable[[Batch, tuple[int, int], Tensor], Tensor]) -> np.ndarray:
+    def losses(noise: Noise) -> np.ndarray:
         return _losses(run, rows, batch_size, advance, noise)
 
     together = np.stack([losses(drawn(draw)) for draw in range(DRAWS)])  # (DRAWS, rows)
     in_one = np.stack([losses(drawn_in_one(draw)) for draw in range(DRAWS)])
-    found = {
-        "the top k": nats,
+    others = {
         "one set for all tokens": losses(commonest),
-        "another token's set": losses(shuffled),
+        SHUFFLED: losses(shuffled),
         "drawn, mean": together.mean(0),
-        f"best of {DRAWS} draws, all blocks": np.minimum(together.min(0), nats),
+        BEST_TOGETHER: np.minimum(together.min(0), nats),
         f"best of {DRAWS} draws, one block": np.minimum(in_one.min(0), nats),
     }
-    choices = []
-    for name, values in found.items():
-        difference = None if values is nats else paired_difference(np.stack([nats, tokens]), np.stack([values, tokens]))
+    top = np.stack([nats, tokens])
+    choices = [Choice("the top k", ratio(nats, tokens, share=False), None)]
+    for name, values in others.items():
+        difference = paired_difference(top, np.stack([values, tokens]), share=False)
         choices.append(Choice(name, ratio(values, tokens, share=False), difference))
-    return choices
+    return Headroom(len(rows), choices)
 
 
-def headroom_verdict(choices: list[Choice]) -> str:
-    """What the figures mean, in words."""
-    by_name = {choice.name: choice.difference for choice in choices}
-    shuffled, best = by_name["another token's set"], by_name[f"best of {DRAWS} draws, all blocks"]
-    assert shuffled is not None
-    assert best is not None
-    if shuffled.low > 0:
-        carries = (
-            f"Which LoRAs serve which token matters here: with sets shuffled among tokens the loss is "
-            f"{shuffled.value:.4f} higher ({shuffled.low:.4f} to {shuffled.high:.4f})."
-        )
-    else:
-        carries = "Which LoRAs serve which token makes no clear difference here: one LoRA of rank k r would do as well."
-    left = (
-        f"The best of {DRAWS} draws for each row, picked with its answer in sight, gains {-best.value:.4f}: no router "
-        "that has not seen the answers will gain as much by choosing among such draws."
-    )
-    return f"{carries} {left}"
+def measure_headroom(
+    path: Path,
+    data: str | None,
+    limit: int | None,
+    *,
+    best: bool = False,
+    any_base: bool = False,
+    progress: Callable[[str, int], Any],
+) -> Headroom:
+    """Of the run at `path`, on its held-out rows or those of the file `data`, at most `limit` (None: ROWS). Written to
+    the run's folder. Raises RecipeError for a run that chooses nothing, DataError, ArtefactError."""
+    run = load_run(path, best=best, any_base=any_base)
+    config = run.adapter.config
+    if not config.samples:
+        raise RecipeError(f"{path}: {config.method}, {config.active} of {config.pool_size}: no choice to compare with")
+    rows = run.rows_to_look_at(data, limit or ROWS)
+    size = start_size(run.recipe.eval.batch_size, run.device)
+    found = headroom(run, rows, size, progress("headroom", PASSES * len(rows)).advance)
+    write_json(run.folder.statistics / f"headroom-{run.which}.json", found.to_dict())
+    return found
 
 
 @torch.no_grad()
@@ -162,9 +237,9 @@ def _losses(
     rows: list[EncodedRow],
     batch_size: int,
     advance: Callable[[int], None],
-    noise: Callable[[Batch, tuple[int, int], Tensor], Tensor],
+    noise: Noise,
 ) -> np.ndarray:
-    """Each row's nats when `noise(batch, (B, T or 1), row ids)` (L, B, T or 1, n) is added to the logits."""
+    """Each row's nats when the noise is added to the logits."""
     by_sequence = run.adapter.config.level == "sequence"
 
     def work(chunk: list[int]) -> list[float]:
@@ -179,11 +254,3 @@ def _losses(
         nats[chunk] = losses
         advance(len(chunk))
     return nats
-
-
-def headroom_document(choices: list[Choice], rows: int) -> dict[str, Any]:
-    def score(one: Score | None) -> dict[str, float] | None:
-        return None if one is None else {"value": one.value, "low": one.low, "high": one.high}
-
-    listed = [{"choice": c.name, "loss": score(c.loss), "difference": score(c.difference)} for c in choices]
-    return {"verdict": headroom_verdict(choices), "rows": rows, "draws": DRAWS, "choices": listed}

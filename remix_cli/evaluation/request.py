@@ -1,8 +1,10 @@
 """What the flags of `remix eval` ask for, as tasks of a recipe."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from remix_cli.core.config import AdapterConfig
 from remix_cli.data.formats.registry import FORMATS
@@ -11,67 +13,79 @@ from remix_cli.recipe import Recipe, Source, Task
 from remix_cli.recipe.schema import OF_ANSWERS
 from remix_cli.tasks.registry import TASKS, task_class
 
+Changes = Mapping[str, float | None]  # of a task's keys by flags; None where the flag was not given
+
 
 def requested_tasks(
     recipe: Recipe,
     names: list[str] | None,
     data: str | None,
-    changes: dict[str, Any],
+    changes: Changes,
     shots_from: str | None,
     data_format: str | None = None,
 ) -> list[Task]:
     """The recipe's tasks, or those named, as the flags change them. Raises RecipeError."""
     if data_format is not None and (data is None or data_format not in FORMATS):
         raise RecipeError(f"--data-format: {data_format!r}: with --data, one of {', '.join(FORMATS)}")
-    unknown = [name for name in names or [] if name not in TASKS]
-    if unknown:
-        raise RecipeError(f"--task: {unknown[0]!r} is not a task; use {', '.join(TASKS)}")
-    tasks = list(recipe.eval.tasks)
-    if names:
-        tasks = [task for name in names for task in _of_kind(recipe, name)]
-    changed = {key: value for key, value in changes.items() if value is not None}
-    if shots_from is not None and not any(changed.get("shots", task.shots) for task in tasks):
+    tasks = _named_tasks(recipe, names)
+    given = {key: value for key, value in changes.items() if value is not None}
+    if shots_from is not None and not any(given.get("shots", task.shots) for task in tasks):
         raise RecipeError("--shots-from: say with --shots how many solved examples to take from it")
     generating = any(task_class(task.task).generates for task in tasks)
     made: list[Task] = []
     for task in tasks:
         task = override_source(recipe, task, data)
         if data_format is not None and task.source is not None:
-            task = task.model_copy(update={"source": task.source.model_copy(update={"format": data_format})})
-        update = dict(changed)
-        kind = task_class(task.task)
-        if generating and not kind.generates:  # the flags are for the others
-            update = {key: value for key, value in update.items() if key not in OF_ANSWERS}
+            source = task.source.model_copy(update={"format": data_format})
+            task = task.model_copy(update={"source": source})
+        update: dict[str, Any] = dict(given)
+        if generating and not task_class(task.task).generates:  # the flags are for the others
+            for key in OF_ANSWERS:
+                update.pop(key, None)
         if shots_from is not None:
-            example = task.source or Source(path=shots_from, **_row_format(task))
+            example = task.source or _source_of(task, shots_from)
             update["shots_from"] = example.at(shots_from)
         try:
             asked = Task(**(dict(task) | update))
         except ValidationError as error:
-            raise RecipeError(*(_flag(e["msg"], e.get("ctx", {})) for e in error.errors())) from None
+            raise RecipeError(*(_in_flags(problem) for problem in error.errors())) from None
         if asked not in made:  # two tasks of a kind may be the same on one file
             made.append(asked)
     return made
 
 
-def _of_kind(recipe: Recipe, name: str) -> list[Task]:
-    """The recipe's tasks of this kind, all of them; else the kind with its defaults."""
-    return [task for task in recipe.eval.tasks if task.task == name] or [Task(task=name)]
+def _named_tasks(recipe: Recipe, names: list[str] | None) -> list[Task]:
+    """Of each name all tasks that the recipe has of that kind, else the kind with its defaults; without names the
+    recipe's. Raises RecipeError for a name that is none."""
+    if not names:
+        return list(recipe.eval.tasks)
+    for name in names:
+        if name not in TASKS:
+            raise RecipeError(f"--task: {name!r} is not a task; use {', '.join(TASKS)}")
+    tasks = []
+    for name in names:
+        of_kind = [task for task in recipe.eval.tasks if task.task == name]
+        tasks += of_kind or [Task(task=name)]
+    return tasks
 
 
-def _flag(message: str, context: dict[str, Any]) -> str:
-    """A problem of a task that the flags made."""
-    if "below" in context:  # else only a format can have been given that the task does not read
-        key = context["below"][-1]
-        return f"--{key.replace('_', '-') if key in OF_ANSWERS else 'data-format'}: {message}"
-    return f"--{message.removeprefix('Value error, ')}"
+def _in_flags(problem: ErrorDetails) -> str:
+    """A problem of a task that the flags made, in their names."""
+    message = problem["msg"]
+    below = problem.get("ctx", {}).get("below")
+    if below is None:
+        return f"--{message.removeprefix('Value error, ')}"
+    key = below[-1]
+    if key not in OF_ANSWERS:  # only a format can have been given that the task does not read
+        return f"--data-format: {message}"
+    return f"--{key.replace('_', '-')}: {message}"
 
 
-def refuse_flags_of_an_adapter(flags: dict[str, Any], reason: str) -> None:
+def refuse_flags_of_an_adapter(flags: Mapping[str, object], reason: str) -> None:
     """Raises RecipeError if one of `flags` is given."""
-    given = next((flag for flag, value in flags.items() if value), None)
-    if given:
-        raise RecipeError(f"{given}: is of an adapter, and {reason}")
+    for flag, value in flags.items():
+        if value:
+            raise RecipeError(f"{flag}: is of an adapter, and {reason}")
 
 
 def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> list[int | None]:
@@ -81,29 +95,34 @@ def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> 
             f"--selection sample and --active are for adapters that choose k of n LoRAs; this is {config.method}, "
             f"{config.active} of {config.pool_size}"
         )
-    pool_size = config.pool_size
     if text is None:
         return [None]
+    pool_size = config.pool_size
     try:
-        many: list[int | None] = [int(part) for part in text.split(",")]
+        many = [int(part) for part in text.split(",")]
     except ValueError:
-        many = [0]
-    if not all(k is not None and 1 <= k <= pool_size for k in many):
+        many = []
+    if not many or min(many) < 1 or max(many) > pool_size:
         raise RecipeError(f"--active: {text!r}: give numbers between 1 and {pool_size}, for example 1,2,4")
-    return many
+    return list(many)
 
 
 def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
     """The task on another file: in the task's own format, or for `nll` in that of the recipe's first source."""
     if path is None:
         return task
-    default = recipe.data.train[0] if task_class(task.task).any_rows else Source(path=path, **_row_format(task))
-    return task.model_copy(update={"source": (task.source or default).at(path)})
+    source = task.source
+    if source is None:
+        source = recipe.data.train[0] if task_class(task.task).any_rows else _source_of(task, path)
+    return task.model_copy(update={"source": source.at(path)})
 
 
-def _row_format(task: Task) -> dict[str, Any]:
+def _source_of(task: Task, path: str) -> Source:
+    """The file in the format of the task's rows, where it declares one."""
     row_format = task_class(task.task).row_format
-    return {} if row_format is None else {"format": row_format}
+    if row_format is None:
+        return Source(path=path)
+    return Source.model_validate({"path": path, "format": row_format})
 
 
 def all_bring_rows(names: list[str]) -> bool:

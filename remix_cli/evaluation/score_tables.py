@@ -1,97 +1,98 @@
 """Rich tables of evaluations and comparisons, made for 80 columns and for reading without colour."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
+
+from remix_cli.evaluation.compare import ComparedScore, Comparison
+from remix_cli.evaluation.report import Report
+
+if TYPE_CHECKING:  # torch comes with it
+    from remix_cli.evaluation.headroom import Headroom
 
 NAMES = {"base": "The base model", "best": "The best adapter", "adapter": "The last adapter", "model": "The model"}
 
 
-def eval_table(report: dict[str, Any]) -> Table:
-    name, *how = report["model"].split("-", 1)
-    title = NAMES.get(name, name) + (f" ({how[0]})" if how else "")
+def eval_table(report: Report) -> Table:
+    name, dash, how = report.model.partition("-")
+    title = NAMES.get(name, name)
+    if dash:
+        title += f" ({how})"
     table = plain_table(title)
     for column in ("task", "score"):
         table.add_column(column)
     for column in ("value", "95 % interval", "rows"):
         table.add_column(column, justify="right")
-    for result in report["results"]:
-        for score, value in result["scores"].items():
-            share = score in result["shares"]
-            low, high = result["intervals"][score]
-            interval = f"{number(low, share)} to {number(high, share)}"
-            unit = " %" if share else ""
-            table.add_row(result["task"], score, number(value, share) + unit, interval, str(result["counts"][score]))
+    for result in report.results:
+        for name, score in result.scores.items():
+            interval = f"{number(score.low, score.share)} to {number(score.high, score.share)}"
+            table.add_row(result.task, name, with_unit(score.value, score.share), interval, str(score.count))
     return table
 
 
-def eval_stamp(report: dict[str, Any]) -> str:
+def eval_stamp(report: Report) -> str:
     """One line per task: what was asked, how, and of what; the whole stamp is in the report."""
     lines = []
-    for result in report["results"]:
-        p = result["protocol"]
-        chat = p.get("protocol") or ("chat template" if p["chat_template"] else "plain text")
+    for result in report.results:
+        asked = result.protocol.asked
+        shown_as = "chat template" if asked.chat_template else "plain text"
         lines.append(
-            f"{result['task']}: {p['decoding']}, {p['shots']} shots, {chat}, data {p['data'][:8]}, "
-            f"prompts {p['prompts'][:8]}"
+            f"{result.task}: {asked.decoding}, {asked.shots} shots, {asked.protocol or shown_as}, "
+            f"data {asked.data[:8]}, prompts {asked.prompts[:8]}"
         )
-    p = report["results"][0]["protocol"]
-    adapter = f", adapter {p['adapter'][:8]}" if p["adapter"] else ""
-    lines.append(f"{p['model']}, {p['dtype']}, {p['device']}, routing: {p['routing']}{adapter}")
+    model = report.results[0].protocol.answered_by
+    adapter = f", adapter {model.adapter[:8]}" if model.adapter else ""
+    lines.append(f"{model.model}, {model.dtype}, {model.device}, routing: {model.routing}{adapter}")
     return "\n".join(lines)
 
 
-def comparison_tables(found: dict[str, Any]) -> list[Table]:
+def comparison_tables(comparison: Comparison) -> list[Table]:
     """One table of the runs, one of the scores; differences are paired, from the first run."""
     runs = plain_table("Runs")
     for column in ("run", "trained", "active", "training", "tokens"):
         runs.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    for run in found["runs"]:
-        seconds = run["train_seconds"]
+    for run in comparison.runs:
         runs.add_row(
-            run["run"],
-            _count(run["trained_parameters"]),
-            _count(run["active_parameters"]),
-            "-" if seconds is None else f"{seconds:,.0f} s",
-            _count(run["train_tokens"]),
+            run.run,
+            _count(run.trained_parameters),
+            _count(run.active_parameters),
+            "-" if run.train_seconds is None else f"{run.train_seconds:,.0f} s",
+            _count(run.train_tokens),
         )
     scores = plain_table("Scores, and paired differences from the first (95 % intervals over the items)")
     for column in ("task", "score", "run", "value", "difference", "interval"):
         scores.add_column(column, justify="left" if column in ("task", "score", "run") else "right", overflow="fold")
-    for task, result in found["tasks"].items():
-        for score, entries in result["scores"].items():
-            for run, entry in zip(found["runs"], entries, strict=True):
-                share = entry["share"]
-                difference, interval = "", ""
-                if "difference" in entry:
-                    low, high = entry["difference_interval"]
-                    difference = number(entry["difference"], share, sign=True)
-                    interval = f"{number(low, share, sign=True)} to {number(high, share, sign=True)}"
-                first = entry is entries[0]
-                unit = " %" if share else ""
-                scores.add_row(
-                    f"{task} ({result['items']})" if first else "",
-                    score if first else "",
-                    run["run"],
-                    number(entry["value"], share) + unit,
-                    difference,
-                    interval,
-                )
+    for task, compared in comparison.tasks.items():
+        for name, entries in compared.scores.items():
+            heading = [f"{task} ({compared.items})", name]
+            for run, entry in zip(comparison.runs, entries, strict=True):
+                scores.add_row(*heading, run.run, with_unit(entry.value, entry.share), *_difference_cells(entry))
+                heading = ["", ""]
     return [runs, scores]
 
 
-def headroom_table(document: dict[str, Any]) -> Table:
-    """The losses of a headroom report, and how far each is from the top k's."""
-    table = plain_table(f"Held-out loss by how the LoRAs are chosen ({document['rows']} rows, nats a token)")
+def _difference_cells(entry: ComparedScore) -> tuple[str, str]:
+    """A difference from the first run, and its interval; empty for that run itself."""
+    difference = entry.difference
+    if difference is None:
+        return "", ""
+    low = number(difference.low, entry.share, sign=True)
+    high = number(difference.high, entry.share, sign=True)
+    return number(difference.value, entry.share, sign=True), f"{low} to {high}"
+
+
+def headroom_table(found: "Headroom") -> Table:
+    """The losses by choice, and how far each is from the top k's."""
+    table = plain_table(f"Held-out loss by how the LoRAs are chosen ({found.rows} rows, nats a token)")
     for column in ("choice", "loss", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column == "choice" else "right")
-    for row in document["choices"]:
-        difference, interval = "", ""
-        if row["difference"] is not None:
-            value, low, high = (row["difference"][key] for key in ("value", "low", "high"))
-            difference = number(value, share=False, sign=True)
-            interval = f"{number(low, share=False, sign=True)} to {number(high, share=False, sign=True)}"
-        table.add_row(row["choice"], number(row["loss"]["value"], share=False), difference, interval)
+    for choice in found.choices:
+        cells = ["", ""]
+        if choice.difference is not None:
+            low = number(choice.difference.low, share=False, sign=True)
+            high = number(choice.difference.high, share=False, sign=True)
+            cells = [number(choice.difference.value, share=False, sign=True), f"{low} to {high}"]
+        table.add_row(choice.name, number(choice.loss.value, share=False), *cells)
     return table
 
 
@@ -100,7 +101,16 @@ def plain_table(title: str) -> Table:
 
 
 def number(value: float, share: bool, sign: bool = False) -> str:
-    return f"{100 * value:{'+' if sign else ''}.2f}" if share else f"{value:{'+' if sign else ''}.4f}"
+    """A share in per cent, anything else to four places; `sign`: with a plus if there is no minus."""
+    plus = "+" if sign else ""
+    if share:
+        return f"{100 * value:{plus}.2f}"
+    return f"{value:{plus}.4f}"
+
+
+def with_unit(value: float, share: bool) -> str:
+    unit = " %" if share else ""
+    return number(value, share) + unit
 
 
 def _count(number: int | None) -> str:

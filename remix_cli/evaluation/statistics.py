@@ -46,12 +46,12 @@ def mean(values: np.ndarray) -> Score:
     return ratio(values, np.ones_like(values), share=True)
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray) -> Score:
+def paired_difference(first: np.ndarray, second: np.ndarray, *, share: bool) -> Score:
     """Second minus first, each (2, S): numerators and denominators of the same S items; bootstrap over the items."""
     a, b = np.split(_resampled(np.concatenate([first, second])), 2)
     low, high = np.quantile(b[0] / b[1] - a[0] / a[1], [0.025, 0.975])
     value = second[0].sum() / second[1].sum() - first[0].sum() / first[1].sum()
-    return Score(float(value), float(low), float(high), first.shape[1])
+    return Score(float(value), float(low), float(high), first.shape[1], share)
 
 
 def _resampled(rows: np.ndarray) -> np.ndarray:

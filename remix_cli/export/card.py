@@ -3,12 +3,11 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 import remix_cli
-from remix_cli.folders import read_report
+from remix_cli.evaluation.report import read_report
 from remix_cli.methods.registry import method_named
 from remix_cli.runs import LoadedRun
 
@@ -129,21 +128,18 @@ def _scores(run: LoadedRun) -> list[str]:
     file = run.folder.evaluations / f"{run.which}.json"
     if not file.is_file():
         return []
-    results = read_report(file)["results"]
     rows = [
         "## Scores of the routed model",
         "",
         "| task | score | value | 95 % interval | rows | protocol |",
         "|---|---|---|---|---|---|",
     ]
-    for result in results:
-        p: dict[str, Any] = result["protocol"]
-        how = f"{p['decoding']}, {p['shots']} shots, data {p['data'][:8]}, prompts {p['prompts'][:8]}"
-        for score, value in result["scores"].items():
-            low, high = result["intervals"][score]
-            rows.append(
-                f"| {result['task']} | {score} | {value:.4f} | {low:.4f} to {high:.4f} | {result['count']} | {how} |"
-            )
+    for result in read_report(file).results:
+        asked = result.protocol.asked
+        how = f"{asked.decoding}, {asked.shots} shots, data {asked.data[:8]}, prompts {asked.prompts[:8]}"
+        for name, score in result.scores.items():
+            interval = f"{score.low:.4f} to {score.high:.4f}"
+            rows.append(f"| {result.task} | {name} | {score.value:.4f} | {interval} | {result.count} | {how} |")
     return ["\n".join(rows)]
 
 

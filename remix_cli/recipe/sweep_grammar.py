@@ -24,6 +24,7 @@ from remix_cli.recipe.schema import Recipe
 from remix_cli.recipe.sources import Positive, Seed, Strict
 
 RANGE = "log_uniform"
+Setting = dict[str, Any]  # dotted keys and their values
 
 
 class SweepGroup(Strict):
@@ -48,7 +49,7 @@ class Point:
     """One run of a sweep."""
 
     arm: str
-    setting: dict[str, Any]  # the values of this arm's axes
+    setting: Setting  # the values of this arm's axes
     seed: int
     recipe: Recipe
 
@@ -273,7 +274,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.") or "run"
 
 
-def describe(setting: dict[str, Any]) -> str:
+def describe(setting: Setting) -> str:
     """`learning_rate=0.003, rank=8`; empty for an arm without axes. Whole keys where two end alike."""
     ends = [dotted.rpartition(".")[2] for dotted in setting]
     names = [end if ends.count(end) == 1 else dotted for end, dotted in zip(ends, setting, strict=True)]
@@ -284,6 +285,6 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
-def _name(setting: dict[str, Any]) -> str:
+def _name(setting: Setting) -> str:
     text = slug(describe(setting)) if setting else ""
     return f"{text[:100]}-" if text else ""

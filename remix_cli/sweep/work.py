@@ -44,24 +44,6 @@ class Failure:
     exit_code: int
     cause: Cause = Cause.OTHER
 
-    @classmethod
-    def of(cls, error: Exception) -> "Failure":
-        """Its line begins with the cause where that is a known one."""
-        line = f"{type(error).__name__}: {error}"
-        exit_code = 1
-        cause = Cause.OTHER
-        if is_out_of_memory(error):
-            exit_code = 2
-            cause = Cause.NO_MEMORY
-        if isinstance(error, RemixError):
-            line = "; ".join(error.problems)
-            exit_code = error.exit_code
-        if isinstance(error, DivergedError):
-            cause = Cause.DIVERGED
-        if cause is not Cause.OTHER and not line.startswith(cause.value):
-            line = f"{cause.value}: {line}"
-        return cls(" ".join(line.split())[:300], exit_code, cause)
-
 
 def set_up(devices: Any, threads: int, ended: Any) -> None:
     """Give this process a GPU of its own, if there are several, and its share of the cores.
@@ -185,12 +167,29 @@ def _check_ended() -> None:
 
 
 def _told(error: Exception, console: Console) -> Failure:
-    """The failure, which the log says, too."""
-    if not isinstance(error, RemixError):
+    """The failure, which the log says in full. Its line begins with the cause where that is a known one."""
+    line = f"{type(error).__name__}: {error}"
+    exit_code = 1
+    if is_out_of_memory(error):
+        exit_code = 2
+    if isinstance(error, RemixError):
+        line = "; ".join(error.problems)
+        exit_code = error.exit_code
+    else:
         console.print_exception()
-    failure = Failure.of(error)
-    console.print(f"error: {failure.line}", highlight=False, soft_wrap=True)
-    return failure
+    cause = _cause_of(error)
+    if cause is not Cause.OTHER and not line.startswith(cause.value):
+        line = f"{cause.value}: {line}"
+    console.print(f"error: {line}", highlight=False, soft_wrap=True)
+    return Failure(" ".join(line.split())[:300], exit_code, cause)
+
+
+def _cause_of(error: Exception) -> Cause:
+    if isinstance(error, DivergedError):
+        return Cause.DIVERGED
+    if is_out_of_memory(error):
+        return Cause.NO_MEMORY
+    return Cause.OTHER
 
 
 def _let_go() -> None:

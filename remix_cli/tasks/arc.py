@@ -6,13 +6,13 @@ lm-evaluation-harness scores `arc_challenge` (acc and acc_norm).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from remix_cli.data.formats import RowError, to_example
 from remix_cli.data.formats.arc import arc_options
 from remix_cli.errors import DataError
-from remix_cli.tasks.base import Line, Measure, Scorer, key_of
+from remix_cli.tasks.base import Line, Measure, Scorer, TaskStamp, key_of
 
 if TYPE_CHECKING:
     from remix_cli.data.encode import EncodedRow, Encoder
@@ -69,9 +69,9 @@ class Arc(Scorer):
             raise DataError("eval task arc: which questions? give the task a source, or --data FILE")
         return source.model_copy(update={"format": "arc"})
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> TaskStamp:
         letter = "chat template" if self.encoder.chat else "plain text"
-        return super().stamp() | {"protocol": f"letter in the {letter}, text after a plain 'Answer:'"}
+        return replace(super().stamp(), protocol=f"letter in the {letter}, text after a plain 'Answer:'")
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
         flat = [(i, kind, row) for i in todo for kind in (self.letters, self.texts) for row in kind[i]]

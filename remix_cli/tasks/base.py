@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from remix_cli.data.formats import Example, RowError
@@ -51,6 +51,37 @@ class Measure:
     shown: bool = False  # while training, beside the held-out loss
     by_task: bool = False  # also for each name in the lines' entry `task`, as <name>/<task>
     chooses: bool = True  # may choose the best adapter
+
+
+# What must agree for two scores to mean the same.
+COMPARED = ("task", "data", "prompt_template", "shots", "decoding", "chat_template", "prompts", "protocol", "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStamp:
+    """What was asked, and how: everything besides the model that decides the scores. Digests are hexadecimal."""
+
+    task: str
+    items: int
+    data: str  # digest of what was read
+    prompt_template: str  # digest of the task's own words and the chat template
+    prompts: str  # digest of exactly what the model was shown
+    shots: int
+    chat_template: bool
+    decoding: str
+    samples: int | None = None  # answers to each item, where a task takes several
+    protocol: str | None = None  # where a task has a choice of its own
+    more: dict[str, Any] = field(default_factory=dict)  # whatever else a task says; no comparison depends on it
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a report: `more` among the other keys, and without what is None."""
+        document = asdict(self)
+        more = document.pop("more")
+        return {key: value for key, value in document.items() if value is not None} | more
+
+    def differences(self, other: "TaskStamp") -> str:
+        """Which parts of two stamps forbid a comparison of their scores, in words; empty if none."""
+        return ", ".join(f"other {key}" for key in COMPARED if getattr(self, key) != getattr(other, key))
 
 
 class Scorer(ABC):
@@ -143,19 +174,18 @@ class Scorer(ABC):
         s = self.subject
         return iter_row_losses(s.model, s.adapter, rows, self.batch_size, self.selection_seed, ids)
 
-    def stamp(self) -> dict[str, Any]:
-        """What besides the model decides the scores."""
+    def stamp(self) -> TaskStamp:
         template = [self.prompt, self.encoder.chat and self.subject.tokenizer.chat_template]
-        return {
-            "task": self.task.task,
-            "items": len(self.keys),
-            "data": digest([json.dumps(self.data, sort_keys=True, default=str)]),
-            "prompt_template": digest([json.dumps(template)]),
-            "prompts": digest(self.keys),
-            "shots": self.task.shots,
-            "chat_template": self.encoder.chat,
-            "decoding": "log-likelihood",
-        }
+        return TaskStamp(
+            task=self.task.task,
+            items=len(self.keys),
+            data=digest([json.dumps(self.data, sort_keys=True, default=str)]),
+            prompt_template=digest([json.dumps(template)]),
+            prompts=digest(self.keys),
+            shots=self.task.shots,
+            chat_template=self.encoder.chat,
+            decoding="log-likelihood",
+        )
 
 
 class Prompting(Scorer):
@@ -171,10 +201,11 @@ class Prompting(Scorer):
         self.prompts, self.keys = prompts, [key_of(ids) for ids in prompts]
         self.check_fits(prompts, new=self.decoding().max_new_tokens)
 
-    def stamp(self) -> dict[str, Any]:
-        temperature, how = self.task.temperature, self.decoding()
+    def stamp(self) -> TaskStamp:
+        temperature = self.task.temperature
         rule = f"sampled at temperature {temperature:g}, seed {self.seed}" if temperature else "greedy"
-        return super().stamp() | {"decoding": f"{rule}, at most {how.max_new_tokens} new tokens"}
+        length = self.decoding().max_new_tokens
+        return replace(super().stamp(), decoding=f"{rule}, at most {length} new tokens")
 
     def decoding(self) -> "Decoding":
         from remix_cli.evaluation.generate import Decoding

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from remix_cli.data.formats import Example, RowError
 from remix_cli.errors import DataError
 from remix_cli.sandbox.outside import LEVEL, Program, judge_all
-from remix_cli.tasks.base import Line, Measure, Prompting, key_of, measured
+from remix_cli.tasks.base import Line, Measure, Prompting, TaskStamp, key_of, measured
 
 if TYPE_CHECKING:
     from remix_cli.evaluation.generate import Decoding
@@ -104,13 +104,10 @@ class HumanEval(Prompting):
         timed = [{"out": line["reason"] == "timeout"} for line in lines]
         return found | {"timeout": measured(Measure("timeout", "out"), timed)}
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> TaskStamp:
         protocol = "chat, code block or whole answer" if self.chat else "completion of the bare prompt"
-        return super().stamp() | {
-            "samples": self.task.samples,
-            "protocol": protocol,
-            "isolation": LEVEL | {"python": platform.python_version()},
-        }
+        isolation = LEVEL | {"python": platform.python_version()}
+        return replace(super().stamp(), samples=self.task.samples, protocol=protocol, more={"isolation": isolation})
 
 
 def load_problems(source: "Source | None") -> list[dict[str, Any]]:

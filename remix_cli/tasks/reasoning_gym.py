@@ -3,12 +3,13 @@
 import inspect
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from remix_cli.data.formats import Example, to_example
 from remix_cli.errors import DataError
-from remix_cli.tasks.base import Generating, Line, Measure
+from remix_cli.tasks.base import Generating, Line, Measure, TaskStamp
 
 if TYPE_CHECKING:
     from remix_cli.recipe import Source
@@ -42,8 +43,9 @@ class ReasoningGym(Generating):
         self.ask([self.prompt_ids(example) for _, _, example in self.items])
         self.data = [[list(example.messages), verifier.facts(j)] for verifier, j, example in self.items]
 
-    def stamp(self) -> dict[str, Any]:
-        return super().stamp() | {"protocol": f"verifiers of reasoning-gym {self.items[0][0].version}"}
+    def stamp(self) -> TaskStamp:
+        verifier, _, _ = self.items[0]
+        return replace(super().stamp(), protocol=f"verifiers of reasoning-gym {verifier.version}")
 
     def judge(self, item: int, text: str) -> Line:
         verifier, j, example = self.items[item]

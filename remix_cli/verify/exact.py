@@ -6,7 +6,6 @@ The tiny decoder has two layers with attention, a prompt position, a target posi
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,9 +56,11 @@ class Enumeration:
         if level == "token":
             self._shorten()
         self.slots = self.bed.mask.nonzero().tolist()  # (sequence, position) of each router's decisions
-        choices = itertools.permutations(range(n), k) if ordered else itertools.combinations(range(n), k)
+        choices = list(itertools.combinations(range(n), k))
+        if ordered:
+            choices = list(itertools.permutations(range(n), k))
         decisions = len(self.bed.routers) * len(self.slots)
-        self.trajectories = list(itertools.product(list(choices), repeat=decisions))
+        self.trajectories = list(itertools.product(choices, repeat=decisions))
         self.top = self.bed.top_rollout()
         self.all: Rollout = stack([self.bed.rollout(self._prescribe(t)) for t in self.trajectories])
         score = routing.ordered_log_prob if ordered else routing.set_log_prob
@@ -101,7 +102,8 @@ class Enumeration:
         beside = self.top if top else None
         j = len(self.trajectories)
         pairs = torch.cartesian_prod(torch.arange(j), torch.arange(j))
-        pairs = pairs if one_backward else pairs[pairs[:, 0] <= pairs[:, 1]]
+        if not one_backward:
+            pairs = pairs[pairs[:, 0] <= pairs[:, 1]]
         slopes = torch.zeros_like(self.all.logits)
 
         def pair(logits: Tensor, losses: Tensor, chosen: Tensor, h: Tensor) -> Tensor:
@@ -140,30 +142,47 @@ class Enumeration:
         return float((mean - self.truth).norm() / self.truth.norm())
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """An estimator on pairs of an enumeration, with the options of `mean_estimate`."""
+
+    name: str
+    enumeration: Enumeration
+    estimator: str
+    beta: float = 0.0
+    one_backward: bool = False
+    top: bool = False
+
+    def bias(self) -> Bias:
+        mean = self.enumeration.mean_estimate(self.estimator, self.beta, self.one_backward, self.top)
+        return _bias(self.name, self.estimator, self.enumeration, mean, len(self.enumeration.trajectories) ** 2)
+
+
 def exact_biases(k: int = 2) -> list[Bias]:
     """Every estimator of the recipe; seconds of work."""
-    sets, orders = Enumeration(k, ordered=False), Enumeration(k, ordered=True)
-    whole = Enumeration(2, ordered=False, n=3, level="sequence")
-    arms: list[tuple[str, Enumeration, str, dict[str, Any]]] = [
-        ("paper", orders, "paper", {}),
-        ("rtg", sets, "rtg", {}),
-        ("control_variate, beta = 1", sets, "control_variate", {"beta": 1.0}),
-        ("control_variate, one backward", orders, "control_variate", {"beta": 0.5, "one_backward": True}),
-        ("rtg, by sequence", whole, "rtg", {}),
-        ("rtg, top k beside", sets, "rtg", {"top": True}),
-        ("control_variate, top k beside", sets, "control_variate", {"beta": 0.7, "top": True}),
+    sets = Enumeration(k, ordered=False)
+    orders = Enumeration(k, ordered=True)
+    by_sequence = Enumeration(2, ordered=False, n=3, level="sequence")
+    arms = [
+        _Arm("paper", orders, "paper"),
+        _Arm("rtg", sets, "rtg"),
+        _Arm("control_variate, beta = 1", sets, "control_variate", beta=1.0),
+        _Arm("control_variate, one backward", orders, "control_variate", beta=0.5, one_backward=True),
+        _Arm("rtg, by sequence", by_sequence, "rtg"),
+        _Arm("rtg, top k beside", sets, "rtg", top=True),
+        _Arm("control_variate, top k beside", sets, "control_variate", beta=0.7, top=True),
     ]
-    named = {name for _, _, name, _ in arms} | {"straight_through"}
-    arms += [(name, orders, name, {}) for name in ESTIMATORS if name not in named]
-    found = []
-    for arm, enumeration, name, options in arms:
-        bias = enumeration.relative_bias(enumeration.mean_estimate(name, **options))
-        pairs = len(enumeration.trajectories) ** 2
-        found.append(Bias(arm, name, ESTIMATORS[name].unbiased, bias, pairs))
+    named = {arm.estimator for arm in arms} | {"straight_through"}
+    arms += [_Arm(name, orders, name) for name in ESTIMATORS if name not in named]
+    found = [arm.bias() for arm in arms]
+    alone = len(sets.trajectories)  # with M = 1 there are no pairs
     for name in ("rtg", "control_variate"):
-        bias = sets.relative_bias(sets.mean_of_one(name, beta=0.7))
-        arm = f"{name}, M = 1, top k beside"
-        found.append(Bias(arm, name, ESTIMATORS[name].unbiased, bias, len(sets.trajectories)))
-    bias = sets.relative_bias(sets.mean_straight_through())
-    name = "straight_through"
-    return [*found, Bias(name, name, ESTIMATORS[name].unbiased, bias, len(sets.trajectories))]
+        mean = sets.mean_of_one(name, beta=0.7)
+        found.append(_bias(f"{name}, M = 1, top k beside", name, sets, mean, alone))
+    mean = sets.mean_straight_through()
+    found.append(_bias("straight_through", "straight_through", sets, mean, alone))
+    return found
+
+
+def _bias(arm: str, estimator: str, enumeration: Enumeration, mean: Tensor, count: int) -> Bias:
+    return Bias(arm, estimator, ESTIMATORS[estimator].unbiased, enumeration.relative_bias(mean), count)

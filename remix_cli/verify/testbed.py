@@ -29,7 +29,9 @@ class Rollout:
     directions: Tensor  # x / ||x||, (S, L, B, T, D)
 
     def __getitem__(self, index: Tensor) -> "Rollout":
-        return Rollout(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        return Rollout(
+            self.losses[index], self.logits[index], self.chosen[index], self.h[index], self.directions[index]
+        )
 
 
 class Testbed:
@@ -54,19 +56,21 @@ class Testbed:
         seed: int = 0,
     ):
         torch.manual_seed(seed)
-        shape: dict[str, Any] = {
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_hidden_layers": 2,
-            "vocab_size": 32,
-        }
-        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": hidden**-0.5}
-        heads["attn_implementation"] = "eager"
-        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            vocab_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=hidden**-0.5,
+            attn_implementation="eager",
+        )
+        model: Any = LlamaForCausalLM(config)
         self.model = model.to(dtype)
         targets = rf".*layers\.{routed}\.mlp\..*_proj"
-        config = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,), level=level)
-        self.adapter = apply_adapter(self.model, config, seed=seed)
+        pool = AdapterConfig(pool_size=n, active=k, rank=rank, target_modules=(targets,), level=level)
+        self.adapter = apply_adapter(self.model, pool, seed=seed)
         self.routers = list(self.adapter.routers.values())
         for part in [*self.adapter.linears.values(), *self.routers]:
             part.to(dtype)
@@ -74,17 +78,19 @@ class Testbed:
             if not name.endswith("lora_A"):
                 torch.nn.init.normal_(parameter, std=1.0 if name.endswith("router") else strength)
         random = np.random.default_rng(seed)
-        rows = [
-            EncodedRow(random.integers(0, 32, t).astype(np.int32), np.arange(t) >= max(1, t // 3), "t") for t in lengths
-        ]
+        rows = []
+        for length in lengths:
+            ids = random.integers(0, 32, length).astype(np.int32)
+            rows.append(EncodedRow(ids, np.arange(length) >= max(1, length // 3), "t"))
         self.batch = collate(rows)
         self.local = self.adapter.local
 
     @property
     def mask(self) -> Tensor:
         """Where decisions stand: (B, T), or (B, 1) when routing by sequence."""
-        whole = self.adapter.config.level == "sequence"
-        return self.batch.mask.any(-1, keepdim=True) if whole else self.batch.mask
+        if self.adapter.config.level == "sequence":
+            return self.batch.mask.any(-1, keepdim=True)
+        return self.batch.mask
 
     def rollout(self, noise: Tensor) -> Rollout:
         """One pass whose routers take the top k of logits + noise, (L, B, T, n), with its backward pass."""
@@ -113,17 +119,27 @@ class Testbed:
     ) -> Tensor:
         """What training differentiates, for M stacked rollouts, and with `top` a pass under the top k beside them."""
         selection_gradients = r.h[:1] if one_backward else r.h
+        top_pass = None
+        if top is not None:
+            selection_gradients = top.h[None]
+            top_pass = TopPass(top.logits, top.chosen, top.losses)
         rollouts = Rollouts(
             logits=logits,
             chosen=r.chosen,
             losses=r.losses,
             local=self.local,
             mask=self.mask,
-            selection_gradients=selection_gradients if top is None else top.h[None],
-            top=None if top is None else TopPass(top.logits, top.chosen, top.losses),
+            selection_gradients=selection_gradients,
+            top=top_pass,
         )
         return make_estimator(estimator).estimate(rollouts, {"beta": beta}).surrogate
 
 
 def stack(rollouts: list[Rollout]) -> Rollout:
-    return Rollout(*(torch.stack([getattr(r, name) for r in rollouts]) for name in Rollout.__dataclass_fields__))
+    return Rollout(
+        torch.stack([r.losses for r in rollouts]),
+        torch.stack([r.logits for r in rollouts]),
+        torch.stack([r.chosen for r in rollouts]),
+        torch.stack([r.h for r in rollouts]),
+        torch.stack([r.directions for r in rollouts]),
+    )

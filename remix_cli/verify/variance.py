@@ -47,15 +47,22 @@ def estimates(bed: Testbed, drawn: Rollout, m: int, arm: str) -> Tensor:
     """One gradient estimate for each disjoint group of m rollouts, (groups, parameters)."""
     name, source = ARMS[arm]
     estimator = make_estimator(name)
-    top = bed.top_rollout() if source == "top" else None
-    beside = TopPass(top.logits, top.chosen, top.losses) if top else None
+    top = None
+    beside = None
+    if source == "top":
+        top = bed.top_rollout()
+        beside = TopPass(top.logits, top.chosen, top.losses)
     found = []
     for index in torch.arange(len(drawn.losses)).split(m):
         if len(index) < m:
             break
         r = drawn[index]
         logits = r.logits.clone().requires_grad_()
-        h = {"all": r.h, "first": r.h[:1], "top": top.h[None] if top else None}[source]
+        h = r.h
+        if source == "first":
+            h = r.h[:1]
+        if top is not None:
+            h = top.h[None]
         rollouts = Rollouts(logits, r.chosen, r.losses, bed.local, bed.mask, h, beside)
         estimate = estimator.estimate(rollouts, estimator.numbers())
         estimator.update(estimate.sums.tolist())

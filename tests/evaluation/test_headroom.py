@@ -7,7 +7,7 @@ import torch
 from helpers.tiny import fill_adapter, recipe_text, write_recipe
 
 from remix_cli.data.splits import split_examples
-from remix_cli.evaluation.headroom import DRAWS, PASSES, headroom, headroom_document, headroom_verdict
+from remix_cli.evaluation.headroom import DRAWS, PASSES, Headroom, headroom
 from remix_cli.evaluation.nll import mean_loss, row_losses
 from remix_cli.runs import load_run
 
@@ -27,10 +27,11 @@ def rows(run):
 
 
 def measure(run, rows, size=16):
+    """The choices by name."""
     done = []
-    choices = {c.name: c for c in headroom(run, rows, size, done.append)}
+    found = headroom(run, rows, size, done.append)
     assert sum(done) == PASSES * len(rows)
-    return choices
+    return {choice.name: choice for choice in found.choices}
 
 
 def test_the_top_k_has_the_held_out_loss_and_oracles_are_never_worse(run, rows):
@@ -70,7 +71,7 @@ def test_a_router_that_always_takes_one_set_loses_nothing_by_shuffling(run, rows
             router.weight.zero_()  # ties go to the same LoRAs for every token
     found = measure(run, rows)
     assert found["another token's set"].difference.value == pytest.approx(0, abs=1e-6)
-    assert "makes no clear difference" in headroom_verdict(list(found.values()))
+    assert "makes no clear difference" in Headroom(len(rows), list(found.values())).verdict
 
 
 def test_the_verb_writes_a_report_and_refuses_what_has_no_choice(verb, finished, stage, tmp_path):
@@ -87,7 +88,6 @@ def test_the_verb_writes_a_report_and_refuses_what_has_no_choice(verb, finished,
     assert "no choice to compare with" in verb("route-stats", tmp_path / "plain", "--headroom", expect=2)[1]
 
 
-def test_the_document_is_json(run, rows):
-    choices = headroom(run, rows[:3], 4, lambda _: None)
-    document = json.loads(json.dumps(headroom_document(choices, 3)))
-    assert document["choices"][0]["choice"] == "the top k"
+def test_what_is_written_is_read_back(run, rows):
+    found = headroom(run, rows[:3], 4, lambda _: None)
+    assert Headroom.from_dict(json.loads(json.dumps(found.to_dict()))) == found

@@ -19,6 +19,7 @@ from remix_cli.evaluation.statistics import (
     too_few,
     wilson,
 )
+from remix_cli.sweep.record import SearchedPoint
 from remix_cli.sweep.report import edges, verdict
 
 
@@ -52,10 +53,10 @@ def test_paired_differences_see_what_separate_intervals_cannot():
     random = np.random.default_rng(2)
     nats = random.gamma(2, 2, 200)
     ones = np.ones(200)
-    found = paired_difference(np.stack([nats, ones]), np.stack([nats - 0.01, ones]))
+    found = paired_difference(np.stack([nats, ones]), np.stack([nats - 0.01, ones]), share=False)
     assert found.value == pytest.approx(-0.01)
     assert found.low < found.high < 0
-    same = paired_difference(np.stack([nats, ones]), np.stack([nats, ones]))
+    same = paired_difference(np.stack([nats, ones]), np.stack([nats, ones]), share=False)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -96,27 +97,26 @@ def test_how_many_seeds_would_settle_a_difference():
 
 
 @pytest.mark.parametrize(
-    ("score", "name", "seeds", "said"),
+    ("score", "low_is_better", "seeds", "said"),
     [
-        (Score(-0.012, -0.018, -0.006, 9, share=False), "loss", 5, "better by 0.0120 (0.0060 to 0.0180)"),
-        (Score(0.012, 0.006, 0.018, 9, share=False), "loss/a", 5, "worse by 0.0120 (0.0060 to 0.0180)"),
-        (Score(0.02, 0.01, 0.03, 9, share=True), "strict", 5, "better by 2.00 points (1.00 to 3.00)"),
-        (Score(0.02, 0.01, 0.03, 9, share=True), "strict", 1, "(1.00 to 3.00, under one seed)"),
-        (Score(-0.003, -0.01, 0.004, 9, share=False), "loss", 3, "no clear difference; about"),
-        (Score(-0.003, -0.01, 0.004, 9, share=False), "loss", 1, "under one seed; sweep.seeds"),
+        (Score(-0.012, -0.018, -0.006, 9, share=False), True, 5, "better by 0.0120 (0.0060 to 0.0180)"),
+        (Score(0.012, 0.006, 0.018, 9, share=False), True, 5, "worse by 0.0120 (0.0060 to 0.0180)"),
+        (Score(0.02, 0.01, 0.03, 9, share=True), False, 5, "better by 2.00 points (1.00 to 3.00)"),
+        (Score(0.02, 0.01, 0.03, 9, share=True), False, 1, "(1.00 to 3.00, under one seed)"),
+        (Score(-0.003, -0.01, 0.004, 9, share=False), True, 3, "no clear difference; about"),
+        (Score(-0.003, -0.01, 0.004, 9, share=False), True, 1, "under one seed; sweep.seeds"),
     ],
 )
-def test_verdicts_are_sentences(score, name, seeds, said):
-    assert said in verdict(score, name, seeds, paired=seeds > 1)
+def test_verdicts_are_sentences(score, low_is_better, seeds, said):
+    assert said in verdict(score, low_is_better, seeds, paired=seeds > 1)
 
 
 def test_a_best_value_at_the_end_of_its_grid_is_marked():
-    searched = [
-        {"setting": {"train.learning_rate": r, "x": "a"}, "value": v} for r, v in ((1e-3, 2), (3e-3, 1), (1e-2, 3))
-    ]
+    rates = {1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0}
+    searched = [SearchedPoint({"train.learning_rate": rate, "x": "a"}, "r", value) for rate, value in rates.items()]
     assert edges(searched, {"train.learning_rate": 3e-3, "x": "a"}) == []
     assert edges(searched, {"train.learning_rate": 1e-2}) == ["learning_rate=0.01"]
-    failed = [*searched[:2], {"setting": {"train.learning_rate": 1e-2}, "value": None}]
+    failed = [*searched[:2], SearchedPoint({"train.learning_rate": 1e-2}, "r", None)]
     assert edges(failed, {"train.learning_rate": 3e-3}) == ["learning_rate=0.003"]
     assert edges(searched[:1], {"train.learning_rate": 1e-3}) == []
 

@@ -22,6 +22,7 @@ from remix_cli.recipe.sweep_grammar import describe, load_sweep
 from remix_cli.runs import RunFolder
 from remix_cli.sweep import runner as sweep_run
 from remix_cli.sweep import work
+from remix_cli.sweep.record import SearchedPoint
 from remix_cli.sweep.report import edges
 
 ARMS = {
@@ -247,7 +248,7 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
     for arm in report["arms"]:
         files = [tmp_path / "out" / report for report in document["arms"][arm["arm"]]["reports"]]
-        losses = [work.scored_tasks(file)["nll"]["scores"]["loss"] for file in files]
+        losses = [work.scored_tasks(file)["nll"].scores["loss"].value for file in files]
         assert arm["scores"]["nll loss"]["value"] == pytest.approx(np.mean(losses))
         assert arm["runs"] == 2
         summary = json.loads((files[0].parent.parent / "summary.json").read_text())
@@ -333,7 +334,7 @@ TWO_RATES = {"arms": {"A": {"train.learning_rate": [0.02, 0.01]}}}
 
 def test_a_setting_that_diverges_loses(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
-    failing(monkeypatch, [work.Failure("diverged at step 1: loss nan", 3)])
+    failing(monkeypatch, [work.Failure("diverged at step 1: loss nan", 3, work.Cause.DIVERGED)])
     verb("sweep", sweep_file(stage, tmp_path, TWO_RATES))
     arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
     first, second = arm["searched"]
@@ -349,7 +350,9 @@ def test_a_sweep_ends_with_the_exit_code_of_its_first_failed_run(stage, tmp_path
     in_this_process(monkeypatch)
     path = sweep_file(stage, tmp_path, {"arms": {"A": {"train.learning_rate": 9.0, "train.max_grad_norm": 1e30}}})
     real = work.train_run
-    monkeypatch.setattr(sweep_run, "train_run", lambda recipe: work.Failure("diverged at step 1", 3))
+    monkeypatch.setattr(
+        sweep_run, "train_run", lambda recipe: work.Failure("diverged at step 1", 3, work.Cause.DIVERGED)
+    )
     _, err = verb("sweep", path, expect=3)
     assert err.splitlines()[-1].startswith("error: failed: sweep.arms.A; mend the cause")
     monkeypatch.setattr(sweep_run, "train_run", real)
@@ -379,7 +382,7 @@ def test_an_arm_is_not_chosen_from_while_a_setting_of_it_failed(stage, tmp_path,
 
 def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
-    failing(monkeypatch, [work.Failure("out of memory: OutOfMemoryError: CUDA out of memory", 2)])
+    failing(monkeypatch, [work.Failure("out of memory: OutOfMemoryError", 2, work.Cause.NO_MEMORY)])
     path = sweep_file(stage, tmp_path, TWO_RATES)
     out, _ = verb("sweep", path, "--processes", "3")
     assert "1 runs lacked memory; now one at a time" in out
@@ -400,7 +403,7 @@ def test_a_sweep_that_is_not_finished_is_called_so(finished, tmp_path, verb):
 def test_settings_that_are_lists_or_groups_have_no_edges():
     """A sweep over target modules or tied settings ended in an error, after all its runs."""
     values = [(["up_proj"], 1), (["down_proj"], 2), ({"rank": 4}, 3)]
-    searched = [{"setting": {"a": a, "b": b}, "value": 1.0} for a, b in values]
+    searched = [SearchedPoint({"a": a, "b": b}, "r", 1.0) for a, b in values]
     assert edges(searched, {"a": ["up_proj"], "b": 3}) == ["b=3"]
     assert edges(searched, {"a": {"rank": 4}, "b": 2}) == []
 

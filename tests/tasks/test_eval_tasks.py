@@ -16,6 +16,7 @@ from remix_cli.errors import ArtefactError, DataError
 from remix_cli.evaluation import evaluator as run
 from remix_cli.evaluation.answers import open_lines
 from remix_cli.evaluation.generate import check_fits
+from remix_cli.evaluation.report import TaskResult
 from remix_cli.evaluation.request import requested_tasks
 from remix_cli.recipe import Source, Task
 from remix_cli.recipe.schema import Adapter
@@ -81,7 +82,7 @@ def test_arc_letters_are_supervised_alone_and_after_the_shots(loaded, questions)
     assert [r.supervised.sum() for r in scorer.letters[0]] == [1, 1, 1]
     bare = task_class("arc")(loaded, Task(task="arc", source=source), Settings())
     assert scorer.keys != bare.keys
-    assert scorer.stamp()["data"] == bare.stamp()["data"]
+    assert scorer.stamp().data == bare.stamp().data
 
 
 def test_arc_verdict_by_hand():
@@ -156,23 +157,26 @@ def test_X11_every_task_is_stamped_and_goes_on_after_an_interruption(verb, finis
     partial.write_bytes(partial.read_bytes() + b'{"item": 3, "torn')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "run", lambda self, todo: (asked.append(a[0]) or a for a in plain(self, todo)))
-        report = run.evaluate(subject, [one], settings, _silent)
+        found = run.evaluate(subject, [one], settings, _silent)
     assert sorted(asked) == list(range(4))
     assert not partial.exists()
-    (result,) = report["results"]
-    assert result["asked"] == 2
-    assert result["count"] == 4
+    (result,) = found.report.results
+    assert result.asked == 2
+    assert result.count == 4
     lines = [json.loads(line) for line in (finished / "eval" / f"adapter-{label}.jsonl").read_text().splitlines()]
     assert [line["item"] for line in lines] == [0, 1, 2, 3]
     assert all(line["prompt"] for line in lines)
-    for name, value in result["scores"].items():
-        low, high = result["intervals"][name]
-        assert low <= value <= high
-    stamp = result["protocol"]
+    for score in result.scores.values():
+        assert score.low <= score.value <= score.high
+    written = json.loads(found.file.read_text())
+    (document,) = [one for one in written["results"] if one["task"] == label]
+    stamp = document["protocol"]
     assert {"task", "data", "prompt_template", "prompts", "shots", "decoding", "adapter", "versions"} <= stamp.keys()
-    again = run.evaluate(subject, [one], settings, _silent)["results"][0]
-    assert again["scores"] == pytest.approx(result["scores"], rel=1e-6)  # other batches round differently
-    assert again["asked"] == 4
+    assert TaskResult.from_dict(document) == result
+    again = run.evaluate(subject, [one], settings, _silent).report.results[0]
+    for name, score in again.scores.items():
+        assert score.value == pytest.approx(result.scores[name].value, rel=1e-6)  # other batches round differently
+    assert again.asked == 4
 
 
 class _silent:
@@ -190,7 +194,8 @@ def test_an_interrupted_evaluation_of_another_kind_is_not_continued(finished, lo
         with pytest.raises(KeyboardInterrupt):
             run.evaluate(loaded, [one], Settings(), _silent)
     other = run.evaluate(loaded, [one.model_copy(update={"max_new_tokens": 4})], Settings(), _silent)
-    assert other["results"][0]["asked"] == other["results"][0]["count"] == 8
+    (result,) = other.report.results
+    assert result.asked == result.count == 8
 
 
 def _one_answer_then_stop(self, todo):
@@ -199,10 +204,10 @@ def _one_answer_then_stop(self, todo):
 
 
 def test_scores_agree_with_the_lines(loaded, finished):
-    report = run.evaluate(loaded, [Task(task="gsm8k", max_new_tokens=6)], Settings(), _silent)
+    found = run.evaluate(loaded, [Task(task="gsm8k", max_new_tokens=6)], Settings(), _silent)
     lines = [json.loads(line) for line in (finished / "eval" / "adapter-gsm8k.jsonl").read_text().splitlines()]
     strict = sum(line["strict"] == line["gold"] for line in lines) / len(lines)
-    assert report["results"][0]["scores"]["strict"] == strict
+    assert found.report.results[0].scores["strict"].value == strict
 
 
 def test_a_report_keeps_the_other_tasks_of_the_same_weights(verb, finished):
@@ -406,8 +411,8 @@ def test_X11_a_killed_evaluation_counts_every_item_once(finished, tmp_path):
     lines = (folder / "eval" / "adapter-gsm8k.partial.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) == 1 + 3  # the stamp, and what was answered
     task = next(t for t in load_run(folder).recipe.eval.tasks if t.task == "gsm8k")
-    (result,) = run.evaluate(load_run(folder), [task], Settings(), _silent)["results"]
-    assert (result["asked"], result["count"]) == (5, 8)
+    (result,) = run.evaluate(load_run(folder), [task], Settings(), _silent).report.results
+    assert (result.asked, result.count) == (5, 8)
 
 
 @pytest.mark.parametrize("change", ["an answer", "a score", "a line cut short", "another line's place", "no object"])

@@ -1,0 +1,51 @@
+"""sweep.json and the report of a sweep: what is written is read back, and what earlier versions wrote still is."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from remix_cli.errors import DivergedError, RecipeError
+from remix_cli.sweep import work
+from remix_cli.sweep.record import SweepRecord
+from remix_cli.sweep.report import SweepReport
+from remix_cli.terminal import Console
+
+STORED = Path(__file__).parent / "stored"  # as version 0.1.0 wrote them on 27 November 2026
+KINDS = {
+    "sweep.json": SweepRecord,
+    "sweep-report.json": SweepReport,
+    "sweep-report-one-seed.json": SweepReport,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_stored_results_are_read_and_written_again_to_the_byte(name):
+    text = (STORED / name).read_text()
+    found = KINDS[name].from_dict(json.loads(text))
+    assert json.dumps(found.to_dict(), indent=2) + "\n" == text
+    assert KINDS[name].from_dict(found.to_dict()) == found
+
+
+def test_a_score_of_a_single_run_has_no_interval_and_json_no_infinity():
+    report = SweepReport.from_dict(json.loads((STORED / "sweep-report-one-seed.json").read_text()))
+    scores = [score for arm in report.arms for score in arm.scores.values()]
+    assert scores
+    assert all((score.low, score.high) == (-math.inf, math.inf) for score in scores)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+FAILURES = [
+    (DivergedError("step 3: loss nan"), work.Failure("diverged: step 3: loss nan", 3, work.Cause.DIVERGED)),
+    (DivergedError("diverged at step 3"), work.Failure("diverged at step 3", 3, work.Cause.DIVERGED)),
+    (MemoryError("9 GiB"), work.Failure("out of memory: MemoryError: 9 GiB", 2, work.Cause.NO_MEMORY)),
+    (RecipeError("diverged: a word\nin it"), work.Failure("diverged: a word in it", 2, work.Cause.OTHER)),
+    (KeyError("x"), work.Failure("KeyError: 'x'", 1, work.Cause.OTHER)),
+]
+
+
+@pytest.mark.parametrize(("error", "failure"), FAILURES, ids=[repr(error) for error, _ in FAILURES])
+def test_what_a_worker_reports_says_its_cause(error, failure, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        assert work._told(error, Console(file=log)) == failure
