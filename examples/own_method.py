@@ -15,7 +15,7 @@ class BitFit(Method):
     settings = ("target_modules",)
     learning_rate = 1e-2
     unexported = "has biases where the base model has none"
-    not_with: ClassVar = {"shard_base": "its biases would be shared out with the base model"}
+    not_with: ClassVar = {"shard_base": "sharding was tried with LoRAs alone"}
 
     def build(self, model, config, seed):
         import torch

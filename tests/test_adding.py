@@ -1,14 +1,17 @@
 """The rule of the house: adding a thing is one new file and one line in a registry. Here the file is an example."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from helpers.common import HEAVY, ROOT, alone
 from helpers.tiny import recipe_text, write_recipe
 
 from remix_cli.core.estimators.registry import ESTIMATORS, EstimatorFacts
 from remix_cli.data.formats.registry import FORMATS, FormatFacts
 from remix_cli.errors import DivergedError
+from remix_cli.methods.registry import METHODS
 from remix_cli.recipe.schema import cost
 from remix_cli.recipe.sweep_grammar import load_sweep
 from remix_cli.tasks.registry import TASKS
@@ -130,6 +133,67 @@ def test_a_format_is_one_file_and_one_line(verb, stage, tmp_path, monkeypatch):
     assert "reply" in err
 
 
+@pytest.fixture
+def a_method(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setitem(METHODS, "bitfit", "own_method:BitFit")
+
+
+@pytest.mark.usefixtures("a_method")
+def test_a_method_is_one_file_and_one_line(verb, stage, tmp_path):
+    """Trained from the base model on at its own rate, resumed to the same bits, scored, compared, sized, swept."""
+    recipe = recipe_text(*stage[:2], tmp_path / "run") | {"adapter": {"method": "bitfit"}}
+    del recipe["router"], recipe["train"]["learning_rate"]
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    out, _ = verb("train", path)
+    assert "bitfit: a bias for every target (arXiv 2106.10199)" in out
+    assert "128 trained (other 128)" in out, "2 layers, widths 24, 24 and 16"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["learning_rate"] == 1e-2
+
+    trained = (tmp_path / "run" / "adapter" / "adapter.safetensors").read_bytes()
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    verb("train", path, "--resume")
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").read_bytes() == trained
+
+    reports = [json.loads(verb("eval", tmp_path / "run", *more, "--json")[0]) for more in ([], ["--base"])]
+    losses = [report["results"][0]["scores"]["loss"] for report in reports]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses == [pytest.approx(held_out[-1], rel=1e-5), pytest.approx(held_out[0], rel=1e-5)]
+    compared = json.loads(verb("compare", *[report["file"] for report in reports], "--json")[0])["tasks"]["nll"]
+    assert compared["scores"]["loss"][1]["difference"] == pytest.approx(losses[1] - losses[0])
+
+    sizes = json.loads(verb("budget", path, "--json")[0])["methods"]
+    (own,) = [size for size in sizes if size["method"] == "bitfit"]
+    assert (own["knob"], own["trained"]) == ("", 128)
+    sweep = {"metric": "eval_loss", "seeds": [0, 1], "arms": {"bias": {"train.learning_rate": [0.01, 0.02]}}}
+    points = load_sweep(write_recipe(tmp_path / "sweep.yaml", recipe | {"sweep": sweep}), []).points["bias"]
+    assert [point.recipe.adapter.method for point in points] == ["bitfit", "bitfit"]
+
+
+@pytest.mark.usefixtures("a_method")
+def test_what_a_method_does_not_declare_is_refused_in_one_line(verb, stage, tmp_path):
+    recipe = recipe_text(*stage[:2], tmp_path / "run", train={"max_steps": 1}) | {"adapter": {"method": "bitfit"}}
+    del recipe["router"]
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    refusals = {
+        "adapter.rank=4": "not a setting of bitfit, which takes target_modules",
+        "router.estimator=rtg": "does nothing for adapter.method bitfit",
+        "alarm.ess=2": "adapter.method bitfit has none",
+        "train.shard_base=true": "adapter.method: bitfit (sharding was tried with LoRAs alone)",
+        "adapter.method=bitfits": "'none' or 'bitfit'",
+    }
+    for key, line in refusals.items():
+        assert line in verb("validate", path, key, expect=2)[1]
+    verb("train", path)
+    err = verb("route-stats", tmp_path / "run", expect=2)[1]
+    assert "trained by bitfit, which has no router" in err
+    err = verb("export", tmp_path / "run", "--format", "peft", "-o", tmp_path / "out", expect=2)[1]
+    assert "--format peft: bitfit has biases where the base model has none; no format can hold it" in err
+
+
 @pytest.mark.usefixtures("a_task")
 def test_what_a_task_does_not_read_is_refused_by_what_it_declares(verb, stage, tmp_path):
     recipe = recipe_text(*stage[:2], tmp_path / "run", eval={"tasks": [{"task": "terse", "samples": 3}]})
@@ -151,11 +215,13 @@ def test_every_task_declares_what_others_need_to_know():
         assert all(measure.chooses for measure in kind.measures if measure.shown)
 
 
-def test_checking_a_recipe_with_every_task_needs_nothing_heavy():
+def test_checking_a_recipe_with_every_task_and_method_needs_nothing_heavy():
     code = (
         "import sys\n"
+        "from remix_cli.methods.registry import methods_by_name\n"
         "from remix_cli.tasks.registry import task_classes\n"
         "task_classes()\n"
+        "methods_by_name()\n"
         f"assert not sys.modules.keys() & {HEAVY}, sys.modules.keys() & {HEAVY}"
     )
     done = alone(code)

@@ -16,7 +16,7 @@ class PeftMethod(Method):
     """One of PEFT's: give `describe`, and `start` where it does not begin as PEFT has it."""
 
     exports: ClassVar[tuple[str, ...]] = ("peft",)
-    not_with: ClassVar = {"shard_base": "PEFT's parameters would be shared out with the base model"}
+    not_with: ClassVar = {"shard_base": "sharding was tried with LoRAs of ours alone"}
     router_parameters = ""  # a part of the names of those that learn at the router group's rate
 
     @abstractmethod

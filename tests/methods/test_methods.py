@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from helpers.methods import FAST, small_method
 from helpers.steps import rows
 from helpers.tiny import backward_step, fill_adapter, recipe_text, tiny_model, write_recipe
 
-from remix_cli.core.config import AdapterConfig
+from remix_cli.core.config import AdapterConfig, Pool
+from remix_cli.core.description import misfit
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.patch import apply_adapter
 from remix_cli.core.step import balance_loss
@@ -280,6 +282,37 @@ def test_pefts_adapters_stay_float32_on_a_bfloat16_model(method):
     loss = batch_losses(adapter.model, collate(rows(), 0)).sum()
     loss.backward()
     assert all(p.grad is not None for p in adapter.parameters().values())
+
+
+SIZES = {
+    "remix": {"pool_size": 5},
+    "hydralora": {"rank": 3},
+    "rslora": {"rank": 3},
+    "dora": {"rank": 3},
+    "vblora": {"vectors": 7},
+    "prefix": {"virtual_tokens": 4},
+    "prompt": {"virtual_tokens": 4},
+    "p_tuning": {"virtual_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("method", SIZES)
+def test_a_methods_tensors_have_the_sizes_it_declares_and_no_others(method):
+    config = AdapterConfig(method=method, pool_size=4, active=4, rank=2, vector_length=8, vectors=6, virtual_tokens=3)
+    tensors = apply_method(tiny_model(), config, seed=0).tensors()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    sizes_of = method_named(method).tensor_sizes
+    assert misfit(sizes_of(config), shapes) is None
+    assert "declared" in misfit(sizes_of(replace(config, **SIZES[method])), shapes)
+    assert "no tensor named" in misfit(sizes_of(config), {})
+
+
+def test_a_pool_that_no_name_stands_for_describes_itself():
+    """The folder of a method that the library does not know says how its pool works; others stay as they are."""
+    config = AdapterConfig(method="mole", pool=Pool("softmax", shares_a=True))
+    assert config.to_dict()["pool"] == {"rule": "softmax", "shares_a": True}
+    assert AdapterConfig.from_dict(config.to_dict()) == config
+    assert "pool" not in AdapterConfig(method="hydralora").to_dict()
 
 
 REFUSED = [
