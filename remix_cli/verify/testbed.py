@@ -56,7 +56,7 @@ class Testbed:
         seed: int = 0,
     ):
         torch.manual_seed(seed)
-        config = LlamaConfig(
+        config = LlamaConfig(  # type: ignore[call-arg]  # it hands what it does not name on to its base class
             hidden_size=hidden,
             intermediate_size=2 * hidden,
             num_hidden_layers=2,

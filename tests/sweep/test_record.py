@@ -48,4 +48,8 @@ FAILURES = [
 @pytest.mark.parametrize(("error", "failure"), FAILURES, ids=[repr(error) for error, _ in FAILURES])
 def test_what_a_worker_reports_says_its_cause(error, failure, tmp_path):
     with (tmp_path / "log").open("w") as log:
-        assert work._told(error, Console(file=log)) == failure
+        try:
+            raise error
+        except Exception as raised:
+            told = work._told(raised, Console(file=log))
+    assert told == failure
