@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from remix_cli.errors import ArtefactError
 
 T = TypeVar("T")
+Document = dict[str, Any]  # a JSON object
 Kinds = dict[str, type | UnionType]  # of what a JSON object must hold
 
 
@@ -16,7 +17,7 @@ class Damaged(ValueError):
     """What is wrong with an object, in a few words; who read it knows the file and how to mend it."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Document:
     """Raises ArtefactError if the file does not hold a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_kinds(found: Any, kinds: Kinds) -> dict[str, Any]:
+def check_kinds(found: Any, kinds: Kinds) -> Document:
     """`found`, if it is an object with these keys. Raises Damaged, which names the first that is missing or wrong."""
     for key in kinds:
         if not isinstance(found, dict) or key not in found:

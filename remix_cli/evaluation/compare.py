@@ -14,7 +14,7 @@ from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.evaluation.evaluated import Evaluated, load_evaluated, scores_in_common
 from remix_cli.evaluation.report import TaskResult
 from remix_cli.evaluation.statistics import paired_difference
-from remix_cli.stored_json import check_kinds, read_fields
+from remix_cli.stored_json import Document, check_kinds, read_fields
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class ComparedScore:
     share: bool
     difference: Difference | None  # None for the first report
 
-    def to_dict(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"value": self.value, "interval": [self.low, self.high]}
+    def to_dict(self) -> Document:
+        document: Document = {"value": self.value, "interval": [self.low, self.high]}
         if self.difference is not None:
             document["difference"] = self.difference.value
             document["difference_interval"] = [self.difference.low, self.difference.high]
@@ -62,7 +62,7 @@ class ComparedTask:
     items: int
     scores: dict[str, list[ComparedScore]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         scores = {}
         for name, entries in self.scores.items():
             scores[name] = [entry.to_dict() for entry in entries]
@@ -97,7 +97,7 @@ class Comparison:
     tasks: dict[str, ComparedTask]
     skipped: list[str]  # a line for each task that was not asked the same
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return {
             "runs": [asdict(run) for run in self.runs],
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},

@@ -4,13 +4,13 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from remix_cli.errors import ArtefactError
 from remix_cli.evaluation.report import Report, TaskResult, read_report
 from remix_cli.folders import RunFolder, report_file
+from remix_cli.stored_json import Document
 from remix_cli.tasks.base import Line, Measure
 from remix_cli.tasks.registry import TASKS, task_class
 
@@ -27,7 +27,7 @@ class TrainingCosts:
     peak_memory_gib: float | None = None
 
     @classmethod
-    def from_summary(cls, summary: dict[str, Any]) -> "TrainingCosts":
+    def from_summary(cls, summary: Document) -> "TrainingCosts":
         parameters = summary.get("parameters", {})
         return cls(
             summary.get("method"),
@@ -133,11 +133,11 @@ def comparable_measures(result: TaskResult) -> dict[str, Measure]:
 def scores_in_common(results: list[TaskResult]) -> list[str]:
     """Scores that all results of one task have and that can be compared item by item."""
     comparable = comparable_measures(results[0])
-    return [
-        score
-        for score in results[0].scores
-        if score in comparable and all(score in result.scores for result in results)
-    ]
+    found = []
+    for score in results[0].scores:
+        if score in comparable and all(score in result.scores for result in results):
+            found.append(score)
+    return found
 
 
 def parts_of_lines(lines: list[Line], measure: Measure, samples: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from remix_cli.evaluation.statistics import Score, paired_difference, ratio
 from remix_cli.models import batch_losses
 from remix_cli.runs import LoadedRun, load_run
 from remix_cli.storage import write_json
-from remix_cli.stored_json import check_kinds
+from remix_cli.stored_json import Document, check_kinds
 
 DRAWS = 8
 ROWS = 256  # looked at by default
@@ -49,7 +49,7 @@ class Choice:
     loss: Score
     difference: Score | None  # None for the top k itself
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         difference = None if self.difference is None else _score_document(self.difference)
         return {"choice": self.name, "loss": _score_document(self.loss), "difference": difference}
 
@@ -93,7 +93,7 @@ class Headroom:
         assert difference is not None
         return difference
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         choices = [choice.to_dict() for choice in self.choices]
         return {"verdict": self.verdict, "rows": self.rows, "draws": DRAWS, "choices": choices}
 

@@ -11,7 +11,7 @@ from typing import Any
 from remix_cli.core.description import CONFIG_FILE
 from remix_cli.errors import ArtefactError
 from remix_cli.evaluation.statistics import Score
-from remix_cli.stored_json import Damaged, Kinds, check_kinds, read_fields, read_object
+from remix_cli.stored_json import Damaged, Document, Kinds, check_kinds, read_fields, read_object
 from remix_cli.tasks.base import TaskStamp
 
 MEND = "not a report of `remix eval`, or damaged; evaluate again"
@@ -31,7 +31,7 @@ class ModelStamp:
     device: str
     versions: dict[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         document = asdict(self)
         for key in ("base_works", "method"):
             if document[key] is None:
@@ -52,7 +52,7 @@ class Protocol:
     asked: TaskStamp
     answered_by: ModelStamp
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return self.asked.to_dict() | self.answered_by.to_dict()
 
     @classmethod
@@ -76,7 +76,7 @@ class TaskResult:
     protocol: Protocol
     task_digest: str | None = None  # of the task as it was asked; the first reports lack it
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         document = {
             "task": self.task,
             "count": self.count,
@@ -114,7 +114,7 @@ _RESULT: Kinds = {
 }
 
 
-def _read_score(result: dict[str, Any], name: str) -> Score:
+def _read_score(result: Document, name: str) -> Score:
     value = result["scores"][name]
     interval = result["intervals"].get(name)
     count = result["counts"].get(name)
@@ -136,7 +136,7 @@ class Report:
         """The result of the task that the report calls so."""
         return next((result for result in self.results if result.task == task), None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return {"model": self.model, "results": [result.to_dict() for result in self.results]}
 
     @classmethod
@@ -153,7 +153,7 @@ class Evaluation:
     file: Path
     notes: list[str]  # for people to read
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return self.report.to_dict() | {"file": str(self.file), "notes": self.notes}
 
     @classmethod

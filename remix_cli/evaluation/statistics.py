@@ -135,16 +135,32 @@ def difference_over_seeds(first: np.ndarray, second: np.ndarray, share: bool, pa
     Welch and Satterthwaite's degrees of freedom. A side of a single run adds nothing: then it is about items only.
     `paired`: the runs of one place share their seed, so it is the variance of their differences that counts.
     """
-    parts = [runs.sum(-1) for runs in (first, second)]  # (seeds, 2)
-    scores = [part[:, 0] / part[:, 1] for part in parts]  # (seeds,)
-    drawn = []
-    for runs in (first, second):
-        sums = _resampled(runs.reshape(-1, runs.shape[-1])).reshape(len(runs), 2, -1)  # (seeds, 2, RESAMPLES)
-        drawn.append((sums[:, 0] / sums[:, 1]).mean(0))
-    varying = [scores[1] - scores[0]] if paired else scores
-    seeds = [float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else 0.0 for x in varying]
-    variance = float(np.var(drawn[1] - drawn[0])) + sum(seeds)
-    spread = sum(v**2 / (len(x) - 1) for v, x in zip(seeds, varying, strict=True) if len(x) > 1)
-    half = student(variance**2 / spread if spread else math.inf) * math.sqrt(variance)
-    value = float(scores[1].mean() - scores[0].mean())
+    one = _score_of_each(first)
+    two = _score_of_each(second)
+    over_items = float(np.var(_resampled_mean(second) - _resampled_mean(first)))
+    varying = [two - one] if paired else [one, two]
+    over_runs = 0.0
+    spread = 0.0  # what Welch and Satterthwaite divide by
+    for scores in varying:
+        if len(scores) > 1:
+            of_mean = float(np.var(scores, ddof=1)) / len(scores)
+            over_runs += of_mean
+            spread += of_mean**2 / (len(scores) - 1)
+    variance = over_items + over_runs
+    freedom = variance**2 / spread if spread else math.inf
+    half = student(freedom) * math.sqrt(variance)
+    value = float(two.mean() - one.mean())
     return Score(value, value - half, value + half, first.shape[-1], share)
+
+
+def _score_of_each(runs: np.ndarray) -> np.ndarray:
+    """(seeds, 2, S) numerators and denominators -> (seeds,)."""
+    sums = runs.sum(-1)  # (seeds, 2)
+    return sums[:, 0] / sums[:, 1]
+
+
+def _resampled_mean(runs: np.ndarray) -> np.ndarray:
+    """(seeds, 2, S) -> the mean over seeds under each drawing of the items, (RESAMPLES,)."""
+    seeds, _, items = runs.shape
+    sums = _resampled(runs.reshape(-1, items)).reshape(seeds, 2, -1)  # (seeds, 2, RESAMPLES)
+    return (sums[:, 0] / sums[:, 1]).mean(0)

@@ -228,7 +228,11 @@ def _points(raw: RawRecipe, arm: str, own: set[str], group: SweepGroup, root: Pa
 
 def _unread_by_all(unread: list[Unread]) -> Unread:
     """The keys that none reads, with the first refusal of each."""
-    return {key: line for key, line in unread[0].items() if all(key in other for other in unread)}
+    found = {}
+    for key, line in unread[0].items():
+        if all(key in other for other in unread):
+            found[key] = line
+    return found
 
 
 def _check_rows(raw: RawRecipe, arm: str, axes: Mapping[str, object]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from remix_cli.errors import ArtefactError
 from remix_cli.recipe.sweep_grammar import Setting
-from remix_cli.stored_json import Damaged, check_kinds, read_fields, read_object
+from remix_cli.stored_json import Damaged, Document, check_kinds, read_fields, read_object
 
 FILE = "sweep.json"
 MEND = "move it away and give the `remix sweep` again, which keeps its runs"
@@ -43,7 +43,7 @@ class SweepRecord:
     seeds: list[int]
     arms: dict[str, ArmRecord]  # as the sweep's file orders them; the first is the reference
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return asdict(self)
 
     @classmethod

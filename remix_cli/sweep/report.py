@@ -22,7 +22,7 @@ from remix_cli.evaluation.score_tables import number
 from remix_cli.evaluation.statistics import Score, difference_over_seeds, over_seeds, seeds_to_settle
 from remix_cli.folders import holds_runs
 from remix_cli.recipe.sweep_grammar import Setting, describe
-from remix_cli.stored_json import check_kinds, read_fields
+from remix_cli.stored_json import Document, check_kinds, read_fields
 from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, read_record
 
 
@@ -45,7 +45,7 @@ class ArmReport:
     differences: dict[str, Score]  # from the first arm, over seeds and items, paired by seed where both have them
     verdicts: dict[str, str]  # what each difference says, in words
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         document = asdict(self)
         for score in document["scores"].values():
             if not math.isfinite(score["low"]):  # of a single run; JSON has no infinity
@@ -70,7 +70,7 @@ class SweepReport:
     arms: list[ArmReport]
     skipped: list[str]  # what is not in the rows, and why
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return {
             "metric": self.metric,
             "seeds": self.seeds,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from remix_cli.data.formats import Example, RowError
 from remix_cli.errors import DataError, shortened
+from remix_cli.stored_json import Document
 
 if TYPE_CHECKING:
     from remix_cli.data.encode import EncodedRow
@@ -71,9 +72,9 @@ class TaskStamp:
     decoding: str
     samples: int | None = None  # answers to each item, where a task takes several
     protocol: str | None = None  # where a task has a choice of its own
-    more: dict[str, Any] = field(default_factory=dict)  # whatever else a task says; no comparison depends on it
+    more: Document = field(default_factory=dict)  # whatever else a task says; no comparison depends on it
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """As it stands in a report: `more` among the other keys, and without what is None."""
         document = asdict(self)
         more = document.pop("more")
