@@ -24,12 +24,14 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         """g (softmax - one-hot), subtracted before it is rounded: a sure prediction leaves a small difference."""
         logits, targets, totals = ctx.saved_tensors
+        targets, totals, g = targets.unsqueeze(-1), totals.unsqueeze(-1), g.unsqueeze(-1)  # (S, 1) each
         gradient = torch.empty_like(logits)
-        everything = logits, targets.unsqueeze(-1), totals.unsqueeze(-1), g.unsqueeze(-1), gradient
-        for part, target, total, weight, into in zip(*(x.split(_rows(logits)) for x in everything), strict=True):
-            difference = torch.exp(_wide(part) - total)
-            difference.scatter_add_(-1, target, difference.new_full(target.shape, -1.0))
-            into.copy_(difference.mul_(weight))
+        size = _rows(logits)
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            difference = torch.exp(_wide(logits[rows]) - totals[rows])
+            difference.scatter_add_(-1, targets[rows], difference.new_full(targets[rows].shape, -1.0))
+            gradient[rows] = difference.mul_(g[rows])
         return gradient, None
 
 

@@ -8,10 +8,10 @@ import torch
 
 from remix_cli.core.patch import Adapter
 from remix_cli.core.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
-from remix_cli.data.encode import Encoder
+from remix_cli.data.encode import EncodedRow, Encoder, load_examples
 from remix_cli.data.formats import Example
-from remix_cli.data.splits import digest_of, split_examples
-from remix_cli.errors import ArtefactError, RecipeError, shortened
+from remix_cli.data.splits import digest_of, evenly, split_examples
+from remix_cli.errors import ArtefactError, DataError, RecipeError, shortened
 from remix_cli.folders import RunFolder, check_run
 from remix_cli.methods.apply import apply_method, unadapted
 from remix_cli.models import identify, load_model, load_tokenizer
@@ -54,6 +54,20 @@ class Subject:
                 "have been trained on; restore the rows, or name others with --data FILE"
             )
         return parts
+
+    def rows_to_look_at(self, data: str | None, limit: int | None) -> list[EncodedRow]:
+        """The recipe's held-out rows, or those of the file `data` in its first format, at most `limit`.
+
+        Raises DataError, also for no row at all, and as `split`.
+        """
+        if data is None:
+            _, _, examples = self.split()
+        else:
+            examples, _ = load_examples([self.recipe.data.train[0].at(data)])
+        rows = self.encoder.encode_rows(evenly(examples, limit)).rows
+        if not rows:
+            raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
+        return rows
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""The `remix` command. Each verb parses, calls one function and prints what it returned.
+"""The `remix` command. One file a verb: it parses, calls a room and prints what that returned.
 
-Workers are imported inside the commands, so that `remix --help` needs neither torch nor half a second.
+Rooms are imported inside the verbs, so that `remix --help` needs neither torch nor half a second.
 
-training.py  train, sweep, budget, validate, schema, verify-estimator
-results.py   eval, compare, route-stats
-taking.py    export, generate
-common.py    what they share: the app, their arguments, progress bars
+train.py, sweep.py, budget.py, validate.py, schema.py   start from a recipe
+verify_estimator.py                                     needs none
+eval.py, compare.py, route_stats.py                     look at finished runs
+export.py, generate.py                                  use the trained model
+common.py                                               what they share: the app, their arguments, progress bars
 """
 
 import errno
@@ -13,8 +14,9 @@ import re
 import sys
 from typing import NoReturn
 
-from remix_cli.cli import training  # isort: skip  (the order in which --help lists the commands)
-from remix_cli.cli import results, taking  # isort: skip
+from remix_cli.cli import budget, compare, export, generate, route_stats, schema, sweep, train, validate
+from remix_cli.cli import eval as evaluate
+from remix_cli.cli import verify_estimator as verify
 from remix_cli.cli.common import app, launch_rank
 from remix_cli.compat.hub_kernels import fetch_no_code
 from remix_cli.errors import RemixError, is_out_of_memory
@@ -22,7 +24,20 @@ from remix_cli.streams import guarded
 
 SAME_EVERYWHERE = (2, 129, 130, 143)  # exit codes whose reason every rank of a launch would print alike
 
-__all__ = ["app", "main", "results", "taking", "training"]
+__all__ = ["app", "main"]
+
+# in the order in which --help lists them
+app.command("train")(train.train)
+app.command("validate")(validate.validate)
+app.command("sweep")(sweep.sweep)
+app.command("budget")(budget.budget)
+app.command("verify-estimator")(verify.verify_estimator)
+app.command("schema")(schema.schema)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("route-stats")(route_stats.route_stats)
+app.command("export")(export.export)
+app.command("generate")(generate.generate)
 
 
 def main() -> None:

@@ -38,13 +38,12 @@ class ControlTokens:
 
     def __init__(self, tokenizer: Any, scaffold: str):
         self.tokenizer = tokenizer
-        named = set(tokenizer.all_special_ids)
-        added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
-        self.known = {
-            number: token
-            for number, token in added.items()
-            if token.special or number in named or (token.content.strip() and token.content in scaffold)
-        }
+        special = set(tokenizer.all_special_ids)
+        self.known: dict[int, AddedToken] = {}
+        for number, token in tokenizer.added_tokens_decoder.items():
+            written = token.content.strip() and token.content in scaffold
+            if token.special or number in special or written:
+                self.known[number] = token
         # The longest first, as tokenizers match.
         texts = sorted((token.content for token in self.known.values()), key=len, reverse=True)
         self.spelt_out = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
@@ -71,8 +70,9 @@ class ControlTokens:
             self._refuse(text)
         # Padding harms nobody, as masks say what is learnt; a tokenizer's unknown token may be any word.
         harmless = {self.tokenizer.unk_token_id, self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id}
+        harmful = self.known.keys() - harmless
         body = self._read(plain, add_special_tokens=False)
-        if any(i in self.known and i not in harmless for i in body):
+        if not harmful.isdisjoint(body):
             self._refuse(text)
         if add_special_tokens:
             body = self._read(plain, add_special_tokens=True)

@@ -6,6 +6,7 @@ ends the assistant's turn is supervised; supervision is an explicit mask, so a p
 be the end token can neither hide it nor be learnt. What a text spells out is text, control tokens too (control.py).
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,16 @@ from remix_cli.data.control import NUMBER, ControlTokens
 from remix_cli.data.formats import Example, Message, RowError, to_example
 from remix_cli.data.sources import load_rows
 from remix_cli.data.template import Template
+from remix_cli.data.turns import Part
 from remix_cli.errors import DataError
 from remix_cli.recipe.sources import Data, Source
 
 # A longer text is refused: it takes a second for each million characters, most of it for tokens that are cut off, and
 # where to cut before tokenising, so that the tokens in front stay the same, no tokenizer says.
 SPARE, CHARACTERS = 1_000_000, 100  # at any length, and for each token of max_length
+
+
+Piece = tuple[list[int], bool]  # token ids, and whether they are supervised
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Encoded:
     read: int
     truncated: int  # lost their end
     dropped: int  # lost all supervised tokens to truncation
+    split: int = 0  # conversations that became several rows
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,6 +56,8 @@ class Encoded:
 
     def describe(self) -> str:
         notes = [f"{len(self.rows)} rows", f"{int(self.target_counts.sum()):,} supervised tokens"]
+        if self.split:
+            notes.append(f"{self.split} conversations as a row for each turn, as the chat template needs it")
         if self.truncated:
             notes.append(f"{self.truncated} cut at max_length")
         if self.dropped:
@@ -61,15 +69,20 @@ class Encoder:
     """Applies a tokenizer and its chat template, or plain text where there is none."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, use_chat_template: bool | None, allow_special_tokens: bool = False
+        self,
+        tokenizer: Any,
+        max_length: int,
+        use_chat_template: bool | None,
+        allow_special_tokens: bool = False,
+        template_settings: dict[str, Any] | None = None,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         if use_chat_template and not tokenizer.chat_template:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
-        self.template = Template(tokenizer) if tokenizer.chat_template else None
-        self.kept: set[tuple[str, ...]] = set()  # roles of conversations whose every content the template renders
+        self.template = Template(tokenizer, template_settings or {}) if tokenizer.chat_template else None
+        self.kept: set[str] = set()  # forms of conversations of which the template renders everything
         self.control: ControlTokens | None = None
         if not allow_special_tokens:
             self.control = ControlTokens(tokenizer, self.template.scaffold() if self.template else "")
@@ -77,29 +90,60 @@ class Encoder:
     @classmethod
     def of(cls, tokenizer: Any, data: Data) -> "Encoder":
         """As the recipe's `data` says."""
-        return cls(tokenizer, data.max_length, data.use_chat_template, data.allow_special_tokens)
+        return cls(
+            tokenizer,
+            data.max_length,
+            data.use_chat_template,
+            data.allow_special_tokens,
+            data.chat_template_kwargs,
+        )
 
-    def segments(self, example: Example) -> list[tuple[str, bool]]:
-        """The conversation's text in order, each stretch with whether it is supervised. Raises RowError.
+    def parts(self, example: Example) -> list[list[Part]]:
+        """The conversation's text as rows, each in stretches. Raises RowError.
 
-        Control tokens of contents are marked in it.
+        One row, but for chat templates that show earlier turns differently once later ones follow (turns.py). Control
+        tokens of contents are marked in it.
         """
-        messages = [{"role": m["role"], "content": self._mark(m["content"])} for m in example.messages]
+        messages = self._marked(list(example.messages))
+        if messages[0]["role"] == "text":
+            return [[Part(messages[0]["content"], True, True)]]
         if not self.chat or not self.template:
-            return _plain_segments(messages)
-        roles = tuple(m["role"] for m in messages)
-        if roles not in self.kept:
-            # Contents so short that they also stand in the scaffolding would not be missed.
-            self.template.turns([{"role": role, "content": f"content{i}{NUMBER}"} for i, role in enumerate(roles)])
-            self.kept.add(roles)
-        return self.template.turns(messages)
+            return [_plain_parts(messages, example.tools)]
+        tools = self._marked(list(example.tools))
+        self._check_kept(self.template, messages, tools)
+        return self.template.rows(messages, tools)
+
+    def _check_kept(self, template: Template, messages: list[Message], tools: list[Any]) -> None:
+        """Raises RowError if the template leaves something out of conversations of this form.
+
+        Asked with texts of our own: short ones that also stand in the scaffolding would not be missed.
+        """
+        named = [_named(i, message) for i, message in enumerate(messages)]
+        form = json.dumps(named) + str(len(tools))
+        if form not in self.kept:
+            template.rows(named, tools)
+            self.kept.add(form)
 
     def with_shots(self, example: Example, shots: list[Example]) -> Example:
         """The example after solved ones, as earlier turns of one conversation."""
-        return Example(tuple(m for shot in shots for m in shot.messages) + example.messages, example.task)
+        messages: list[Message] = []
+        for shot in shots:
+            messages += shot.messages
+        messages += example.messages
+        return Example(tuple(messages), example.task, example.tools)
 
     def _mark(self, text: str) -> str:
         return self.control.mark(text) if self.control else text
+
+    def _marked(self, value: Any) -> Any:
+        """The same with every text in it marked."""
+        if isinstance(value, str):
+            return self._mark(value)
+        if isinstance(value, list):
+            return [self._marked(inner) for inner in value]
+        if isinstance(value, dict):
+            return {key: self._marked(inner) for key, inner in value.items()}
+        return value
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         if self.control:
@@ -114,33 +158,44 @@ class Encoder:
         """An assistant's turn up to its end token, and what a template puts after it, which is not learnt."""
         eos = self.tokenizer.eos_token_id
         if eos in ids:
-            end = len(ids) - ids[::-1].index(eos)
+            end = len(ids) - ids[::-1].index(eos)  # just after its last one
             return ids[:end], ids[end:]
         special = set(self.tokenizer.all_special_ids)
-        return (ids, []) if any(i in special for i in ids[-2:]) else ([*ids, eos], [])
+        if any(i in special for i in ids[-2:]):  # the template ends turns with another token
+            return ids, []
+        return [*ids, eos], []
 
-    def _pieces(self, example: Example) -> list[tuple[list[int], bool]]:
-        """The conversation's tokens in order, in stretches that are supervised or not. Raises RowError."""
-        length, most = sum(len(m["content"]) for m in example.messages), SPARE + CHARACTERS * self.max_length
+    def _rows(self, example: Example) -> list[list[Piece]]:
+        """The conversation's tokens as rows, each in stretches that are supervised or not. Raises RowError."""
+        length = sum(map(_size, example.messages))
+        most = SPARE + CHARACTERS * self.max_length
         if length > most:
             raise RowError(
                 f"its text has {length:,} characters, data.max_length = {self.max_length} allows {most:,}; "
                 "shorten it, or take the row out"
             )
-        pieces: list[tuple[list[int], bool]] = []
-        for text, learnt in self.segments(example):
-            # Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token.
-            ids = self._ids(text, add_special_tokens=not pieces and not self.chat)
-            if learnt:
+        # Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token.
+        plain = not self.chat or example.messages[0]["role"] == "text"
+        return [self._pieces(parts, plain) for parts in self.parts(example)]
+
+    def _pieces(self, parts: list[Part], plain: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        for part in parts:
+            ids = self._ids(part.text, add_special_tokens=plain and not pieces)
+            if part.answer:
                 turn, after = self._closed(ids)
-                pieces += [(turn, True), (after, False)]
+                pieces += [(turn, part.learnt), (after, False)]
             else:
                 pieces.append((ids, False))
         return pieces
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Everything before the last assistant's turn, as it is given to the model to continue."""
-        return [i for ids, _ in self._pieces(example)[:-2] for i in ids]
+        messages = [{key: value for key, value in m.items() if key != "learnt"} for m in example.messages]
+        *_, last = self._rows(Example(tuple(messages), example.task, example.tools))
+        before = last[:-2]  # the last two: the turn, and what the template puts after it
+        ids, _ = _joined(before)
+        return ids
 
     def question_ids(self, text: str) -> list[int]:
         """A user's turn, ready to be answered. Raises DataError."""
@@ -150,34 +205,93 @@ class Encoder:
         except RowError as error:
             raise DataError(f"prompt: {error}") from None
 
+    def rows(self, example: Example) -> list[tuple[list[int], list[bool]]]:
+        """Token ids and supervision of the conversation's rows, to the last turn's end token, not truncated."""
+        return [_joined(pieces[:-1]) for pieces in self._rows(example)]
+
     def encode(self, example: Example) -> tuple[list[int], list[bool]]:
-        """Token ids and supervision of the whole conversation, to the last turn's end token, not truncated."""
-        pieces = self._pieces(example)[:-1]
-        supervised = [learnt for ids, learnt in pieces for _ in ids]
-        return [i for ids, _ in pieces for i in ids], supervised
+        """The last of its rows: the conversation as it stands at its end."""
+        return self.rows(example)[-1]
 
     def encode_rows(self, examples: list[Example]) -> Encoded:
         """Rows over max_length lose their end; a row left without a supervised token is dropped and counted."""
         encoded = Encoded([], len(examples), 0, 0)
         for number, example in enumerate(examples, start=1):
             try:
-                ids, supervised = self.encode(example)
+                rows = self.rows(example)
             except RowError as error:
                 raise DataError(f"task {example.task}: conversation {number}: {error}") from None
-            cut = len(ids) > self.max_length
-            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
-            if not any(supervised[1:]):
-                encoded.dropped += 1
-                continue
-            encoded.truncated += cut
-            row = EncodedRow(np.array(ids, dtype=np.int32), np.array(supervised), example.task)
-            encoded.rows.append(row)
+            encoded.split += len(rows) > 1
+            for ids, supervised in rows:
+                self._add(encoded, ids, supervised, example.task)
         return encoded
 
+    def _add(self, encoded: Encoded, ids: list[int], supervised: list[bool], task: str) -> None:
+        cut = len(ids) > self.max_length
+        ids, supervised = ids[: self.max_length], supervised[: self.max_length]
+        if not any(supervised[1:]):
+            encoded.dropped += 1
+            return
+        encoded.truncated += cut
+        encoded.rows.append(EncodedRow(np.array(ids, dtype=np.int32), np.array(supervised), task))
 
-def _plain_segments(messages: list[Message]) -> list[tuple[str, bool]]:
-    """Without a chat template: each given turn ends with a line break, each learnt one with the end token."""
-    return [(m["content"] + ("" if m["role"] == "assistant" else "\n"), m["role"] == "assistant") for m in messages]
+
+def _joined(pieces: list[Piece]) -> tuple[list[int], list[bool]]:
+    """All token ids, and of each whether it is supervised."""
+    ids: list[int] = []
+    supervised: list[bool] = []
+    for piece, learnt in pieces:
+        ids += piece
+        supervised += [learnt] * len(piece)
+    return ids, supervised
+
+
+def _plain_parts(messages: list[Message], tools: tuple[Any, ...]) -> list[Part]:
+    """Without a chat template: each given turn ends with a line break, each learnt one with the end token.
+
+    Raises RowError for what only a template can write.
+    """
+    parts = []
+    for message in messages:
+        for key in ("tool_calls", "reasoning_content"):
+            if key in message:
+                raise RowError(f"{key!r} needs a chat template, and this tokenizer has none or is not to use it")
+        answer = message["role"] == "assistant"
+        text = message["content"]
+        parts.append(Part(text if answer else f"{text}\n", answer, answer and message.get("learnt", True)))
+    if tools:
+        raise RowError("column 'tools' needs a chat template, and this tokenizer has none or is not to use it")
+    return parts
+
+
+def _named(index: int, message: Message) -> Message:
+    """A message of the same form with texts that stand nowhere else."""
+    named = message | {"content": f"content{index}{NUMBER}" if message["content"] else ""}
+    if "reasoning_content" in message:
+        named["reasoning_content"] = f"thought{index}{NUMBER}"
+    if "tool_calls" in message:
+        named["tool_calls"] = [_named_call(f"{index}{number}") for number in range(len(message["tool_calls"]))]
+    if "name" in message:
+        named["name"] = f"name{index}"
+    if "tool_call_id" in message:
+        named["tool_call_id"] = ID
+    return named
+
+
+ID = "call00001"  # some templates want nine characters
+
+
+def _named_call(which: str) -> dict[str, Any]:
+    function = {"name": f"function{which}{NUMBER}", "arguments": {"argument": f"value{which}{NUMBER}"}}
+    return {"type": "function", "id": ID, "function": function}
+
+
+def _size(message: Message) -> int:
+    """Characters, roughly, where a turn holds more than its content."""
+    size = len(message["content"]) + len(message.get("reasoning_content", ""))
+    if "tool_calls" in message:
+        size += len(json.dumps(message["tool_calls"]))
+    return size
 
 
 def load_examples(sources: list[Source]) -> tuple[list[Example], list[int]]:

@@ -45,10 +45,12 @@ def check_source(source: Source, key: str) -> list[str]:
 def _below(folder: Path) -> Path | None:
     """The first data file in a sub-folder, hidden ones aside: whoever names `folder` may mean it."""
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found = next((name for name in sorted(files) if Path(name).suffix.lower() in LOADERS), None)
-        if found and Path(place) != folder:
-            return Path(place) / found
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # what os.walk goes on with
+        if Path(place) == folder:
+            continue
+        for name in sorted(files):
+            if Path(name).suffix.lower() in LOADERS:
+                return Path(place) / name
     return None
 
 
@@ -76,7 +78,10 @@ def _path_rows(source: Source) -> list[dict[str, Any]]:
     files = _files(Path(source.path), source.split)
     kind = LOADERS[files[0].suffix]
     if kind in READERS:
-        return [row for file in files for row in READERS[kind](file)]
+        rows = []
+        for file in files:
+            rows += READERS[kind](file)
+        return rows
     place = files[0] if len(files) == 1 else files[0].parent
     return _dataset_rows(kind, str(place), data_files=[str(f) for f in files], split="train")
 
@@ -90,7 +95,8 @@ def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[d
         return datasets.load_dataset(what, **options).to_list()
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
         cause = error.__cause__ or error
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        lines = str(cause).strip().splitlines()
+        reason = lines[0] if lines else type(cause).__name__
         raise DataError(f"{place or what}: cannot be read: {shortened(reason)}") from None
 
 
@@ -101,8 +107,10 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
         rows = _json(text, f"{path}")
     else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_json(line, f"{path}: line {n}") for n, line in lines if line.strip()]
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                rows.append(_json(line, f"{path}: line {number}"))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number}: should be an object of columns, is {type(row).__name__}")
@@ -117,20 +125,31 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
     try:
         reader = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
         names = next(reader, [])
-        twice = [name for i, name in enumerate(names) if name in names[:i]]
-        if twice:
-            raise DataError(f"{path}: column {twice[0]!r} stands twice in the first line")
+        twice = _first_repeated(names)
+        if twice is not None:
+            raise DataError(f"{path}: column {twice!r} stands twice in the first line")
         for cells in reader:
-            if cells and len(cells) != len(names):
+            if not cells:
+                continue
+            if len(cells) != len(names):
                 raise DataError(
                     f"{path}: line {reader.line_num}: {len(cells)} cells under {len(names)} names; put text that "
                     "holds a comma in double quotes"
                 )
-            if cells:
-                rows.append(dict(zip(names, cells, strict=True)))
+            rows.append(dict(zip(names, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
     return rows
+
+
+def _first_repeated(names: list[str]) -> str | None:
+    """The first of `names` that stood before."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 READERS = {"json": _json_rows, "csv": _csv_rows}
@@ -150,11 +169,10 @@ def _text_of(path: Path) -> str:
 
 def _json(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        twice = _first_repeated([key for key, _ in pairs])
+        if twice is not None:
             raise DataError(f"{where}: key {twice!r} stands twice in one object")
-        return found
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
@@ -171,10 +189,6 @@ def _json(text: str, where: str) -> Any:
 SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
-def _words(file: Path) -> set[str]:
-    return set(re.split(r"[^a-z]+", file.stem.lower()))
-
-
 def _files(path: Path, split: str) -> list[Path]:
     """The files of a local source. In a folder: those named after the split, or all if none is named after any.
 
@@ -182,25 +196,43 @@ def _files(path: Path, split: str) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in LOADERS)
-    capital = next((f.name for f in files if f.suffix not in LOADERS), None)
-    if capital:
-        raise DataError(f"{path}: {capital}: the ending is not read in capitals; rename the file")
-    named = [f for f in files if f.stem.split("-")[0] == split]
-    others = [f.name for f in files if any(name in f.stem.lower() for name in SPLITS)]
-    if not named and others:
-        raise DataError(f"{path}: no file named {split}; it holds {', '.join(others)}: name one file, or set split")
-    beside = [f for f in files if f not in named and f.suffix in {n.suffix for n in named}]
-    unsaid = next((f.name for f in beside if not _words(f) & set(SPLITS) - {split}), None)
-    if unsaid:
-        raise DataError(
-            f"{path}: {named[0].name} is the split {split}, but what {unsaid} is for, its name does not say; name one "
-            f"file, or call the other {split}-2{named[0].suffix}"
-        )
-    files = named or files
-    if len({f.suffix for f in files}) > 1:
-        raise DataError(f"{path}: files of several kinds ({', '.join(f.name for f in files)}); name one file")
-    return files
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in LOADERS)
+    for file in files:
+        if file.suffix not in LOADERS:
+            raise DataError(f"{path}: {file.name}: the ending is not read in capitals; rename the file")
+    named = [file for file in files if file.stem.split("-")[0] == split]
+    if named:
+        _check_beside(named, files, split)
+    else:
+        others = [file.name for file in files if _names_any_split(file)]
+        if others:
+            raise DataError(f"{path}: no file named {split}; it holds {', '.join(others)}: name one file, or set split")
+    chosen = named or files
+    if len({file.suffix for file in chosen}) > 1:
+        names = ", ".join(file.name for file in chosen)
+        raise DataError(f"{path}: files of several kinds ({names}); name one file")
+    return chosen
+
+
+def _names_any_split(file: Path) -> bool:
+    """Anywhere in its name."""
+    return any(split in file.stem.lower() for split in SPLITS)
+
+
+def _check_beside(named: list[Path], files: list[Path], split: str) -> None:
+    """Raises DataError for a file of the same kind beside those of the split whose name says no other split."""
+    kinds = {file.suffix for file in named}
+    other_splits = set(SPLITS) - {split}
+    for file in files:
+        if file in named or file.suffix not in kinds:
+            continue
+        words = set(re.split(r"[^a-z]+", file.stem.lower()))
+        if not words & other_splits:
+            first = named[0]
+            raise DataError(
+                f"{first.parent}: {first.name} is the split {split}, but what {file.name} is for, its name does not "
+                f"say; name one file, or call the other {split}-2{first.suffix}"
+            )
 
 
 def reasoning_gym_dataset(source: Source) -> Any:

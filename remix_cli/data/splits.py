@@ -36,19 +36,22 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
     """
     examples, counts = load_examples(recipe.data.train)
     if recipe.data.validation:
-        held, _ = load_examples(recipe.data.validation)
-        seen = overlap(examples, held)
+        given, _ = load_examples(recipe.data.validation)
+        seen = overlap(examples, given)
         if seen and not recipe.data.allow_overlap:
             raise DataError(
-                f"data.validation: {seen} of {len(held)} rows are also in data.train, so the held-out loss would "
+                f"data.validation: {seen} of {len(given)} rows are also in data.train, so the held-out loss would "
                 "flatter; remove them, or set data.allow_overlap: true"
             )
-        return examples, counts, evenly(held, recipe.data.validation_limit)
+        return examples, counts, evenly(given, recipe.data.validation_limit)
     seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
     random = np.random.default_rng([seed, 1])
     total = sum(counts)
     share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
-    train, held, kept, start = [], [], [], 0
+    train: list[Example] = []
+    held: list[Example] = []
+    kept: list[int] = []
+    start = 0
     for source, count in zip(recipe.data.train, counts, strict=True):
         out = set(random.permutation(count)[: round(count * share)].tolist())
         if len(out) == count:
@@ -89,16 +92,18 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
     """Read, hold out, tokenise and plan, for `world` processes. Raises DataError."""
     encoder = Encoder.of(tokenizer, recipe.data)
     examples, counts, held = split_examples(recipe)
-    parts, start = [], 0
+    parts: list[Encoded] = []
+    train = Encoded([], 0, 0, 0)
+    start = 0
     for count in counts:
-        parts.append(encoder.encode_rows(examples[start : start + count]))
+        part = encoder.encode_rows(examples[start : start + count])
         start += count
-    train = Encoded(
-        [row for part in parts for row in part.rows],
-        sum(p.read for p in parts),
-        sum(p.truncated for p in parts),
-        sum(p.dropped for p in parts),
-    )
+        parts.append(part)
+        train.rows += part.rows
+        train.read += part.read
+        train.truncated += part.truncated
+        train.dropped += part.dropped
+        train.split += part.split
     for part, source in zip(parts, recipe.data.train, strict=True):
         if not part.rows:
             raise DataError(

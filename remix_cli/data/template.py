@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from remix_cli.data.formats import Message, RowError
+from remix_cli.data.turns import Part, rows_of
 from remix_cli.errors import shortened
 
-Parts = list[tuple[str, bool]]
-Render = Callable[[list[Message], bool], str]
 # A rendering takes well under a millisecond; the first one compiles the template, in a few hundredths of a second.
 SECONDS, SECONDS_EACH = 1, 0.05
 BYTES = 64_000_000
@@ -33,15 +32,17 @@ WAIT = 120  # seconds, for a machine that is busy with other things
 class Template:
     """Renders a tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.pipe: Connection | None = None
-        self._end: Callable[[], str | None] = lambda: None
+    def __init__(self, tokenizer: Any, settings: dict[str, Any]):
+        """`settings` are passed on to the template, which may read some (`enable_thinking` of several)."""
+        self.tokenizer, self.settings = tokenizer, settings
+        self.pipe: Connection | None = None  # to the child, once there is one
+        self._end: Callable[[], str | None] = lambda: None  # ends the child
         self.refusal = ""  # what it died of
 
-    def turns(self, messages: list[Message]) -> Parts:
-        """The conversation's text in order, each stretch with whether it is an assistant's turn. Raises RowError."""
-        return [(text, learnt) for text, learnt in self._ask({"messages": messages})]
+    def rows(self, messages: list[Message], tools: list[Any]) -> list[list[Part]]:
+        """The conversation's text, in one row or in one for each learnt turn (turns.py). Raises RowError."""
+        rows = self._ask({"messages": messages, "tools": tools})
+        return [[Part(*part) for part in row] for row in rows]
 
     def scaffold(self) -> str:
         """What is written around a user's turn, as far as the template takes one alone."""
@@ -79,7 +80,7 @@ class Template:
         except OSError as error:
             raise RowError(f"the chat template cannot be rendered: no process for it ({error.strerror})") from None
         if not child:
-            _serve(self.tokenizer, there)
+            _serve(self.tokenizer, self.settings, there)
         there.close()
         self.pipe = here
         self._end = weakref.finalize(self, _end, child, os.getpid(), here)
@@ -94,21 +95,27 @@ def _end(child: int, parent: int, pipe: Connection) -> str:
         pipe.close()
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return "takes too long" if status == -signal.SIGXCPU else f"ended its process ({status})"
+    _, waited = os.waitpid(child, 0)
+    status = os.waitstatus_to_exitcode(waited)
+    if status == -signal.SIGXCPU:
+        return "takes too long"
+    return f"ended its process ({status})"
 
 
-def _serve(tokenizer: Any, pipe: Connection) -> NoReturn:
+def _serve(tokenizer: Any, settings: dict[str, Any], pipe: Connection) -> NoReturn:
     """The child: answer until the parent has gone."""
     try:
         _leave_the_parent(pipe.fileno())
         count = 0
 
-        def render(messages: list[Message], generate: bool) -> str:
+        def render(messages: list[Message], generate: bool, tools: list[Any] | None) -> str:
             nonlocal count
             count += 1
             _limit(resource.RLIMIT_CPU, SECONDS + math.ceil(SECONDS_EACH * count))
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            shown = [{key: value for key, value in message.items() if key != "learnt"} for message in messages]
+            return tokenizer.apply_chat_template(
+                shown, tools=tools, tokenize=False, add_generation_prompt=generate, **settings
+            )
 
         while True:
             pipe.send_bytes(_answer(render, pipe.recv_bytes()))
@@ -131,16 +138,19 @@ def _leave_the_parent(keep: int) -> None:
     _limit(resource.RLIMIT_CORE, 0)
 
 
-def _answer(render: Render, question: bytes) -> bytes:
-    before = resource.getrlimit(resource.RLIMIT_AS)[0]
+def _answer(render: Callable[..., str], question: bytes) -> bytes:
+    before, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
         used = Path("/proc/self/statm")  # Linux; elsewhere the time alone is bounded
         if used.exists():
             now = int(used.read_text().split()[0]) * resource.getpagesize()
             _limit(resource.RLIMIT_AS, now + BYTES + 16 * len(question))
         asked = json.loads(question)
-        messages = asked["messages"]
-        text = render(messages, False) if asked.get("alone") else _turns(render, messages)
+        text: str | list[list[Part]]
+        if asked.get("alone"):
+            text = render(asked["messages"], False, None)
+        else:
+            text = _rows(render, asked["messages"], asked["tools"])
         return json.dumps({"text": text}).encode()
     except RowError as error:
         reason = str(error)
@@ -149,38 +159,41 @@ def _answer(render: Render, question: bytes) -> bytes:
     except Exception as error:  # whatever the template's own code raises
         reason = f"the chat template refuses the conversation: {shortened(str(error))}"
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
     return json.dumps({"error": reason}).encode()
 
 
 def _limit(what: int, value: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    _, hard = resource.getrlimit(what)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(what, (value, hard))
 
 
-def _turns(render: Render, messages: list[Message]) -> Parts:
-    parts: Parts = []
-    done, seen = "", 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        given, whole = render(messages[:i], True), render(messages[: i + 1], False)
-        if not given.startswith(done) or not whole.startswith(given):
-            raise RowError("the chat template renders earlier turns differently once later ones follow")
-        turns = [(given[len(done) :], False), (whole[len(given) :], True)]
-        for j in range(seen, i + 1):
-            if not _holds(turns[j == i][0], messages[j]["content"]):
-                raise RowError(f"the chat template leaves out what message {j + 1} ({messages[j]['role']}) says")
-        parts += turns
-        done, seen = whole, i + 1
-    return parts
+def _rows(render: Callable[..., str], messages: list[Message], tools: list[Any]) -> list[list[Part]]:
+    """Templates want the arguments of a tool call as an object, some as JSON text."""
+
+    def with_tools(shown: list[Message], generate: bool) -> str:
+        return render(shown, generate, tools or None)
+
+    try:
+        return rows_of(with_tools, messages, tools)
+    except (RowError, MemoryError):
+        raise
+    except Exception:
+        if not any("tool_calls" in message for message in messages):
+            raise
+    return rows_of(lambda shown, generate: with_tools(_with_arguments_as_text(shown), generate), messages, tools)
 
 
-def _holds(rendered: str, content: str) -> bool:
-    """Is the content in the text? Templates may trim and wrap it, and some write a tool's results as JSON."""
-    text = _without_space(rendered)
-    return any(_without_space(form) in text for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
-
-
-def _without_space(text: str) -> str:
-    return "".join(text.split())
+def _with_arguments_as_text(messages: list[Message]) -> list[Message]:
+    changed = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            calls.append(call | {"function": function | {"arguments": text}})
+        changed.append(message | {"tool_calls": calls} if calls else message)
+    return changed

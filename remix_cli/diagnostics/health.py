@@ -42,34 +42,47 @@ def verdict(blocks: list[BlockStatistics], active: int, alarm: Alarm) -> tuple[b
             f"healthy: {len(blocks)} routers, {dead} of {total} LoRAs dead, "
             f"weights spread over {lowest:.2f} or more of {active}"
         )
-    names = sorted({name for found in reasons.values() for name in found}, key=_block_order)
-    worst = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    told = "; ".join(f"{names_[0]}: {reason}" for reason, names_ in worst[:3])
+    collapsed: set[str] = set()
+    for of_reason in reasons.values():
+        collapsed.update(of_reason)
+    names = sorted(collapsed, key=_block_order)
+    commonest = sorted(reasons, key=lambda reason: -len(reasons[reason]))
+    told = "; ".join(f"{reasons[reason][0]}: {reason}" for reason in commonest[:3])
     return False, f"collapsing in {len(names)} of {len(blocks)} blocks ({_listed(names)}): {told}"
 
 
 def _block_order(name: str) -> tuple[int, str]:
     number = name.split(".")[0]
-    return (int(number) if number.isdigit() else 0, name)
+    if not number.isdigit():
+        return 0, name
+    return int(number), name
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    listed = ", ".join(names[:8])
+    if len(names) > 8:
+        listed += f" and {len(names) - 8} more"
+    return listed
 
 
 def short_name(name: str) -> str:
     """`model.layers.12.mlp` -> `12.mlp`."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] :]) if numbers else name
+    if not numbers:
+        return name
+    return ".".join(parts[numbers[-1] :])
 
 
 class Watch:
     """Warns when routers have collapsed for `alarm.patience` logged steps in a row, once until they recover."""
 
     def __init__(self, names: list[str], active: int, alarm: Alarm):
-        self.names, self.active, self.alarm = names, active, alarm
-        self.bad, self.warned = [0] * len(names), False
+        self.names = names
+        self.active = active
+        self.alarm = alarm
+        self.bad = [0] * len(names)  # by router: logged steps in a row in which it had collapsed
+        self.warned = False
 
     def see(self, routing: StepRouting) -> str | None:
         """A line of warning, or None."""
@@ -88,9 +101,10 @@ class Watch:
         if not found or self.warned:
             return None
         self.warned = True
-        i = found[0]
+        names = [short_name(self.names[i]) for i in found]
+        first = found[0]
         return (
-            f"warning: routing collapses in {len(found)} of {len(self.names)} blocks "
-            f"({_listed([short_name(self.names[j]) for j in found])}): {short_name(self.names[i])} has an effective "
-            f"support of {ess[i]:.2f} of {self.active} and {dead[i]} of {n} LoRAs dead; see docs/routing.md"
+            f"warning: routing collapses in {len(found)} of {len(self.names)} blocks ({_listed(names)}): "
+            f"{names[0]} has an effective support of {ess[first]:.2f} of {self.active} and {dead[first]} of {n} LoRAs "
+            "dead; see docs/routing.md"
         )

@@ -32,12 +32,13 @@ def read_history(folder: RunFolder) -> History:
     """Raises ArtefactError if the run has logged no routing."""
     found = History(folder.path.name, [], {key: [] for key in MEASURES})
     try:
-        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-        for record in map(json.loads, lines):
-            if all(key in record for key in MEASURES):
-                found.steps.append(record["step"])
-                for key, values in found.values.items():
-                    values.append(float(record[key]))
+        for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if not all(key in record for key in MEASURES):  # of an evaluation
+                continue
+            found.steps.append(record["step"])
+            for key, values in found.values.items():
+                values.append(float(record[key]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtefactError(f"{folder.metrics}: cannot be read ({error}); give the output_dir of a run") from None
     if not found.steps:
@@ -49,6 +50,10 @@ def sparkline(values: list[float], low: float, high: float, width: int) -> str:
     """Means over `width` stretches of equal length, as bars between `low` and `high`."""
     width = min(width, len(values))
     cuts = [round(i * len(values) / width) for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
     span = (high - low) or 1.0
-    return "".join(BARS[min(7, max(0, int((mean - low) / span * 8)))] for mean in means)
+    line = ""
+    for start, end in itertools.pairwise(cuts):
+        mean = sum(values[start:end]) / (end - start)
+        height = int((mean - low) / span * 8)
+        line += BARS[min(7, max(0, height))]
+    return line

@@ -73,11 +73,16 @@ class BlockCounter:
         `token_ids`, `task_ids` and `learnt` (1 at completion tokens) are (B, T). A decision for a whole sequence
         counts once for each of its tokens.
         """
-        parts = (decision.logits, decision.chosen, decision.weights)
-        logits, chosen, weights = (x.expand(*mask.shape, x.shape[-1])[mask] for x in parts)
+
+        def counted(part: Tensor) -> Tensor:
+            return part.expand(*mask.shape, part.shape[-1])[mask]
+
+        logits = counted(decision.logits)  # (S, n)
+        chosen = counted(decision.chosen)  # (S, k)
+        weights = counted(decision.weights)  # (S, n)
         k = chosen.shape[-1]
-        active = routing.selection_mask(chosen, self.pool_size)
-        use = active.float()  # (S, n)
+        active = routing.selection_mask(chosen, self.pool_size)  # (S, n) bool
+        use = active.float()
         self.by_token.index_add_(0, token_ids[mask], use)
         self.by_task.index_add_(0, task_ids[mask], use)
         self.by_part.index_add_(0, learnt[mask], use)
@@ -85,8 +90,10 @@ class BlockCounter:
         q = logits.softmax(-1)
         ess_q = routing.effective_support_size(q)
         ess_weights = routing.effective_support_size(weights.float())
-        ordered = logits.sort(-1, descending=True).values
-        margin = ordered[:, k - 1] - ordered[:, k] if k < self.pool_size else torch.zeros_like(ess_q)
+        margin = torch.zeros_like(ess_q)
+        if k < self.pool_size:
+            ordered = logits.sort(-1, descending=True).values
+            margin = ordered[:, k - 1] - ordered[:, k]
         agreement = (routing.inclusion_probabilities(logits, k) * use).sum(-1) / k
         found = (routing.entropy(logits), ess_q, ess_weights, (q * use).sum(-1), margin, agreement)
         self.sums += torch.stack([x.double().sum() for x in found])
@@ -133,13 +140,17 @@ class BlockCounter:
 
 def _count_sets(active: Tensor) -> dict[tuple[int, ...], int]:
     """How often each set of LoRAs occurs among the rows of `active` (S, n) bool."""
-    words = active.split(62, dim=-1)  # each packed into one integer
-    packed = torch.stack([(w.long() << torch.arange(w.shape[-1], device=w.device)).sum(-1) for w in words], -1)
-    if len(words) == 1:
-        found, counts = packed[:, 0].unique(return_counts=True)
-        return {(key,): count for key, count in zip(found.tolist(), counts.tolist(), strict=True)}
-    found, counts = packed.unique(dim=0, return_counts=True)
-    return {tuple(key): count for key, count in zip(found.tolist(), counts.tolist(), strict=True)}
+    words = []
+    for part in active.split(62, dim=-1):  # each packed into one integer
+        bits = torch.arange(part.shape[-1], device=part.device)
+        words.append((part.long() << bits).sum(-1))
+    if len(words) == 1:  # much quicker than rows of one
+        found, counts = words[0].unique(return_counts=True)
+        keys = [(key,) for key in found.tolist()]
+    else:
+        found, counts = torch.stack(words, -1).unique(dim=0, return_counts=True)
+        keys = [tuple(key) for key in found.tolist()]
+    return dict(zip(keys, counts.tolist(), strict=True))
 
 
 CLASSES = ("number", "word", "punctuation", "other")
@@ -152,11 +163,14 @@ def token_classes(tokenizer: Any, vocabulary: int) -> Tensor:
     for i, text in enumerate(_texts(tokenizer, range(vocabulary))):
         text = text.strip()
         if i in special or not text:
-            found.append(3)
+            kind = "other"
         elif any(c.isdigit() for c in text):
-            found.append(0)
+            kind = "number"
+        elif any(c.isalpha() for c in text):
+            kind = "word"
         else:
-            found.append(1 if any(c.isalpha() for c in text) else 2)
+            kind = "punctuation"
+        found.append(CLASSES.index(kind))
     return torch.tensor(found)
 
 
@@ -200,10 +214,11 @@ def collect(
         return batch, trace.decisions
 
     for chunk, (batch, decisions) in in_chunks([len(row.input_ids) for row in rows], batch_size, decide):
-        task_ids = torch.tensor([tasks.index(rows[i].task) for i in chunk], device=device).unsqueeze(1)
+        of_rows = torch.tensor([tasks.index(rows[i].task) for i in chunk], device=device)
+        task_ids = of_rows.unsqueeze(1).expand(batch.mask.shape)
         learnt = (batch.mask & ~batch.prompt).long()
         for name, decision in decisions.items():
-            counters[name].add(decision, batch.mask, batch.input_ids, task_ids.expand(batch.mask.shape), learnt)
+            counters[name].add(decision, batch.mask, batch.input_ids, task_ids, learnt)
         advance(len(chunk))
     classes = token_classes(run.tokenizer, vocabulary).to(device)
     return [counter.result(classes, _similarities(run.adapter, name)) for name, counter in counters.items()]
@@ -211,8 +226,11 @@ def collect(
 
 def _similarities(adapter: Adapter, router: str) -> Tensor:
     """(linears, n, n): of all linears that the router serves."""
-    served = [linear for linear in adapter.linears.values() if linear.router and linear.router.name == router]
-    return torch.stack([update_similarity(linear) for linear in served])
+    similarities = []
+    for linear in adapter.linears.values():
+        if linear.router is not None and linear.router.name == router:
+            similarities.append(update_similarity(linear))
+    return torch.stack(similarities)
 
 
 @torch.no_grad()
@@ -222,13 +240,11 @@ def trace_lines(run: LoadedRun, rows: list[EncodedRow]) -> Iterator[dict[str, An
         batch = collate([row]).to(run.device)
         with run.adapter.tracing(Trace(prompt=batch.prompt)) as trace:
             batch_losses(run.model, batch)
-        length = len(row.input_ids)
-        chosen = {
-            name: decision.chosen.expand(1, batch.mask.shape[1], -1)[0].tolist()
-            for name, decision in trace.decisions.items()
-        }
+        chosen: dict[str, list[list[int]]] = {}  # router -> of each position the LoRAs
+        for name, decision in trace.decisions.items():
+            chosen[name] = decision.chosen.expand(1, batch.mask.shape[1], -1)[0].tolist()
         texts = _texts(run.tokenizer, row.input_ids.tolist())
-        for t in range(length):
+        for t in range(len(row.input_ids)):
             part = "prompt" if bool(batch.prompt[0, t]) else "completion"
             loras = {name: ids[t] for name, ids in chosen.items()}
             yield {"row": i, "task": row.task, "position": t, "token": texts[t], "part": part, "chosen": loras}

@@ -68,7 +68,9 @@ def heat_map(report: dict[str, Any], width: int) -> str:
 
 def _shade(share: float) -> int:
     """0 for dead, then quarters."""
-    return 0 if share < DEAD_SHARE else min(4, 1 + int(share * 4))
+    if share < DEAD_SHARE:
+        return 0
+    return min(4, 1 + int(share * 4))
 
 
 def history_table(histories: list[History], width: int = 80) -> Table:
@@ -81,10 +83,10 @@ def history_table(histories: list[History], width: int = 80) -> Table:
     table.add_column("")
     table.add_column("last", justify="right")
     for key, label in MEASURES.items():
-        everything = [value for history in histories for value in history.values[key]]
+        highest = max(max(history.values[key]) for history in histories)
         for i, history in enumerate(histories):
             values = history.values[key]
-            line = sparkline(values, 0.0, max(everything), max(12, width - 64))
+            line = sparkline(values, 0.0, highest, max(12, width - 64))
             run = [history.run] if len(histories) > 1 else []
             table.add_row(label if i == 0 else "", *run, f"{values[0]:.2f}", line, f"{values[-1]:.2f}")
     return table
@@ -119,11 +121,23 @@ def means_table(reports: list[dict[str, Any]], names: list[str]) -> Table:
     for key, label in MEANS.items():
         values = []
         for report in reports:
-            found = [len(b[key]) if key in ("dead", "dominating") else b[key] for b in report["blocks"]]
-            found = [value for value in found if value is not None]
-            values.append(f"{sum(found) / len(found):.3f}" if found else "-")
+            values.append(_mean(report["blocks"], key))
         table.add_row(label, *values)
     return table
+
+
+def _mean(blocks: list[dict[str, Any]], key: str) -> str:
+    """Of a measure over the blocks that have it; of how many LoRAs there are, where it is a list of them."""
+    found = []
+    for block in blocks:
+        value = block[key]
+        if isinstance(value, list):
+            value = len(value)
+        if value is not None:
+            found.append(value)
+    if not found:
+        return "-"
+    return f"{sum(found) / len(found):.3f}"
 
 
 def parameter_table(counts: ParameterCounts) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remix_cli.data.chunks import start_size
-from remix_cli.data.encode import EncodedRow, load_examples
+from remix_cli.data.encode import EncodedRow
 from remix_cli.data.splits import evenly
 from remix_cli.diagnostics.health import verdict
 from remix_cli.diagnostics.history import read_history
@@ -15,7 +15,7 @@ from remix_cli.diagnostics.page import page
 from remix_cli.diagnostics.plots import plot_history, plot_use
 from remix_cli.diagnostics.route_stats import collect, report, trace_lines
 from remix_cli.diagnostics.routing_tables import heat_map, history_table, means_table, routing_legend, routing_table
-from remix_cli.errors import DataError, RecipeError
+from remix_cli.errors import RecipeError
 from remix_cli.runs import LoadedRun, RunFolder, load_run
 from remix_cli.storage import write_json, write_text
 
@@ -45,34 +45,38 @@ class Shown:
     healthy: bool = True
 
 
-def _check_routed(*runs: Path) -> None:
+def _check_routed(run: Path) -> None:
     """Raises RecipeError for a run whose method has no router."""
-    for run in runs:
-        method = RunFolder(run).load_recipe().adapter_config()
-        if not method.routed:
-            raise RecipeError(f"{run}: trained by {method.method}, which has no router; nothing is routed")
+    config = RunFolder(run).load_recipe().adapter_config()
+    if not config.routed:
+        raise RecipeError(f"{run}: trained by {config.method}, which has no router; nothing is routed")
 
 
 def history(runs: list[Path], plot: Path | None, width: int) -> Shown:
     """Measures over the steps. Raises ArtefactError."""
     found = [read_history(RunFolder(run)) for run in runs]
     parts: list[Any] = [history_table(found, width)]
-    parts += [f"written: {path}" for path in (plot_history(found, plot) if plot else [])]
+    if plot is not None:
+        parts += [f"written: {path}" for path in plot_history(found, plot)]
     return Shown(parts, {"runs": [asdict(one) for one in found]})
 
 
 def routing(run: Path, request: Request, progress: Callable[[str, int], Any], width: int) -> Shown:
     """Statistics of one run, or of two on the same rows. Raises DataError, ArtefactError, RecipeError."""
-    _check_routed(run, *([request.compare_with] if request.compare_with else []))
+    _check_routed(run)
+    if request.compare_with is not None:
+        _check_routed(request.compare_with)
     loaded = load_run(run, best=request.best, any_base=request.any_base)
-    rows = rows_to_look_at(loaded, request.data, request.limit)
+    rows = loaded.rows_to_look_at(request.data, request.limit)
     result, healthy = _measured(loaded, rows, progress)
     parts: list[Any] = [result["verdict"], "", heat_map(result, width), "", routing_table(result)]
     parts += [routing_legend(result), ""]
-    reports, names = [result], [run.name]
+    reports = [result]
+    names = [run.name]
     if request.compare_with is not None:
         other, _ = _measured(_beside(loaded, request), rows, progress)
-        reports, names = [result, other], [run.name, request.compare_with.name]
+        reports.append(other)
+        names.append(request.compare_with.name)
         parts.append(f"{request.compare_with.name}: {other['verdict']}")
         result = {**result, "compared": other}
     parts.append(means_table(reports, names))
@@ -111,16 +115,3 @@ def _measured(
     result = {"verdict": words, "healthy": healthy} | report(loaded, rows, blocks)
     write_json(loaded.folder.statistics / f"routing-{loaded.which}.json", result)
     return result, healthy
-
-
-def rows_to_look_at(loaded: LoadedRun, data: str | None, limit: int | None) -> list[EncodedRow]:
-    """The recipe's held-out rows, or those of the file `data`, at most `limit`. Raises DataError."""
-    recipe = loaded.recipe
-    if data is None:
-        examples = loaded.split()[2]
-    else:
-        examples = load_examples([recipe.data.train[0].at(data)])[0]
-    rows = loaded.encoder.encode_rows(evenly(examples, limit)).rows
-    if not rows:
-        raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
-    return rows

@@ -5,6 +5,7 @@ ordinary module here, so that linters and tests read what users get.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) 
         (folder / "remix.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         return
     state = base_state(run)
-    state |= {f"{name}.weight": state[f"{name}.weight"][None] for name in run.adapter.linears}
+    for name in run.adapter.linears:
+        state[f"{name}.weight"] = state[f"{name}.weight"][None]  # (1, D_out, D_in), as modeling_remix.py has it
     save_torch_state_dict(state | tensors, folder, max_shard_size=SHARD)
 
 
@@ -99,11 +101,18 @@ def base_state(run: LoadedRun) -> dict[str, Tensor]:
     """The base model's tensors under its own names; a tied one under the first, as other programs look for it."""
     with run.adapter.disabled():
         state = run.model.state_dict()
-    first: dict[Any, str] = {}
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in state.items():
-        if not name.endswith(".remix_router.weight"):
-            first.setdefault((tensor.data_ptr(), tensor.shape) if tensor.data_ptr() else name, name)
-    return {name: state[name] for name in first.values()}
+        if name.endswith(".remix_router.weight"):
+            continue
+        place = tensor.data_ptr(), tensor.shape
+        if place in seen:
+            continue
+        if tensor.data_ptr():  # an empty tensor has no place
+            seen.add(place)
+        kept[name] = tensor
+    return kept
 
 
 def _description(run: LoadedRun, reference_base: bool) -> dict[str, Any]:
@@ -146,26 +155,29 @@ def _check(run: LoadedRun, folder: Path) -> Agreement:
     mask = torch.ones_like(ids)
     with run.adapter.tracing(Trace(prompt=mask.bool())) as trace:
         ours = run.model(input_ids=ids, use_cache=False).logits
-    shared: list[Tensor] = []  # how many columns of the pool both chose, by decision
+    shared: list[Tensor] = []  # by router: how many columns of the pool both chose, (B T,)
 
-    def impose(gates: Tensor) -> Any:
+    def impose(gates: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
         def after(_: Any, __: Any, own: Tensor) -> Tensor:
             both = ((own != 0) & (gates != 0)).sum(-1)
             shared.append(both.flatten())
-            return torch.where((both == (gates != 0).sum(-1))[..., None], own, gates.to(own.dtype))
+            same = both == (gates != 0).sum(-1)
+            return torch.where(same[..., None], own, gates.to(own.dtype))
 
         return after
 
     for name, decision in trace.decisions.items():
         loaded.get_submodule(f"{name}.remix_router").register_forward_hook(impose(decision.gates))
     theirs = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    c = run.stored.config
-    chosen = torch.cat(shared).double() / c.rank  # of k
-    found = Agreement(logits_differ(ours, theirs), float(chosen.mean() / c.active))
+    config = run.stored.config
+    in_common = torch.cat(shared).double() / config.rank  # of k LoRAs, by decision
+    found = Agreement(logits_differ(ours, theirs), float(in_common.mean() / config.active))
     what = f"the exported model does not agree with the run ({found.same_choice:.1%} of the choices are the same)"
     check_logits(found.difference, loaded.dtype, what)
-    others = len(chosen) * c.active * (1 - found.same_choice)  # one is never too many: there may be few decisions
-    if others > max(1.5, len(chosen) * c.active * (0.01 if loaded.dtype == torch.float32 else 0.1)):
+    choices = len(in_common) * config.active
+    others = choices * (1 - found.same_choice)
+    tolerated = 0.01 if loaded.dtype == torch.float32 else 0.1
+    if others > max(1.5, choices * tolerated):  # one is never too many: there may be few decisions
         raise ArtefactError(f"the exported model does not agree with the run ({found})")
     return found
 

@@ -36,7 +36,7 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
     with publish_folder(target) as scratch:
         for i in range(stored.config.pool_size):
             _write_lora(scratch / f"lora-{i}", stored, i)
-        routers = {k: v for k, v in stored.tensors.items() if not k.endswith((".lora_A", ".lora_B"))}
+        routers = {name: x for name, x in stored.tensors.items() if not name.endswith((".lora_A", ".lora_B"))}
         (scratch / "router.safetensors").write_bytes(save(routers, metadata={"format": "pt"}))
         (scratch / "README.md").write_text(_readme(stored), encoding="utf-8")
     return target
@@ -69,9 +69,12 @@ def _level(c: AdapterConfig) -> str:
 
 def _write_lora(folder: Path, stored: StoredAdapter, i: int) -> None:
     config: AdapterConfig = stored.config
-    rows = slice(i * config.rank, (i + 1) * config.rank)
-    names = [name.removesuffix(".lora_A") for name in stored.tensors if name.endswith(".lora_A")]
-    parts = {n: (stored.tensors[f"{n}.lora_A"][rows], stored.tensors[f"{n}.lora_B"][:, rows]) for n in names}
+    rows = slice(i * config.rank, (i + 1) * config.rank)  # of the stacked pool
+    parts = {}
+    for name in stored.tensors:
+        if name.endswith(".lora_A"):
+            linear = name.removesuffix(".lora_A")
+            parts[linear] = (stored.tensors[name][rows], stored.tensors[f"{linear}.lora_B"][:, rows])
     folder.mkdir()
     alpha = config.scale * config.rank
     write_peft_lora(folder, parts, stored.identity.base_model, config.rank, alpha, config.dropout)

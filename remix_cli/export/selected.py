@@ -6,12 +6,13 @@ this prompt is W + omega sum_{i in I} B_i A_i: an ordinary checkpoint, or one Lo
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from remix_cli.core.trace import Trace
 from remix_cli.errors import RecipeError
-from remix_cli.export.merge import Merged
+from remix_cli.export.nearest_lora import Merged
 from remix_cli.runs import LoadedRun
 
 Selection = dict[str, list[int]]  # router -> ids of its k LoRAs
@@ -37,21 +38,30 @@ def selection_for(run: LoadedRun, prompt: str) -> Selection:
 
 def read_selection(run: LoadedRun, path: Path) -> Selection:
     """A file that an earlier export left: {router: [k ids]}. Raises RecipeError."""
-    c = run.stored.config
+    config = run.stored.config
     try:
         selection = json.loads(path.read_text(encoding="utf-8"))
-        fits = set(selection) == set(run.adapter.routers) and all(
-            len(set(ids)) == len(ids) == c.active and all(type(i) is int and 0 <= i < c.pool_size for i in ids)
-            for ids in selection.values()
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"--selection: {path}: cannot be read ({error})") from None
-    if not fits:
+    if not _fits(selection, run):
         raise RecipeError(
-            f"--selection: {path}: must name each of the {len(run.adapter.routers)} routers with {c.active} different "
-            f"ids from 0 to {c.pool_size - 1}, as selection.json of an export with --prompt does"
+            f"--selection: {path}: must name each of the {len(run.adapter.routers)} routers with {config.active} "
+            f"different ids from 0 to {config.pool_size - 1}, as selection.json of an export with --prompt does"
         )
     return selection
+
+
+def _fits(selection: Any, run: LoadedRun) -> bool:
+    """Does the document name k different LoRAs for each of the run's routers?"""
+    config = run.stored.config
+    if not isinstance(selection, dict) or set(selection) != set(run.adapter.routers):
+        return False
+    for ids in selection.values():
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < config.pool_size for i in ids):
+            return False
+        if len(ids) != config.active or len(set(ids)) != config.active:
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -60,8 +70,9 @@ def merge_selection(run: LoadedRun, selection: Selection) -> dict[str, Merged]:
     merged = {}
     for name, linear in run.adapter.linears.items():
         assert linear.router is not None
-        rows = torch.tensor([i * linear.rank + j for i in selection[linear.router.name] for j in range(linear.rank)])
-        rows = rows.to(run.device)
+        chosen = torch.tensor(selection[linear.router.name], device=run.device)  # (k,)
+        first = chosen * linear.rank  # of each LoRA's rows
+        rows = (first[:, None] + torch.arange(linear.rank, device=run.device)).flatten()  # (k r,)
         up = linear.lora_B.detach()[:, rows] * run.stored.config.scale
         merged[name] = Merged(linear.lora_A.detach()[rows], up)
     return merged

@@ -8,7 +8,7 @@ from helpers.tiny import tiny_model
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import apply_adapter
 from remix_cli.data.batches import collate
-from remix_cli.export.merge import applied, calibrate, merge, merge_pool, price
+from remix_cli.export.nearest_lora import applied, calibrate, merge, merge_pool, price
 
 IDS = torch.tensor([[5, 9, 22, 7, 31, 8], [4, 4, 17, 40, 3, 12]])
 

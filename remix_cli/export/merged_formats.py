@@ -1,7 +1,7 @@
 """`--format peft-merged` and `--format merged`: one LoRA in place of the pool, by itself or in the weights.
 
-Both are approximations of a routed model, and say what they cost: merge.py fits, and prices on held-out rows. For one
-selection of a run that routes by sequence they are exact: selected.py.
+Both are approximations of a routed model, and say what they cost: nearest_lora.py fits, and prices on held-out rows.
+For one selection of a run that routes by sequence they are exact: selected.py.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from remix_cli.data.splits import evenly
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.hf import SHARD, base_state, check_pool
-from remix_cli.export.merge import Merged, applied, merge_pool, price
+from remix_cli.export.nearest_lora import Merged, applied, merge_pool, price
 from remix_cli.export.peft_experts import write_peft_lora
 from remix_cli.export.readback import check_logits, logits_differ, probe
 from remix_cli.export.selected import Selection, check_sequence_level, merge_selection
@@ -68,7 +68,10 @@ def _publish(
 ) -> None:
     into_weights = not kind.startswith("peft")
     with publish_folder(target) as scratch:
-        (_write_merged if into_weights else _write_lora)(run, scratch, merged, rank)
+        if into_weights:
+            _write_merged(run, scratch, merged)
+        else:
+            _write_lora(run, scratch, merged, rank)
         (scratch / "README.md").write_text(card(run, kind, cost), encoding="utf-8")
         if selection is not None:
             write_json(scratch / "selection.json", selection)
@@ -78,12 +81,12 @@ def _publish(
 
 def _batches(run: LoadedRun, rows: int) -> tuple[list[Batch], list[Batch]]:
     """(calibration, held-out) batches of the run's own rows. Raises DataError."""
-    examples = run.split()
-    kept = [run.encoder.encode_rows(evenly(part, rows)).rows for part in (examples[0], examples[2])]
-    if not all(kept):
+    train, _, held_out = run.split()
+    to_fit = run.encoder.encode_rows(evenly(train, rows)).rows
+    to_price = run.encoder.encode_rows(evenly(held_out, rows)).rows
+    if not to_fit or not to_price:
         raise DataError("export needs the run's training and held-out rows, to fit the merged LoRA and to price it")
-    calibration, held_out = (_collated(part, run) for part in kept)
-    return calibration, held_out
+    return _collated(to_fit, run), _collated(to_price, run)
 
 
 def _collated(rows: list[EncodedRow], run: LoadedRun) -> list[Batch]:
@@ -97,14 +100,16 @@ def _write_lora(run: LoadedRun, folder: Path, merged: dict[str, Merged], rank: i
     run.tokenizer.save_pretrained(folder)
 
 
-def _write_merged(run: LoadedRun, folder: Path, merged: dict[str, Merged], _: int) -> None:
+def _write_merged(run: LoadedRun, folder: Path, merged: dict[str, Merged]) -> None:
     state = base_state(run)
     for name, part in merged.items():
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = (weight.float() + part.up @ part.down).to(weight.dtype)
-    bad = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
-    if bad:
-        raise ArtefactError(f"{bad} does not fit into {run.recipe.model.dtype} once merged; use model.dtype float32")
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtefactError(
+                f"{name} does not fit into {run.recipe.model.dtype} once merged; use model.dtype float32"
+            )
     save_torch_state_dict(state, folder, max_shard_size=SHARD)
     config: Any = run.model.config
     config.save_pretrained(folder)

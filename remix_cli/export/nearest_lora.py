@@ -10,7 +10,7 @@ and with S = L L^T the best of rank r' is the truncated singular value decomposi
 and M = omega B A, exactly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,26 +73,30 @@ def _groups(adapter: Adapter) -> list[list[str]]:
 def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: list[Batch]) -> dict[str, Moments]:
     """Moments of the layers `names` under top-k routing."""
     found: dict[str, Moments] = {}
-    hooks, real = [], dict[str, Any]()
+    hooks = []
+    real = torch.empty(0)  # (B T,) bool, of the batch in hand: where a real token stands
+    trace = Trace()  # of the batch in hand
 
-    def watch(moments: Moments) -> Any:
-        def see(linear: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-            gates = real["trace"].decisions[linear.router.name].gates.expand(*args[0].shape[:-1], -1)
-            x, chosen = (part.flatten(0, -2)[real["mask"]].float() for part in (args[0], gates != 0))
+    def adding_to(moments: Moments) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def after(linear: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
+            inputs = args[0]  # (B, T, D_in)
+            gates = trace.decisions[linear.router.name].gates.expand(*inputs.shape[:-1], -1)  # (B, T, n r)
+            x = inputs.flatten(0, -2)[real].float()
+            chosen = (gates != 0).flatten(0, -2)[real].float()
             moments.second += (x.T @ x).double()
             moments.mixed += ((chosen * (x @ linear.lora_A.T)).T @ x).double()
 
-        return see
+        return after
 
     for name in names:
-        wide = adapter.linears[name].lora_A.detach().double()
+        linear = adapter.linears[name]
+        wide = linear.lora_A.detach().double()
         found[name] = Moments(wide.new_zeros(wide.shape[1], wide.shape[1]), torch.zeros_like(wide))
-        hooks.append(adapter.linears[name].register_forward_hook(watch(found[name])))
+        hooks.append(linear.register_forward_hook(adding_to(found[name])))
     try:
         for batch in batches:
-            real["mask"] = batch.mask.flatten()
+            real = batch.mask.flatten()
             with adapter.tracing(Trace(prompt=batch.prompt)) as trace:
-                real["trace"] = trace
                 model(input_ids=batch.input_ids, use_cache=False)
     finally:
         for hook in hooks:
@@ -115,7 +119,8 @@ def merge(moments: Moments, lora_a: Tensor, lora_b: Tensor, scale: float, rank: 
 def _factor(s: Tensor) -> tuple[Tensor, Tensor]:
     """L, lower triangular, with L L^T = S + ridge; and the ridge, larger where rounding left S indefinite."""
     identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
-    for ridge in RIDGE * s.diagonal().mean().clamp_min(1e-12) * torch.logspace(0, 3, 4).to(s):
+    smallest = RIDGE * s.diagonal().mean().clamp_min(1e-12)
+    for ridge in smallest * torch.logspace(0, 3, 4).to(s):
         factor, failed = torch.linalg.cholesky_ex(s + ridge * identity)
         if not failed and torch.isfinite(factor).all():  # on a GPU NaN passes without a failure
             return factor, ridge
@@ -139,7 +144,9 @@ def applied(adapter: Adapter, merged: dict[str, Merged]) -> Iterator[None]:
 
         return after
 
-    hooks = [adapter.linears[name].base_layer.register_forward_hook(add(part)) for name, part in merged.items()]
+    hooks = []
+    for name, part in merged.items():
+        hooks.append(adapter.linears[name].base_layer.register_forward_hook(add(part)))
     try:
         with adapter.disabled():
             yield
@@ -160,8 +167,9 @@ def price(model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches
             ours = supervised_logits(model, batch)
         with adapter.disabled():
             base = supervised_logits(model, batch)
-        for part in zip(*(x.split(ROWS_AT_ONCE) for x in (routed, ours, base, batch.targets)), strict=True):
-            for name, value in _sums(*part).items():
+        for start in range(0, len(batch.targets), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            for name, value in _sums(routed[rows], ours[rows], base[rows], batch.targets[rows]).items():
                 totals[name] += value
         tokens += len(batch.targets)
     return {
@@ -177,8 +185,11 @@ def _sums(routed: Tensor, ours: Tensor, base: Tensor, targets: Tensor) -> dict[s
 
     In float64: a divergence near 0 is the difference of terms that cancel, and float32 leaves 1e-8 of either sign.
     """
-    log_p = {"routed": routed, "merged": ours, "base": base}
-    log_p = {name: logits.double().log_softmax(-1) for name, logits in log_p.items()}
-    sums = {name: -float(x.gather(-1, targets[:, None]).sum()) for name, x in log_p.items()}
+    log_p = {}
+    sums = {}
+    for name, logits in {"routed": routed, "merged": ours, "base": base}.items():
+        log_p[name] = logits.double().log_softmax(-1)
+        sums[name] = -float(log_p[name].gather(-1, targets[:, None]).sum())
     divergence = log_p["routed"].exp() * (log_p["routed"] - log_p["merged"])
-    return sums | {"divergence": float(divergence.sum())}
+    sums["divergence"] = float(divergence.sum())
+    return sums

@@ -1,0 +1,90 @@
+"""`remix eval`: from a folder and the verb's flags to scores."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from remix_cli.errors import RecipeError
+from remix_cli.evaluation.evaluator import Progress, check_code, evaluate
+from remix_cli.evaluation.report import Evaluation
+from remix_cli.evaluation.request import (
+    all_bring_rows,
+    refuse_flags_of_an_adapter,
+    requested_active,
+    requested_tasks,
+)
+from remix_cli.folders import RunFolder
+from remix_cli.runs import load_model_folder, load_run
+from remix_cli.tasks.base import Settings
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Of the verb; None or False where one was not given."""
+
+    task: list[str] | None = None
+    data: str | None = None
+    data_format: str | None = None
+    base: bool = False
+    limit: int | None = None
+    shots: int | None = None
+    shots_from: str | None = None
+    samples: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    active: str | None = None  # `1,2,4`
+    selection: str | None = None  # `top` or `sample`
+    allow_code: bool = False
+    trust_code: bool = False
+    best: bool = False
+    any_base: bool = False
+
+
+def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluation]:
+    """Score the run, or the model folder, at `path`: once for each number of active LoRAs that is asked for.
+
+    Whatever is wrong with the flags shows before the model loads. Raises RecipeError, and as `evaluate` does.
+    """
+    folder = RunFolder(path)
+    if flags.selection not in (None, "top", "sample"):
+        raise RecipeError(f"--selection: {flags.selection!r} is not known; use top or sample")
+    recipe = folder.load_recipe()
+    _check_subject(folder, flags)
+    sampled = (flags.selection or recipe.eval.selection) == "sample"
+    settings = Settings(
+        base=flags.base or folder.is_model, limit=flags.limit, sampled=sampled, allow_code=flags.allow_code
+    )
+    changes = {
+        "shots": flags.shots,
+        "samples": flags.samples,
+        "temperature": flags.temperature,
+        "max_new_tokens": flags.max_new_tokens,
+    }
+    tasks = requested_tasks(recipe, flags.task, flags.data, changes, flags.shots_from, flags.data_format)
+    many = requested_active(flags.active, recipe.adapter_config(), sampled)
+    check_code(tasks, settings)
+    if folder.is_model:
+        loaded = load_model_folder(path, trust_code=flags.trust_code)
+    else:
+        loaded = load_run(path, best=flags.best, any_base=flags.any_base)
+    return [evaluate(loaded, tasks, replace(settings, active=active), progress) for active in many]
+
+
+def _check_subject(folder: RunFolder, flags: Flags) -> None:
+    """Raises RecipeError for flags that do not go with what is scored: a run, its base alone, or a model folder."""
+    if folder.is_model and not (flags.task and (flags.data or all_bring_rows(flags.task))):
+        raise RecipeError(f"{folder.path}: a model, not a run: say what to score with --task and --data")
+    of_adapter: dict[str, object] = {
+        "--active": flags.active,
+        "--selection sample": flags.selection == "sample",
+        "--best": flags.best,
+    }
+    if flags.base:
+        refuse_flags_of_an_adapter(of_adapter, "--base takes it away; leave one of them out")
+    if folder.is_model:
+        of_adapter["--any-base"] = flags.any_base
+        refuse_flags_of_an_adapter(of_adapter, "a model folder has none; leave it out")
+    elif flags.trust_code:
+        raise RecipeError(
+            "--trust-remote-code: is for a model folder; whether a run's base model may run its code is "
+            f"model.trust_remote_code in {folder.recipe}"
+        )
