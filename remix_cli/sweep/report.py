@@ -125,7 +125,7 @@ def _arm_report(
     differences: dict[str, Score] = {}
     verdicts: dict[str, str] = {}
     if reference:
-        differences, verdicts = _differences(name, runs, reference, skipped)
+        differences, verdicts = differences_from(name, runs, reference, skipped)
     costs = [run.costs for run in runs]
     trained, active = costs[0].trained_parameters, costs[0].active_parameters
     if trained is None or active is None:
@@ -165,10 +165,13 @@ def _scores_over_seeds(name: str, runs: list[Evaluated], skipped: list[str]) -> 
     return scores
 
 
-def _differences(
+def differences_from(
     name: str, runs: list[Evaluated], reference: list[Evaluated], skipped: list[str]
 ) -> tuple[dict[str, Score], dict[str, str]]:
-    """`<task> <score>` -> how far the arm's runs are from the reference's, and the same in words."""
+    """`<task> <score>` -> how far the arm's runs are from the reference's, and the same in words.
+
+    A line for each task that they were not asked alike goes to `skipped`.
+    """
     paired = _with_shared_seeds(reference, runs)
     is_paired = len(paired) > 1
     ours, theirs = runs, reference

@@ -2,14 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.common import ROOT
 
 from remix_cli.errors import DivergedError, RecipeError
+from remix_cli.evaluation.evaluated import Evaluated, TrainingCosts
+from remix_cli.evaluation.report import Report, TaskResult
+from remix_cli.evaluation.statistics import Score
 from remix_cli.sweep import work
 from remix_cli.sweep.record import SweepRecord
-from remix_cli.sweep.report import SweepReport
+from remix_cli.sweep.report import SweepReport, differences_from
+from remix_cli.tasks.registry import TASKS
 from remix_cli.terminal import Console
 
 STORED = Path(__file__).parent / "stored"  # as version 0.1.0 wrote them on 27 November 2026
@@ -34,6 +40,28 @@ def test_a_score_of_a_single_run_has_no_interval_and_json_no_infinity():
     assert scores
     assert all((score.low, score.high) == (-math.inf, math.inf) for score in scores)
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def run_with(words, seed):
+    """An evaluation of examples/own_task.py, whose measure `words` is better low."""
+    stored = (STORED.parents[1] / "evaluation" / "stored" / "report.json").read_text()
+    protocol = Report.from_dict(json.loads(stored)).results[0].protocol
+    asked = replace(protocol.asked, task="terse", samples=None)
+    result = TaskResult(
+        "terse", 2, {"words": Score(words, 0, 9, 2, share=False)}, 1.0, 2, replace(protocol, asked=asked)
+    )
+    lines = [{"prompt": str(item), "words": words + item / 100, "answers": 1} for item in range(2)]
+    folder = Path(f"arm/seed{seed}/eval")
+    return Evaluated("run", Report("adapter", [result]), folder, TrainingCosts(), lines_read={"terse": lines})
+
+
+def test_better_is_what_the_task_declares_to_be(monkeypatch):
+    """For tasks of one's own, too: it went by the names `loss` and `perplexity`."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setitem(TASKS, "terse", "own_task:Terse")
+    few, many = ([run_with(words + seed / 100, seed) for seed in (0, 1)] for words in (2.0, 5.0))
+    _, verdicts = differences_from("few", few, many, [])
+    assert verdicts["terse words"].startswith("better by 3.0000 ")
 
 
 FAILURES = [
