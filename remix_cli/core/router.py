@@ -150,14 +150,14 @@ class Router(nn.Module):
             logits, length = self.scores(read)
             if chosen is None:
                 noise = self._noise(trace)
-                preferences = logits.detach() if noise is None else logits + noise
-                chosen = routing.top_k(preferences, self.rule.active)
+                chosen = routing.top_k(logits if noise is None else logits + noise, self.rule.active)
             weights = self.rule.weights(logits, chosen, weights_type)
             gates = gates_of(weights, self.config.rank, dtype)
         if gathers:
             weights.requires_grad_()
-        live = logits if logits.requires_grad else None
-        return Decision(read.detach(), logits.detach(), length.detach(), chosen, weights, gates, live)
+        if not logits.requires_grad:
+            return Decision(read, logits, length, chosen, weights, gates)
+        return Decision(read.detach(), logits.detach(), length.detach(), chosen, weights, gates, live=logits)
 
     # What a choice depends on besides the rule.
 
