@@ -150,7 +150,9 @@ class Router(nn.Module):
             logits, length = self.scores(read)
             if chosen is None:
                 noise = self._noise(trace)
-                chosen = routing.top_k(logits if noise is None else logits + noise, self.rule.active)
+                preferences = logits if noise is None else logits + noise
+                # Off the graph: a recomputation does not choose, and has to save as many tensors as this pass.
+                chosen = routing.top_k(preferences.detach(), self.rule.active)
             weights = self.rule.weights(logits, chosen, weights_type)
             gates = gates_of(weights, self.config.rank, dtype)
         if gathers:
