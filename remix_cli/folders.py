@@ -16,7 +16,8 @@ from remix_cli.recipe.schema import Model
 from remix_cli.storage import read_whole, write_text
 from remix_cli.stored_json import Damaged, Kinds, check_kinds, read_object
 
-OF_BOTH = ("method", "pool", "pool_size", "active", "rank", "level")  # what an adapter and its recipe must agree on
+# what an adapter and its recipe must agree on
+OF_BOTH = ("method", "pool", "pool_size", "active", "rank", "level", "settings")
 RUN_FROM = "# run from "  # in front of the working directory, in the first line of a run's recipe
 
 

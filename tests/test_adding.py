@@ -194,6 +194,44 @@ def test_what_a_method_does_not_declare_is_refused_in_one_line(verb, stage, tmp_
     assert "--format peft: bitfit has biases where the base model has none; no format can hold it" in err
 
 
+WITH_A_SETTING = """
+import json
+from pathlib import Path
+from own_method import BitFit
+from remix_cli.core.config import AdapterConfig
+from remix_cli.methods.base import Count, Setting
+from remix_cli.methods.registry import METHODS
+
+class Sparse(BitFit):
+    own_settings = {"every": Setting(Count, 2, "targets to one bias.")}
+    settings = ("target_modules", *own_settings)
+
+METHODS["sparse"] = "__main__:Sparse"
+from remix_cli.recipe import load_recipe
+from remix_cli.recipe.loader import dump
+from remix_cli.recipe.schema import Adapter
+
+given, silent = (load_recipe(PATH, ["adapter={method: sparse" + more + "}"]) for more in (", every: 3", ""))
+assert given.adapter_config().settings == {"every": 3}
+assert silent.adapter_config().settings == {"every": 2}
+written = json.loads(json.dumps(given.adapter_config().to_dict()))
+assert AdapterConfig.from_dict(written) == given.adapter_config()
+assert "every: 3" in dump(given)
+assert Adapter.model_json_schema()["properties"]["every"]["description"] == "sparse: targets to one bias."
+load_recipe(PATH, ["adapter={method: lora, every: 3}"])
+"""
+
+
+def test_a_method_brings_its_own_settings_along(tmp_path):
+    """Checked in recipes, described in the schema, kept in the adapter folder; of no other method."""
+    recipe = recipe_text("models/x", tmp_path / "rows.jsonl", tmp_path / "run")
+    del recipe["router"]
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    code = WITH_A_SETTING.replace("PATH", repr(path).replace("PosixPath", "Path"))
+    done = alone(f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})\n{code}")
+    assert "adapter.every: not a setting of lora, which takes rank, " in done.stderr.splitlines()[-1], done.stderr
+
+
 @pytest.mark.usefixtures("a_task")
 def test_what_a_task_does_not_read_is_refused_by_what_it_declares(verb, stage, tmp_path):
     recipe = recipe_text(*stage[:2], tmp_path / "run", eval={"tasks": [{"task": "terse", "samples": 3}]})

@@ -1,7 +1,7 @@
 """What an adapter is, apart from its weights. Standard library only, so that recipes load without torch."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Omega = Literal["rslora", "lora"]
@@ -10,7 +10,7 @@ Level = Literal["token", "sequence"]
 Rule = Literal["constant", "softmax"]
 Sizes = dict[str, tuple[int | None, ...]]  # by the end of a tensor's name its dimensions; None: the base model's to say
 # settings that adapters of the first release do not name
-YOUNGER = {"virtual_tokens", "vectors", "vector_length", "clusters", "pool"}
+YOUNGER = {"virtual_tokens", "vectors", "vector_length", "clusters", "pool", "settings"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ class AdapterConfig:
     vector_length: int = 64
     clusters: int = 0
     pool: Pool | None = None  # by default that of `method` in POOLS
+    settings: dict[str, Any] = field(default_factory=dict)  # those of the method alone, by name
 
     def __post_init__(self) -> None:
         """Raises ValueError for any value that could not be meant, so that a damaged file is not computed with."""
         for name in ("pool_size", "active", "rank", "virtual_tokens", "vectors", "vector_length"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be a whole number")
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"settings ({self.settings!r}) must be an object")
         if type(self.method) is not str:
             raise ValueError(f"method ({self.method!r}) must be text")
         for name, known in (("omega", Omega), ("scope", Scope), ("level", Level)):
@@ -149,10 +152,12 @@ class AdapterConfig:
         return sizes
 
     def to_dict(self) -> dict[str, Any]:
-        """For `remix_config.json`; `pool` only where the method's name does not say it."""
+        """For `remix_config.json`: `pool` where the method's name does not say it, `settings` where there are any."""
         values = asdict(self) | {"target_modules": list(self.target_modules)}
         if self.pool == POOLS.get(self.method):
             del values["pool"]
+        if not self.settings:
+            del values["settings"]
         return values
 
     @classmethod

@@ -6,7 +6,10 @@ billion parameters; smaller models want more (docs/methods.md).
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from remix_cli.core.config import AdapterConfig, Pool, Sizes
 
@@ -16,12 +19,23 @@ if TYPE_CHECKING:
     from remix_cli.core.patch import Adapter
 
 LINEARS = ("rank", "target_modules", "dropout")  # settings of LoRAs on linear layers
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the recipe's `adapter` that a method brings along. `kind`: the type, in pydantic's words."""
+
+    kind: Any
+    default: Any
+    description: str
 
 
 class Method(ABC):
     summary: ClassVar[str]  # one line, with the paper's arXiv id
     title: ClassVar[str] = ""  # in the heading of an exported folder; by default its name
-    settings: ClassVar[tuple[str, ...]] = ()  # keys of the recipe's `adapter` that it reads
+    own_settings: ClassVar[dict[str, Setting]] = {}  # in `AdapterConfig.settings`, unless that has a field of the name
+    settings: ClassVar[tuple[str, ...]] = ()  # keys of the recipe's `adapter` that it reads, its own among them
     router_settings: ClassVar[tuple[str, ...]] = ()  # and of `router`
     learning_rate: ClassVar[float] = 1e-3  # where the recipe does not say
     adapter_defaults: ClassVar[dict[str, Any]] = {}  # of `adapter`, where they are not the schema's

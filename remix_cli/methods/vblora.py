@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from remix_cli.core.config import AdapterConfig, Sizes
-from remix_cli.methods.base import LINEARS
+from remix_cli.methods.base import LINEARS, Count, Setting
 from remix_cli.methods.peft_base import PeftMethod, on_targets
 
 
@@ -13,7 +13,11 @@ class VbLora(PeftMethod):
     summary = (
         "LoRAs put together from a shared bank of vectors (arXiv 2405.15179); the router group's rate is its logits'"
     )
-    settings = (*LINEARS, "vectors", "vector_length")
+    own_settings: ClassVar = {
+        "vectors": Setting(Count, 256, "vectors in the bank."),
+        "vector_length": Setting(Count, 64, "length of each; must divide the adapted layers' widths."),
+    }
+    settings = (*LINEARS, *own_settings)
     router_settings = ("learning_rate", "max_grad_norm")
     router_defaults: ClassVar = {"learning_rate": 1e-2}
     router_parameters = "vblora_logits"

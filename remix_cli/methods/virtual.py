@@ -3,11 +3,13 @@
 from typing import Any, ClassVar
 
 from remix_cli.core.config import AdapterConfig, Sizes
+from remix_cli.methods.base import Count, Setting
 from remix_cli.methods.peft_base import PeftMethod
 
 
 class InFront(PeftMethod):
-    settings: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
+    own_settings: ClassVar = {"virtual_tokens": Setting(Count, 20, "trained vectors in front of every sequence.")}
+    settings: ClassVar[tuple[str, ...]] = (*own_settings,)
     in_front = True
     sizes: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
     not_with: ClassVar = PeftMethod.not_with | {

@@ -3,12 +3,14 @@
 The descriptions are what `remix schema` prints and editors show. Defaults are stated here and nowhere else.
 """
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
+    create_model,
     field_validator,
     model_serializer,
     model_validator,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 Rate = Annotated[float, Field(gt=0, le=10)]
 TaskName: Any = name_in(TASKS)
+CONFIG_FIELDS = {field.name for field in fields(AdapterConfig)}
 EstimatorName: Any = name_in(ESTIMATORS)
 MethodName: Any = name_in(METHODS)
 SUMMARIES = "; ".join(f"{name}: {method.summary}" for name, method in methods_by_name().items())
@@ -65,7 +68,7 @@ class Model(Strict):
     trust_remote_code: bool = Field(False, description="Run modelling code that the model folder brings along.")
 
 
-class Adapter(Strict):
+class AdapterSettings(Strict):
     method: MethodName = Field("remix", description=f"{SUMMARIES}.")
     pool_size: Positive = Field(8, description="n, LoRAs in each pool.")
     active: Positive = Field(4, description="k, LoRAs in use for each token.")
@@ -75,11 +78,6 @@ class Adapter(Strict):
         ["gate_proj", "up_proj", "down_proj"], description="Ends of module names, or regular expressions."
     )
     dropout: Share = 0.0
-    virtual_tokens: Positive = Field(20, description=f"Of {_readers('virtual_tokens')}.")
-    vectors: Positive = Field(256, description=f"{_readers('vectors')}: vectors in the bank.")
-    vector_length: Positive = Field(
-        64, description=f"{_readers('vector_length')}: length of each; must divide the adapted layers' widths."
-    )
 
     @model_validator(mode="after")
     def _only_own_settings(self) -> Self:
@@ -107,6 +105,23 @@ class Adapter(Strict):
         if active > pool_size:
             raise ValueError(f"k = {active} LoRAs cannot be active in a pool of n = {pool_size} (adapter.pool_size)")
         return active
+
+
+def _own_settings() -> dict[str, Any]:
+    """What methods bring along, as pydantic describes fields."""
+    described = {}
+    for method in methods_by_name().values():
+        for key, setting in method.own_settings.items():
+            field = Field(setting.default, description=f"{_readers(key)}: {setting.description}")
+            described[key] = (setting.kind, field)
+    return described
+
+
+# The type checker knows the settings that methods share; those they bring along are read by name.
+if TYPE_CHECKING:
+    Adapter = AdapterSettings
+else:
+    Adapter = create_model("Adapter", __base__=AdapterSettings, __module__=__name__, **_own_settings())
 
 
 class Router(Strict):
@@ -432,26 +447,24 @@ class Recipe(Strict):
     @property
     def virtual_tokens(self) -> int:
         """That the method puts in front of every sequence."""
-        return self.adapter.virtual_tokens if self.method.in_front else 0
+        return self.adapter_config().virtual_tokens if self.method.in_front else 0
 
     def adapter_config(self) -> AdapterConfig:
         """In full; methods without a pool are one adapter that is always on."""
-        a, method = self.adapter, self.method
-        pool_size = a.pool_size if "pool_size" in method.settings else 1
-        chosen: dict[str, Any] = {
-            "pool_size": pool_size,
-            "active": a.active if "active" in method.settings else pool_size,
-            "rank": a.rank,
-            "omega": a.omega,
-            "target_modules": tuple(a.target_modules),
-            "dropout": a.dropout,
-            "scope": self.router.scope,
-            "level": self.router.level,
-            "router_init_std": self.router.init_std,
-            "router_unit_input": self.router.unit_input,
-            "virtual_tokens": a.virtual_tokens,
-            "vectors": a.vectors,
-            "vector_length": a.vector_length,
-            "clusters": self.router.clusters if self.router.level == "sequence" else 0,
-        }
-        return AdapterConfig(method=a.method, pool=method.pool, **(chosen | method.constants))
+        method, router = self.method, self.router
+        read = {key: getattr(self.adapter, key) for key in method.settings}
+        values: dict[str, Any] = {"pool_size": 1} | {key: read[key] for key in read if key in CONFIG_FIELDS}
+        values.setdefault("active", values["pool_size"])
+        if "target_modules" in values:
+            values["target_modules"] = tuple(values["target_modules"])
+        return AdapterConfig(
+            method=self.adapter.method,
+            pool=method.pool,
+            scope=router.scope,
+            level=router.level,
+            router_init_std=router.init_std,
+            router_unit_input=router.unit_input,
+            clusters=router.clusters if router.level == "sequence" else 0,
+            settings={key: read[key] for key in read if key not in CONFIG_FIELDS},
+            **(values | method.constants),
+        )

@@ -107,6 +107,8 @@ def _with(config: AdapterConfig, knob: str, value: int) -> AdapterConfig:
     if knob == "pool_size" and not _chooses_active(config.method):
         return replace(config, pool_size=value, active=value)
     changed: dict[str, Any] = {knob: value}
+    if knob in config.settings:
+        changed = {"settings": config.settings | changed}
     return replace(config, **changed)
 
 
