@@ -141,12 +141,16 @@ def test_a_cache_has_another_name_in_models_of_before():
     assert cache.get_seq_length() == 8
 
 
-def test_a_models_class_needs_its_module_among_the_imported(tmp_path):
+def test_transformers_needs_the_module_of_a_class_among_the_imported(tmp_path):
     file = tmp_path / "modeling_own.py"
-    file.write_text("from transformers import MixtralForCausalLM\nclass Own(MixtralForCausalLM):\n    pass\n")
+    file.write_text("from transformers import PreTrainedModel\nclass Own(PreTrainedModel):\n    pass\n")
+    spec = importlib.util.spec_from_file_location("modeling_own", file)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert not alone.Own._can_set_attn_implementation()
     before = set(sys.modules)
     with for_transformers.imported(file) as module:
-        assert sys.modules[module.Own.__module__] is module
+        assert module.Own._can_set_attn_implementation()
     assert set(sys.modules) == before
 
 

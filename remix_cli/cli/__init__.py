@@ -57,8 +57,9 @@ def _run(arguments: list[str], debug: bool) -> NoReturn:
             raise
         rank = launch_rank()
         if rank == 0 or error.exit_code not in SAME_EVERYWHERE:
+            who = f"rank {rank}: " if rank else ""
             for line in error.problems:
-                print(f"error: {f'rank {rank}: ' if rank else ''}{_one_line(line)}", file=sys.stderr)
+                print(f"error: {who}{_one_line(line)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

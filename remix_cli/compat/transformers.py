@@ -144,7 +144,8 @@ def imported(file: Path) -> Iterator[Any]:
 
     `AutoModel.from_pretrained(trust_remote_code=True)` would copy it into a cache under the user's home
     (dynamic_module_utils.py) and leave it there. While the module is in use it stands in `sys.modules`, where
-    transformers looks up the module of a model's class. Seen with transformers 5.24.
+    transformers reads the code of a model's class (modeling_utils.py, `_can_set_attn_implementation`): one that it
+    does not find there cannot have its attention set. Seen with transformers 5.24.
     """
     name = f"remix_exported_{abs(hash(file.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, file)

@@ -41,7 +41,8 @@ class Batch:
         return replace(self, **changed)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def in_few_shapes(self) -> "Batch":
         """The same batch, filled up to lengths and numbers of targets that many batches share.
@@ -50,17 +51,22 @@ class Batch:
         """
         b, t = self.input_ids.shape
         length = _up(t, LENGTHS)
-        wide: dict[str, Any] = {
-            name: F.pad(getattr(self, name), (0, length - t)) for name in ("input_ids", "mask", "prompt")
-        }
+        more = (0, length - t)
         positions = self.positions // t * length + self.positions % t
         free = torch.ones(b * length, dtype=torch.bool)
         free[positions] = False
         count = len(positions)
-        filler = free.nonzero().flatten()[: min(_up(count, TARGETS), b * length) - count]
-        targets = torch.cat([self.targets, self.targets.new_zeros(len(filler))])
-        real = torch.cat([torch.ones(count), torch.zeros(len(filler))])
-        return replace(self, **wide, positions=torch.cat([positions, filler]), targets=targets, real=real)
+        wanted = min(_up(count, TARGETS), b * length)
+        filler = free.nonzero().flatten()[: wanted - count]
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, more),
+            mask=F.pad(self.mask, more),
+            prompt=F.pad(self.prompt, more),
+            positions=torch.cat([positions, filler]),
+            targets=torch.cat([self.targets, self.targets.new_zeros(len(filler))]),
+            real=torch.cat([torch.ones(count), torch.zeros(len(filler))]),
+        )
 
 
 LENGTHS, TARGETS = 64, 512  # a batch in few shapes has multiples of these
@@ -84,9 +90,11 @@ def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
     following = np.zeros((len(rows), length), dtype=np.int64)
     for i, row in enumerate(rows):
         t = len(row.input_ids)
-        ids[i, :t], mask[i, :t] = row.input_ids, True
+        ids[i, :t] = row.input_ids
+        mask[i, :t] = True
         prompt[i, : max(1, int(row.supervised.argmax()))] = True
-        following[i, : t - 1], wanted[i, : t - 1] = row.input_ids[1:], row.supervised[1:]
+        following[i, : t - 1] = row.input_ids[1:]
+        wanted[i, : t - 1] = row.supervised[1:]
     positions = np.flatnonzero(wanted)
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -123,19 +131,25 @@ class Plan:
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(self._rows(random))
         if self.group_by_length:
+            sorted_blocks = []
             block = GROUP * self.rows_per_step
-            parts = [order[i : i + block] for i in range(0, len(order), block)]
-            order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+            for start in range(0, len(order), block):
+                rows = order[start : start + block]
+                sorted_blocks.append(rows[np.argsort(self.lengths[rows], kind="stable")])
+            order = np.concatenate(sorted_blocks)
         steps = [order[i : i + self.rows_per_step] for i in range(0, len(order), self.rows_per_step)]
-        whole = len(steps) - (len(steps[-1]) < self.rows_per_step)
-        return [steps[i] for i in random.permutation(whole)] + steps[whole:]
+        short = [step for step in steps[-1:] if len(step) < self.rows_per_step]  # it stays the last
+        whole = len(steps) - len(short)
+        return [steps[i] for i in random.permutation(whole)] + short
 
     def _rows(self, random: np.random.Generator) -> np.ndarray:
-        parts, start = [], 0
+        parts: list[np.ndarray] = []
+        start = 0
         for count, weight in zip(self.counts, self.weights, strict=True):
             whole, extra = divmod(_repeats(count, weight), count)
             rows = np.arange(start, start + count)
-            parts += [rows] * whole + [random.permutation(rows)[:extra]]
+            parts += [rows] * whole
+            parts.append(random.permutation(rows)[:extra])
             start += count
         return np.concatenate(parts)
 
@@ -171,5 +185,6 @@ def micro_batches(
     cuts = [(i, rows[i : i + size], True) for i in range(0, len(rows), size)]
     mine = cuts[rank::world]
     if equally_many and len(mine) < len(cuts[::world]):
-        mine.append((*cuts[0][:2], False))
+        first, part, _ = cuts[0]
+        mine.append((first, part, False))
     return mine
