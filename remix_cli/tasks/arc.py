@@ -5,7 +5,7 @@ question alone, each option's text compared after `Answer:`, its log-likelihood 
 lm-evaluation-harness scores `arc_challenge` (acc and acc_norm).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,10 @@ class Arc(Scorer):
             except RowError as error:
                 raise DataError(f"eval task arc: row {number}: {error}") from None
             self.questions.append(question)
-        rows_of_options = [row.input_ids for made in (*self.letters, *self.texts) for row in made]
-        self.check_fits(rows_of_options)
+        of_options: list[Sized] = []
+        for made in (*self.letters, *self.texts):
+            of_options += [row.input_ids for row in made]
+        self.check_fits(of_options)
         self.data = rows
         self.keys = []
         for letters, texts in zip(self.letters, self.texts, strict=True):
@@ -74,18 +76,21 @@ class Arc(Scorer):
         return replace(super().stamp(), protocol=f"letter in the {letter}, text after a plain 'Answer:'")
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
-        flat = [(i, kind, row) for i in todo for kind in (self.letters, self.texts) for row in kind[i]]
-        found: dict[int, dict[int, float]] = {i: {} for i in todo}
-        first: dict[int, int] = {}
-        for position, (i, _, _) in enumerate(flat):
-            first.setdefault(i, position)
-        rows, ids = [row for _, _, row in flat], [i for i, _, _ in flat]
+        rows: list[EncodedRow] = []  # of all options of all items, one after the other
+        ids: list[int] = []  # for each row the item
+        first: dict[int, int] = {}  # where the rows of an item begin
+        for i in todo:
+            first[i] = len(rows)
+            options = [*self.letters[i], *self.texts[i]]
+            rows += options
+            ids += [i] * len(options)
+        found: dict[int, dict[int, float]] = {i: {} for i in todo}  # nats of the options that are done
         for j, loss in self.row_losses(rows, ids):
             i = ids[j]
             found[i][j - first[i]] = loss.nats
             letters = len(self.letters[i])
             if len(found[i]) == letters + len(self.texts[i]):
-                nats = [found[i][p] for p in range(len(found[i]))]
+                nats = [found[i][place] for place in range(len(found[i]))]
                 yield i, verdict(self.questions[i], nats[:letters], nats[letters:])
 
 
