@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.common import close
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from remix_cli.core import kernel, router
 from remix_cli.core.config import AdapterConfig
@@ -161,11 +162,16 @@ def gathering_a_gradient(s: Setting):
     return weighting, y
 
 
-def replayed(s: Setting):
-    """As a recomputation is: without the noise, which the recorded trace has."""
-    trace = s.trace()
-    s.run(trace)
-    return s.run(Trace(replay=trace))
+def recomputed(s: Setting):
+    """Under checkpointing: the backward pass runs the layer again, which must choose and save the same."""
+    said: list[Weighting] = []
+    s.router.register_forward_hook(lambda module, args, output: said.append(output))
+    state = s.router.state
+    with state.tracing(s.trace()):
+        y = checkpoint(s.linear, s.x, use_reentrant=False, context_fn=state.checkpoint_contexts)
+    y.sum().backward()
+    assert len(said) == 2
+    return said[1], y
 
 
 def kept(s: Setting):
@@ -241,7 +247,7 @@ EAGER = [
     unrecorded,
     without_a_trace,
     gathering_a_gradient,
-    replayed,
+    recomputed,
     kept,
     through_the_block,
     without_a_graph,
