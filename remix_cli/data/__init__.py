@@ -4,6 +4,7 @@ sources.py   rows from the hub, local files or reasoning-gym
 formats/     a row -> a conversation whose assistant turns are to be learnt
 control.py   control tokens that a text spells out stay text
 template.py  a conversation -> text, by a chat template that is bounded
+turns.py     which stretches of that text are the assistant's
 encode.py    a conversation -> token ids and which of them are supervised
 splits.py    what is trained on and what is held out
 chunks.py    many rows, as many at a time as memory holds

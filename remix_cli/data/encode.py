@@ -82,6 +82,8 @@ class Encoder:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
         self.template = Template(tokenizer, template_settings or {}) if tokenizer.chat_template else None
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
         self.kept: set[str] = set()  # forms of conversations of which the template renders everything
         self.control: ControlTokens | None = None
         if not allow_special_tokens:
@@ -160,8 +162,7 @@ class Encoder:
         if eos in ids:
             end = len(ids) - ids[::-1].index(eos)  # just after its last one
             return ids[:end], ids[end:]
-        special = set(self.tokenizer.all_special_ids)
-        if any(i in special for i in ids[-2:]):  # the template ends turns with another token
+        if any(i in self.special for i in ids[-2:]):  # the template ends this turn with another token
             return ids, []
         return [*ids, eos], []
 

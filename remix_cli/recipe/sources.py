@@ -177,6 +177,9 @@ class Data(Strict):
     use_chat_template: bool | None = Field(
         None, description="Wrap prompts in the tokenizer's chat template; by default if it has one."
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Settings that the chat template reads, e.g. `enable_thinking: false`."
+    )
     allow_special_tokens: bool = Field(
         False, description="Let texts spell out control tokens such as <|im_end|>; by default these stay text."
     )

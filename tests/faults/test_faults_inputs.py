@@ -224,13 +224,13 @@ def test_D1_all_rows_filtered_says_why(verb, stage, tmp_path):
     [
         ('{"prompt": "a"}', "row 2: no column 'completion'; the row has prompt"),
         ('{"prompt": null, "completion": "b"}', "row 2: column 'prompt' should be text, is NoneType"),
-        ('{"prompt": ["a"], "completion": "b"}', "row 2: column 'prompt' should be text, is list"),
-        ('{"prompt": "a", "completion": 3}', "row 2: column 'completion' should be text, is int"),
+        ('{"prompt": ["a"], "completion": "b"}', "row 2: message 1: the role should be one of"),
+        ('{"prompt": "a", "completion": {"b": 3}}', "row 2: column 'completion' should be text, is dict"),
         ('["a"]', "row 2: should be an object of columns, is list"),
         ('{"prompt": "a", "completion": " \\t"}', "row 2: the answer is blank"),
         ('{"prompt": "\\ud800", "completion": "b"}', "row 2: column 'prompt' holds a lone surrogate"),
     ],
-    ids=["missing", "null", "list", "int", "not an object", "D7 blank", "D5 surrogate"],
+    ids=["missing", "null", "list", "object", "not an object", "D7 blank", "D5 surrogate"],
 )
 def test_D2_D5_D7_a_bad_row_is_named_with_its_column(second, message, tmp_path):
     assert message in rows_error(tmp_path, GOOD + second + "\n")

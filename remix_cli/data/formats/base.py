@@ -1,7 +1,9 @@
 """A conversation: messages with roles, the assistant's turns being what is learnt. And what formats have in common."""
 
+import json
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remix_cli.data.formats.registry import reader_of
 from remix_cli.errors import shortened
@@ -10,7 +12,9 @@ if TYPE_CHECKING:
     from remix_cli.recipe.sources import Source  # which checks tasks, which read these rows
 
 Row = dict[str, Any]
-Message = dict[str, str]
+# `role` and `content`; of an assistant's turn perhaps `reasoning_content`, `tool_calls`, and `learnt: False` if it is
+# only read. The role `text` is of plain text, which is learnt as it stands.
+Message = dict[str, Any]
 
 
 class RowError(ValueError):
@@ -19,20 +23,29 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with an assistant's turn."""
+    """A conversation that ends with an assistant's turn, or one plain text."""
 
     messages: tuple[Message, ...]
     task: str
+    tools: tuple[dict[str, Any], ...] = ()  # that the model may call
+
+
+class Conversation(NamedTuple):
+    """What a format may give instead of messages alone."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
 
 
 def to_example(row: Row, source: "Source") -> Example:
     """Raises RowError for a missing column, a value of another type or a blank answer."""
-    messages = reader_of(source.format)(row, source)
+    read = reader_of(source.format)(row, source)
+    messages, tools = read if isinstance(read, Conversation) else Conversation(read, [])
     for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] in ("assistant", "text") and not message["content"].strip() and "tool_calls" not in message:
             which = f" (message {number})" if number < len(messages) else ""
             raise RowError(f"the answer is blank{which}")
-    return Example(tuple(messages), source.label)
+    return Example(tuple(messages), source.label, tuple(tools))
 
 
 def value_of(row: Row, column: str) -> Any:
@@ -43,8 +56,10 @@ def value_of(row: Row, column: str) -> Any:
 
 
 def text_of(row: Row, column: str) -> str:
-    """Raises RowError if the column is absent or no text."""
+    """Numbers, true and false as JSON writes them. Raises RowError if the column is absent or cannot be text."""
     value = value_of(row, column)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
     if not isinstance(value, str):
         raise RowError(f"column {column!r} should be text, is {type(value).__name__}")
     try:
@@ -52,6 +67,37 @@ def text_of(row: Row, column: str) -> str:
     except UnicodeEncodeError:
         raise RowError(f"column {column!r} holds a lone surrogate, which is no character") from None
     return value
+
+
+def tools_of(row: Row) -> list[Any]:
+    """The column `tools`: a list of functions, or one written as JSON; empty where there is none. Raises RowError."""
+    tools = row.get("tools")
+    if not is_given(tools):
+        return []
+    tools = from_json(tools, "column 'tools'")
+    if not isinstance(tools, list) or not all(map(_is_function, tools)):
+        raise RowError("column 'tools' should be a list of functions, each {type: function, function: {name, ...}}")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _is_function(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def from_json(value: Any, what: str) -> Any:
+    """Tables without nested types keep such values as JSON text. Raises RowError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(f"{what} should be JSON, is {shortened(value, 60)!r}") from None
+
+
+def is_given(value: Any) -> bool:
+    """Tables fill in None, or an empty text or list, where a row has no such key."""
+    return value is not None and value not in ("", [], {})
 
 
 def turns(prompt: str, completion: str) -> list[Message]:

@@ -15,12 +15,15 @@ class FormatFacts:
 FORMATS = {
     "prompt_completion": FormatFacts("remix_cli.data.formats.prompt_completion:read", ("prompt", "completion")),
     "messages": FormatFacts("remix_cli.data.formats.messages:read"),
+    "sharegpt": FormatFacts("remix_cli.data.formats.sharegpt:read"),
+    "alpaca": FormatFacts("remix_cli.data.formats.alpaca:read"),
+    "text": FormatFacts("remix_cli.data.formats.text:read"),
     "gsm8k": FormatFacts("remix_cli.data.formats.gsm8k:read"),
     "arc": FormatFacts("remix_cli.data.formats.arc:read"),
-    "codealpaca": FormatFacts("remix_cli.data.formats.codealpaca:read"),
+    "codealpaca": FormatFacts("remix_cli.data.formats.alpaca:read"),
 }
 
 
-def reader_of(name: str) -> Callable[..., list[dict[str, Any]]]:
+def reader_of(name: str) -> Callable[..., Any]:
     """Raises KeyError for a name that is not in `FORMATS`."""
     return pkgutil.resolve_name(FORMATS[name].where)
