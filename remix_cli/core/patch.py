@@ -113,7 +113,7 @@ class Adapter:
         return self._local
 
     def _look_for_local(self) -> set[str]:
-        """Only the last layer is looked into: attention follows on every other."""
+        """Only the last layer is looked into: on every other one follows that mixes positions."""
         last = _last_layer_prefix(self.model)
         if last is None or not self.routers:
             return set()

@@ -9,6 +9,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from remix_cli.core import kernel, router
-from remix_cli.core.config import AdapterConfig
+from remix_cli.core.config import AdapterConfig, Rule
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.router import Router
+from remix_cli.core.rules import RULES
 from remix_cli.core.trace import RoutingState, Trace, Weighting
 from remix_cli.export import modeling_remix
 
@@ -377,3 +379,7 @@ def test_what_is_read_is_what_the_table_says(setting, monkeypatch):
 def test_the_tables_name_every_path_once():
     for words, count in (("the first row that applies:", 6), ("that scores reads:", 3)):
         assert len(set(table(words).values())) == count
+
+
+def test_every_rule_that_a_pool_can_name_is_there():
+    assert RULES.keys() == set(get_args(Rule))
