@@ -1,5 +1,6 @@
 """The run folder: what it holds, its recipe, and what can be refused of it at once. Needs no torch."""
 
+import glob
 import json
 import os
 from contextlib import suppress
@@ -173,11 +174,13 @@ SUMMARY: Kinds = {
     "seconds": int | float,
     "parameters": dict,
 }
+
+
 def _located(recipe: Recipe, origins: list[Path]) -> Recipe:
     """The recipe with every relative path from the first of `origins` that has it; others, as hub ids, as they are."""
 
     def found(path: str) -> str:
-        origin = next((o for o in origins if os.path.exists(o / path)), Path.cwd())
+        origin = next((o for o in origins if os.path.exists(o / path) or glob.glob(str(o / path))), Path.cwd())
         return path if origin == Path.cwd() else str(origin / path)
 
     def source(one: Source) -> Source:

@@ -80,6 +80,8 @@ class Encoder:
         self.max_length = max_length
         if use_chat_template and not tokenizer.chat_template:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
+        if template_settings and not tokenizer.chat_template:
+            raise DataError("data.chat_template_kwargs: this tokenizer has no chat template; leave them out")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
         self.template = Template(tokenizer, template_settings or {}) if tokenizer.chat_template else None
         added = tokenizer.added_tokens_decoder.items()

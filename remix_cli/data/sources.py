@@ -1,17 +1,20 @@
 """Rows from one source of the recipe, as plain dictionaries."""
 
 import csv
+import glob
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 from remix_cli.compat.datasets import say_nothing
 from remix_cli.compat.reasoning_gym import seed_apart
 from remix_cli.errors import DataError, shortened
-from remix_cli.recipe.sources import LOADERS, Source, named_locally
+from remix_cli.recipe.sources import LOADERS, Source, ending_of, is_pattern, named_locally
 
 
 def check_source(source: Source, key: str) -> list[str]:
@@ -20,6 +23,8 @@ def check_source(source: Source, key: str) -> list[str]:
         return []
     if "://" in source.path:
         return [f"{key}.path: {source.path}: addresses are not read; download the file and name it here"]
+    if is_pattern(source.path):
+        return _check_pattern(source.path, key)
     path = Path(source.path)
     if source.subset is not None:
         return [f"{key}.subset: is not read: it belongs to a hub data set, and {path} is a local folder; leave it out"]
@@ -30,16 +35,36 @@ def check_source(source: Source, key: str) -> list[str]:
                 f"{key}.path: {path}: {below.relative_to(path)} lies in a sub-folder, and those are not read; name the "
                 "folder that holds the files, or each in a source of its own"
             ]
-        if any(file.suffix in LOADERS for file in path.iterdir()):
+        if any(_is_data(file) for file in path.iterdir()):
             return []
         return [f"{key}.path: {path}: no {', '.join(LOADERS)} file in this folder"]
     if not path.exists():
         return [f"{key}.path: {path}: no such file"]
     if not path.is_file():
         return [f"{key}.path: {path}: not a regular file"]
-    if path.suffix not in LOADERS:
+    if not _is_data(path):
         return [f"{key}.path: {path}: unknown ending; use one of {', '.join(LOADERS)}"]
     return []
+
+
+def _check_pattern(pattern: str, key: str) -> list[str]:
+    files = _matching(pattern)
+    if not files:
+        return [f"{key}.path: {pattern}: no file matches"]
+    unknown = [file for file in files if not _is_data(file)]
+    if unknown:
+        return [f"{key}.path: {pattern}: {unknown[0]}: unknown ending; use one of {', '.join(LOADERS)}"]
+    return []
+
+
+def _matching(pattern: str) -> list[Path]:
+    return [Path(place) for place in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(place)]
+
+
+def _is_data(file: Path) -> bool:
+    """By an ending that is read; parquet files are not packed again."""
+    ending = ending_of(file.name)
+    return ending in LOADERS and not (ending == ".parquet" and file.suffix != ".parquet")
 
 
 def _below(folder: Path) -> Path | None:
@@ -49,7 +74,7 @@ def _below(folder: Path) -> Path | None:
         if Path(place) == folder:
             continue
         for name in sorted(files):
-            if Path(name).suffix.lower() in LOADERS:
+            if ending_of(name) in LOADERS:
                 return Path(place) / name
     return None
 
@@ -75,15 +100,29 @@ def _path_rows(source: Source) -> list[dict[str, Any]]:
         raise DataError(*problems)
     if not _looks_local(source.path):
         return _dataset_rows(source.path, name=source.subset, split=source.split)
-    files = _files(Path(source.path), source.split)
-    kind = LOADERS[files[0].suffix]
-    if kind in READERS:
-        rows = []
-        for file in files:
-            rows += READERS[kind](file)
-        return rows
-    place = files[0] if len(files) == 1 else files[0].parent
-    return _dataset_rows(kind, str(place), data_files=[str(f) for f in files], split="train")
+    files = _matching(source.path) if is_pattern(source.path) else _files(Path(source.path), source.split)
+    kind = LOADERS[ending_of(files[0].name)]
+    _check_one_kind(source.path, files)
+    if kind == "parquet":
+        place = files[0] if len(files) == 1 else files[0].parent
+        return _dataset_rows(kind, str(place), data_files=[str(file) for file in files], split="train")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        if kind == "json":
+            rows += _json_rows(file)
+        elif kind == "text":
+            rows += _text_rows(file)
+        else:
+            usual = "\t" if ending_of(file.name) == ".tsv" else ","
+            rows += _csv_rows(file, source.separator or usual)
+    return rows
+
+
+def _check_one_kind(path: str, files: list[Path]) -> None:
+    """Raises DataError for files of several kinds, which would hardly have the same columns."""
+    if len({LOADERS[ending_of(file.name)] for file in files}) > 1:
+        names = ", ".join(file.name for file in files)
+        raise DataError(f"{path}: files of several kinds ({shortened(names)}); name those of one")
 
 
 def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -92,12 +131,27 @@ def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[d
 
     say_nothing()
     try:
-        return datasets.load_dataset(what, **options).to_list()
+        rows = datasets.load_dataset(what, **options).to_list()
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
         cause = error.__cause__ or error
         lines = str(cause).strip().splitlines()
         reason = lines[0] if lines else type(cause).__name__
         raise DataError(f"{place or what}: cannot be read: {shortened(reason)}") from None
+    return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table has one type for a column, and fills in None for every key that another row has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _text_rows(path: Path) -> list[dict[str, Any]]:
+    """A row for each line that says something."""
+    return [{"text": line} for line in _text_of(path).splitlines() if line.strip()]
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
@@ -117,13 +171,13 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def _csv_rows(path: Path, separator: str) -> list[dict[str, Any]]:
     """Every cell is text, as it stands in the file. A table library would make numbers of `007`, nothing of `NA`, and
     would take the first of three cells under two names for a row's number."""
     rows: list[dict[str, Any]] = []
     csv.field_size_limit(MAX_CELL)
     try:
-        reader = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=separator, strict=True)
         names = next(reader, [])
         twice = _first_repeated(names)
         if twice is not None:
@@ -152,19 +206,24 @@ def _first_repeated(names: list[str]) -> str | None:
     return None
 
 
-READERS = {"json": _json_rows, "csv": _csv_rows}
 MAX_CELL = 2**31 - 1
 
 
 def _text_of(path: Path) -> str:
     """Raises DataError."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: not UTF-8") from None
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DataError(f"{path}: not a whole gzip file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8") from None
 
 
 def _json(text: str, where: str) -> Any:
@@ -196,37 +255,38 @@ def _files(path: Path, split: str) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in LOADERS)
+    files = sorted(file for file in path.iterdir() if ending_of(file.name) in LOADERS)
     for file in files:
-        if file.suffix not in LOADERS:
+        if file.suffix != file.suffix.lower():
             raise DataError(f"{path}: {file.name}: the ending is not read in capitals; rename the file")
-    named = [file for file in files if file.stem.split("-")[0] == split]
+    named = [file for file in files if _stem(file).split("-")[0] == split]
     if named:
         _check_beside(named, files, split)
     else:
         others = [file.name for file in files if _names_any_split(file)]
         if others:
             raise DataError(f"{path}: no file named {split}; it holds {', '.join(others)}: name one file, or set split")
-    chosen = named or files
-    if len({file.suffix for file in chosen}) > 1:
-        names = ", ".join(file.name for file in chosen)
-        raise DataError(f"{path}: files of several kinds ({names}); name one file")
-    return chosen
+    return named or files
+
+
+def _stem(file: Path) -> str:
+    """The name without its endings: `train` of `train.jsonl.gz`."""
+    return Path(file.name.removesuffix(".gz")).stem
 
 
 def _names_any_split(file: Path) -> bool:
     """Anywhere in its name."""
-    return any(split in file.stem.lower() for split in SPLITS)
+    return any(split in _stem(file).lower() for split in SPLITS)
 
 
 def _check_beside(named: list[Path], files: list[Path], split: str) -> None:
     """Raises DataError for a file of the same kind beside those of the split whose name says no other split."""
-    kinds = {file.suffix for file in named}
+    kinds = {ending_of(file.name) for file in named}
     other_splits = set(SPLITS) - {split}
     for file in files:
-        if file in named or file.suffix not in kinds:
+        if file in named or ending_of(file.name) not in kinds:
             continue
-        words = set(re.split(r"[^a-z]+", file.stem.lower()))
+        words = set(re.split(r"[^a-z]+", _stem(file).lower()))
         if not words & other_splits:
             first = named[0]
             raise DataError(

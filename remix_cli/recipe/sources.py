@@ -2,7 +2,7 @@
 
 import os
 import string
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -64,25 +64,46 @@ def name_in(registry: dict[str, Any]) -> Any:
     return Annotated[str, BeforeValidator(check), WithJsonSchema({"enum": list(registry), "type": "string"})]
 
 
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What is read of a file, by its ending; all but parquet, which compresses by itself, also with .gz behind it.
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet"}
+
+
+def ending_of(path: str) -> str:
+    """In lower case; `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    inner, ending = os.path.splitext(path)
+    packed = ending.lower() == ".gz"
+    return (os.path.splitext(inner)[1] if packed else ending).lower()
+
+
+def is_pattern(path: str) -> bool:
+    """Does it stand for several files, as in a shell?"""
+    return any(character in path for character in "*?[") and not os.path.exists(path)
 
 
 def named_locally(path: str) -> bool:
-    """A hub id is `owner/name` or `name`; what is rooted, ends like a file or lies deeper is local."""
-    return path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in LOADERS or path.count("/") > 1
+    """A hub id is `owner/name` or `name`; what is rooted, ends like a file, is a pattern or lies deeper is local."""
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return True
+    return ending_of(path) in LOADERS or is_pattern(path)
 
 
-def _names_a_file(path: str) -> bool:
-    return os.path.splitext(path)[1] in LOADERS and not os.path.isdir(path)
+def _names_files(path: str) -> bool:
+    return is_pattern(path) or (ending_of(path) in LOADERS and not os.path.isdir(path))
 
 
 FormatName: Any = name_in(FORMATS)
 
 
+YOUNGER = ("columns", "separator", "system", "learn")  # keys of a source that came with version 0.2
+
+
 class Source(Strict):
     """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
 
-    path: Place | None = Field(None, description="Hub id, or a local json, jsonl, csv or parquet file or folder.")
+    path: Place | None = Field(
+        None,
+        description="Hub id, local file (json, jsonl, csv, tsv, txt, parquet; also .gz), folder of them, or a pattern.",
+    )
     subset: str | None = Field(None, description="The hub data set's configuration, e.g. `main`.")
     split: str = "train"
     reasoning_gym: str | None = Field(None, description="A task of the reasoning-gym package, made on the fly.")
@@ -92,6 +113,14 @@ class Source(Strict):
     format: FormatName = "prompt_completion"
     prompt: str = Field("{prompt}", description="Template over the row's columns, for prompt_completion.")
     completion: str = Field("{completion}", description="Template over the row's columns, for prompt_completion.")
+    columns: dict[str, str] = Field(
+        {}, description="The format's name of a column: the rows' own, e.g. `messages: dialogue`."
+    )
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="Between the cells of a csv or tsv file; by default a comma, or a tab."
+    )
+    system: str | None = Field(None, description="System prompt of every conversation that brings none of its own.")
+    learn: Literal["all", "last"] = Field("all", description="Which of the assistant's turns are learnt.")
     task: str | None = Field(None, description="Name for statistics by task; by default made from the source.")
     limit: Positive | None = Field(None, description="Use the first rows only.")
     weight: Annotated[float, Field(gt=0, le=100)] = Field(
@@ -120,11 +149,23 @@ class Source(Strict):
     @model_validator(mode="after")
     def _only_what_is_read(self) -> Self:
         refuse_unread(self, self._unread())
+        known = FORMATS[self.format].columns
+        for name in self.columns:
+            if known and name not in known:
+                raise PydanticCustomError(
+                    "unread",
+                    "names {name!r}, which format {form} does not read; it reads {known}",
+                    {"name": name, "form": self.format, "known": ", ".join(known), "below": ("columns",)},
+                )
         return self
 
     @model_serializer(mode="wrap")
     def _dump_what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key not in self._unread()}
+        unread = self._unread()
+        kept = {key: value for key, value in dump(self).items() if key not in unread}
+        # younger keys that say nothing: a run that knew none of them is the same run
+        silent = [key for key in YOUNGER if kept.get(key) == type(self).model_fields[key].default]
+        return {key: value for key, value in kept.items() if key not in silent}
 
     def _unread(self) -> dict[str, str]:
         """Keys that this source does not read, each with the reason."""
@@ -135,19 +176,30 @@ class Source(Strict):
             keys |= dict.fromkeys(("reasoning_gym", "options", "size", "seed"), "belongs to a reasoning_gym source")
             if named_locally(self.path):
                 keys["subset"] = "belongs to a hub data set, and the path is local"
-            if _names_a_file(self.path):
-                keys["split"] = "chooses among the files of a folder or a hub data set, and the path is one file"
+            if _names_files(self.path):
+                keys["split"] = "chooses among the files of a folder or a hub data set, and the path names files"
+        if not self._may_hold_cells():
+            keys["separator"] = "belongs to csv and tsv files"
+        if self.format == "text":
+            keys |= dict.fromkeys(("system", "learn"), "belongs to conversations, and format text has none")
         for key in ("prompt", "completion"):
             if key not in FORMATS[self.format].reads:
                 owners = ", ".join(name for name, facts in FORMATS.items() if key in facts.reads)
                 keys[key] = f"belongs to format {owners}, and this is {self.format}"
         return keys
 
+    def _may_hold_cells(self) -> bool:
+        if self.path is None:
+            return False
+        kind = LOADERS.get(ending_of(self.path))
+        folder = kind is None and (named_locally(self.path) or os.path.isdir(self.path))
+        return kind == "csv" or folder
+
     def at(self, path: str) -> "Source":
         """The same columns and format, read whole from another file."""
         names = ("reasoning_gym", "options", "size", "seed", "subset", "limit", "weight")
         update = {name: Source.model_fields[name].default for name in names} | {"path": path}
-        if _names_a_file(path):
+        if _names_files(path):
             update["split"] = Source.model_fields["split"].default
         return self.model_copy(update=update)
 
@@ -201,7 +253,13 @@ class Data(Strict):
         return bool(self.validation) or self.validation_fraction > 0
 
     def _unread(self) -> dict[str, str]:
-        """Keys of how rows are held out that count for nothing, each with the reason."""
+        """Keys that count for nothing here, each with the reason."""
+        keys = self._unread_of_held_out()
+        if self.use_chat_template is False:
+            keys["chat_template_kwargs"] = "is for the chat template, and data.use_chat_template is false"
+        return keys
+
+    def _unread_of_held_out(self) -> dict[str, str]:
         if self.validation:
             reason = "is of rows cut from train, and there is data.validation"
             return dict.fromkeys(("validation_fraction", "split_seed"), reason)

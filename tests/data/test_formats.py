@@ -1,9 +1,13 @@
 """The shapes in which people have their rows: each is a conversation in the end."""
 
+import gzip
+
 import pytest
 
 from remix_cli.data.encode import Encoder
 from remix_cli.data.formats import RowError, to_example
+from remix_cli.data.sources import load_rows
+from remix_cli.errors import DataError
 from remix_cli.recipe.sources import Source
 
 SAID = [
@@ -91,6 +95,8 @@ def test_rows_as_people_have_them(shape):
         ("alpaca", {"instruction": "a"}, "no column 'output'"),
         ("alpaca", {"history": ["a"], "instruction": "c", "output": "d"}, "column 'history': entry 1"),
         ("text", {"text": " "}, "the answer is blank"),
+        ("prompt_completion", {"conversations": SHARED}, "no column 'prompt'; .* set format: sharegpt"),
+        ("messages", {"instruction": "a", "output": "b"}, "no column 'messages'; .* set format: alpaca"),
         ("prompt_completion", {"prompt": ONCE, "completion": ["b"]}, "message 3: the role"),
     ],
 )
@@ -122,3 +128,90 @@ def test_what_only_a_template_can_write_is_refused_without_one(demo_model):
         encoder.encode(thinking)
     with pytest.raises(RowError, match="column 'tools' needs a chat template"):
         encoder.encode(to_example({"messages": ONCE, "tools": [{"name": "f"}]}, source))
+
+
+def rows_of(path, **source):
+    return load_rows(Source(path=str(path), **source))
+
+
+FILES = {
+    "rows.jsonl": b'{"a": "1"}\n{"a": "2"}\n',
+    "rows.json": b'[{"a": "1"}, {"a": "2"}]',
+    "rows.csv": b"a\n1\n2\n",
+    "rows.tsv": b"a\tb\n1\tx\n2\ty\n",
+    "rows.txt": b"1\n\n2\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("packed", [False, True], ids=["", "gz"])
+def test_files_of_every_kind_packed_or_not(name, packed, tmp_path):
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(FILES[name]) if packed else FILES[name])
+    column = "text" if name == "rows.txt" else "a"
+    assert [row[column] for row in rows_of(path)] == ["1", "2"]
+
+
+def test_a_pattern_stands_for_all_files_that_match(tmp_path):
+    for name, rows in (("b-2", "3"), ("b-1", "1"), ("c", "9")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"a": "{rows}"}}\n')
+    assert [row["a"] for row in rows_of(tmp_path / "b-*.jsonl")] == ["1", "3"]
+    with pytest.raises(DataError, match="no file matches"):
+        rows_of(tmp_path / "d*.jsonl")
+    (tmp_path / "b-3.csv").write_text("a\n5\n")
+    with pytest.raises(DataError, match="files of several kinds"):
+        rows_of(tmp_path / "b-*")
+
+
+def test_another_separator_and_a_broken_archive(tmp_path):
+    (tmp_path / "rows.csv").write_text("a;b\n1;2,5\n")
+    assert rows_of(tmp_path / "rows.csv", separator=";") == [{"a": "1", "b": "2,5"}]
+    whole = gzip.compress(b'{"a": "1"}\n')
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole[:-6])
+    with pytest.raises(DataError, match="not a whole gzip file"):
+        rows_of(tmp_path / "rows.jsonl.gz")
+
+
+def test_nulls_that_a_table_filled_in_are_no_part_of_a_call(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    calls = [{"city": "Rome"}, {"town": "Bath"}]
+    parquet.write_table(pyarrow.table({"arguments": calls}), tmp_path / "rows.parquet")
+    assert [row["arguments"] for row in rows_of(tmp_path / "rows.parquet")] == calls
+
+
+def test_columns_system_and_learn_are_keys_of_a_source():
+    source = Source(path="x.jsonl", format="messages", columns={"messages": "dialogue"}, system="s", learn="last")
+    assert list(to_example({"dialogue": SAID}, source).messages) == [
+        SYSTEM,
+        SAID[0],
+        SAID[1] | {"learnt": False},
+        *SAID[2:],
+    ]
+    own = {"role": "system", "content": "own"}
+    assert to_example({"dialogue": [own, *ONCE]}, source).messages[0] == own
+    with pytest.raises(RowError, match="no column 'dialogue'"):
+        to_example({"messages": ONCE}, source)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"format": "messages", "columns": {"mesages": "x"}},
+            "does not read; it reads messages, tools",
+        ),
+        ({"format": "text", "system": "s"}, "belongs to conversations"),
+        ({"separator": ";"}, "belongs to csv and tsv files"),
+    ],
+)
+def test_a_key_of_a_source_that_nothing_reads_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        Source(path="x.jsonl", **keys)
+
+
+def test_younger_keys_leave_a_recipe_of_earlier_versions_as_it_was():
+    """A checkpoint holds a hash of the recipe."""
+    assert not {"columns", "separator", "system", "learn"} & Source(path="x.jsonl").model_dump().keys()
+    assert Source(path="x.jsonl", system="s").model_dump()["system"] == "s"

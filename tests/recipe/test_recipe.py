@@ -140,7 +140,7 @@ ARC, EVAL = {"format": "arc"}, "eval.tasks.0.source"
         (GYM, "split", "test", "belongs to a data set with a path"),
         (FILE, "subset", "main", "the path is local"),
         ({"path": "./rows"}, "subset", "main", "the path is local"),
-        (FILE, "split", "test", "the path is one file"),
+        (FILE, "split", "test", "the path names files"),
         *[
             (FILE | {"format": form}, key, "{question}", f"belongs to format prompt_completion, and this is {form}")
             for form in ("messages", "gsm8k", "arc", "codealpaca")
@@ -250,7 +250,7 @@ def test_a_heavy_recipe_is_refused_at_once(heavy, tmp_path):
     text = yaml.safe_dump(MINIMAL) + HEAVY[heavy]
     begun = time.process_time()
     found = problems(tmp_path, text)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 10  # a few seconds on a quiet machine
     assert 1 <= len(found) <= 51
     assert all(len(line) < 500 for line in found)
     if "bomb" in heavy:
@@ -310,7 +310,8 @@ OTHER = {  # for each key a value that is not its default
     "alarm": {"ess": 2.0, "commonest": 0.5, "dead": 0.4, "patience": 3},
     "train": {"warmup_ratio": 0.1, "eval_steps": 5, "eval_tasks_limit": 5, "per_device_eval_batch_size": 2}
     | {"metric_for_best_model": "nll/loss"},
-    "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9},
+    "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9}
+    | {"chat_template_kwargs": {"enable_thinking": False}},
 }
 LEARNT = ("fixed", "selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
 HELD = {"train": [FILE], "validation": [HUB]}
@@ -328,6 +329,7 @@ UNREAD |= {
 }
 UNREAD |= {f"data.{key}": {"data": HELD} for key in ("validation_fraction", "split_seed")}
 UNREAD |= {"data.allow_overlap": {}, "data.validation_limit": {"data": {"train": [FILE], "validation_fraction": 0.0}}}
+UNREAD |= {"data.chat_template_kwargs": {"data": {"train": [FILE], "use_chat_template": False}}}
 # other situations in which the same keys are unread
 MORE = [
     *[(f"alarm.{key}", {"adapter": ALL}) for key in OTHER["alarm"]],
@@ -352,11 +354,11 @@ ALWAYS_READ = {
     "train.num_train_epochs train.max_steps": "data.splits; max_steps is said to override num_train_epochs",
     "train.per_device_train_batch_size train.gradient_accumulation_steps train.group_by_length": "data.batches",
     "train.learning_rate train.weight_decay train.lr_scheduler_type": "train.optim",
-    "train.max_grad_norm train.torch_compile train.cuda_graphs train.shard_base": "train.loop",
-    "train.gradient_checkpointing train.logging_steps train.save_steps train.save_total_limit": "train.loop",
+    "train.max_grad_norm train.torch_compile train.cuda_graphs train.shard_base": "train.trainer",
+    "train.gradient_checkpointing train.logging_steps train.save_steps train.save_total_limit": "train.trainer",
     "train.report_to": "train.record",
-    "eval.tasks eval.batch_size eval.selection": "evaluate.run",
-    "output_dir seed": "train.loop; beside sweep.seeds a seed is refused, see test_sweep",
+    "eval.tasks eval.batch_size eval.selection": "evaluation.evaluator",
+    "output_dir seed": "train.trainer; beside sweep.seeds a seed is refused, see test_sweep",
 }
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from remix_cli.data.formats.registry import reader_of
+from remix_cli.data.formats.registry import format_told_by, reader_of
 from remix_cli.errors import shortened
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ Message = dict[str, Any]
 
 class RowError(ValueError):
     """What is wrong with one row, without its number."""
+
+
+class MissingColumn(RowError):
+    """A column that the format reads is not there."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,38 @@ class Conversation(NamedTuple):
 
 def to_example(row: Row, source: "Source") -> Example:
     """Raises RowError for a missing column, a value of another type or a blank answer."""
-    read = reader_of(source.format)(row, source)
+    try:
+        read = reader_of(source.format)(_with_names(row, source.columns), source)
+    except MissingColumn as error:
+        other = format_told_by(set(map(str, row)))
+        if other in (None, source.format):
+            raise
+        raise RowError(f"{error}; set format: {other}") from None
     messages, tools = read if isinstance(read, Conversation) else Conversation(read, [])
     for number, message in enumerate(messages, start=1):
         if message["role"] in ("assistant", "text") and not message["content"].strip() and "tool_calls" not in message:
             which = f" (message {number})" if number < len(messages) else ""
             raise RowError(f"the answer is blank{which}")
+    if source.system is not None and not any(message["role"] == "system" for message in messages):
+        messages = [{"role": "system", "content": source.system}, *messages]
+    if source.learn == "last":
+        messages = [*(_only_read(message) for message in messages[:-1]), messages[-1]]
     return Example(tuple(messages), source.label, tuple(tools))
+
+
+def _with_names(row: Row, columns: dict[str, str]) -> Row:
+    """With the names that the format reads. Raises RowError."""
+    return row | {name: value_of(row, own) for name, own in columns.items()}
+
+
+def _only_read(message: Message) -> Message:
+    return message | {"learnt": False} if message["role"] == "assistant" else message
 
 
 def value_of(row: Row, column: str) -> Any:
     """Raises RowError if there is no such column."""
     if column not in row:
-        raise RowError(f"no column {column!r}; the row has {shortened(', '.join(map(str, row))) or 'none'}")
+        raise MissingColumn(f"no column {column!r}; the row has {shortened(', '.join(map(str, row))) or 'none'}")
     return row[column]
 
 
