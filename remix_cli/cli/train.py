@@ -47,7 +47,9 @@ def train(
         return
     done = f"done: {summary['steps']} steps in {summary['seconds']:.0f} s"
     if summary["best_eval_loss"] is not None:
-        done += f", best held-out loss {summary['best_eval_loss']:.4f} at step {summary['best_step']}"
+        metric = loaded.train.metric_for_best_model
+        what = "best held-out loss" if metric == "eval_loss" else f"best by {metric}, with held-out loss"
+        done += f", {what} {summary['best_eval_loss']:.4f} at step {summary['best_step']}"
     console.print(f"{done}; adapter in {loaded.output_dir}/adapter", highlight=False, soft_wrap=True)
 
 

@@ -130,9 +130,7 @@ def _adapt(recipe: Recipe, model: Any, tokenizer: Any, accelerator: Accelerator)
     adapter.find_local()  # by a pass of its own, before anything is compiled
     if recipe.train.gradient_checkpointing:
         adapted: Any = adapter.model
-        adapted.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": adapter.state.checkpoint_contexts}
-        )
+        adapted.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": adapter.state.checkpoint_contexts})
     return adapter
 
 

@@ -173,7 +173,11 @@ def exact_biases(k: int = 2) -> list[Bias]:
         _Arm("control_variate, top k beside", sets, "control_variate", beta=0.7, top=True),
     ]
     named = {arm.estimator for arm in arms} | {"straight_through"}
-    arms += [_Arm(name, orders, name) for name in ESTIMATORS if name not in named]
+    # One of a user's own may score the order that a selection was drawn in, or compare the rows of a batch.
+    two_rows = Enumeration(2, ordered=True, n=3, level="sequence")
+    for name in ESTIMATORS:
+        if name not in named:
+            arms += [_Arm(name, orders, name), _Arm(f"{name}, two rows by sequence", two_rows, name)]
     found = [arm.bias() for arm in arms]
     alone = len(sets.trajectories)  # with M = 1 there are no pairs
     for name in ("rtg", "control_variate"):
