@@ -204,3 +204,9 @@ def test_derivatives_that_are_no_numbers_count_as_read():
     assert locality._is_local(gradient, (0,))
     gradient[0, 2, 1] = float("nan")
     assert not locality._is_local(gradient, (0,))
+
+
+def test_it_is_the_base_model_that_is_looked_at():
+    """Routers that read a prompt's mean would mix, and there is no prompt."""
+    config = AdapterConfig(pool_size=4, active=2, rank=2, level="sequence")
+    assert apply_adapter(tiny_model(), config, seed=0).find_local() == {"model.layers.1.mlp"}
