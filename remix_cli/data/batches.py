@@ -79,10 +79,15 @@ def _up(number: int, step: int) -> int:
 TENSORS = ("input_ids", "mask", "prompt", "positions", "targets", "rows", "real")
 
 
+def rounded_up(length: int) -> int:
+    """To what a batch of rows of at most this length is padded: kernels like multiples of 8."""
+    return _up(length, 8)
+
+
 def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
     """Pad on the right. Under a causal mask no real position can see the padding, so none needs masking."""
     length = max(len(row.input_ids) for row in rows)
-    length = _up(length, 8)  # kernels like multiples of 8
+    length = rounded_up(length)
     ids = np.zeros((len(rows), length), dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
     prompt = np.zeros((len(rows), length), dtype=bool)

@@ -54,6 +54,11 @@ class Encoded:
         """Supervised tokens of each row; the first token has nothing before it to be predicted from."""
         return np.array([int(row.supervised[1:].sum()) for row in self.rows])
 
+    @property
+    def repeated(self) -> int:
+        """Rows that say the same as an earlier one."""
+        return len(self.rows) - len({row.input_ids.tobytes() for row in self.rows})
+
     def describe(self) -> str:
         notes = [f"{len(self.rows)} rows", f"{int(self.target_counts.sum()):,} supervised tokens"]
         if self.split:

@@ -23,6 +23,7 @@ class TrainingData:
     plan: Plan
     overlap: int  # held-out conversations that are also trained on
     held_out: str  # digest_of the held-out conversations
+    sources: list[Encoded]  # of `train`, one for each source
 
     def total_steps(self, recipe: Recipe) -> int:
         by_epochs = int(np.ceil(self.plan.steps_per_epoch * recipe.train.num_train_epochs))
@@ -123,4 +124,4 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
         group_by_length=recipe.train.group_by_length,
         seed=recipe.seed,
     )
-    return TrainingData(train, encoder.encode_rows(held), plan, overlap(examples, held), digest_of(held))
+    return TrainingData(train, encoder.encode_rows(held), plan, overlap(examples, held), digest_of(held), parts)

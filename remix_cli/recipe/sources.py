@@ -94,7 +94,7 @@ def _names_files(path: str) -> bool:
 FormatName: Any = name_in(FORMATS)
 
 
-YOUNGER = ("columns", "separator", "system", "learn")  # keys of a source that came with version 0.2
+YOUNGER = ("columns", "separator", "system", "learn")  # keys of a source that came later
 
 
 class Source(Strict):

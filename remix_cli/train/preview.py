@@ -1,22 +1,24 @@
 """`remix validate`: what a run would do, without weights and without writing anything."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from remix_cli.cross_entropy import CHUNK
-from remix_cli.data.encode import EncodedRow, Encoder
-from remix_cli.data.splits import load_data
+from remix_cli.data.batches import micro_batches, rounded_up
+from remix_cli.data.encode import Encoded, EncodedRow, Encoder
+from remix_cli.data.splits import TrainingData, load_data
 from remix_cli.diagnostics.parameters import ParameterCounts, count_parameters
 from remix_cli.diagnostics.routing_tables import parameter_table
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe, Task
-from remix_cli.recipe.sources import named_locally
+from remix_cli.recipe.sources import Source, named_locally
 from remix_cli.runs import Subject
+from remix_cli.stored_json import Document
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.micro_batch import describe_router, passes_of
@@ -26,9 +28,40 @@ GIB = 2**30
 
 
 @dataclass
+class SourcePreview:
+    """What one source of training rows gives."""
+
+    name: str
+    rows: int
+    conversations: int  # read; a row each, but for those that a chat template needs a row for each turn of
+    supervised_tokens: int
+    longest: int  # tokens
+    repeated: int  # rows that say the same as an earlier one
+    cut: int  # rows that lost their end
+    dropped: int  # rows that lost everything supervised
+    row: list[tuple[str, bool]]  # a short one, in stretches that are supervised or not
+
+    def to_dict(self) -> Document:
+        values = asdict(self)
+        del values["row"]
+        return values
+
+    def describe(self) -> str:
+        notes = [f"{self.rows:,} rows", f"{self.supervised_tokens:,} supervised tokens", f"longest {self.longest:,}"]
+        if self.repeated:
+            notes.append(f"{self.repeated:,} said before")
+        if self.cut:
+            notes.append(f"{self.cut:,} cut")
+        if self.dropped:
+            notes.append(f"{self.dropped:,} dropped")
+        return f"{self.name}: {', '.join(notes)}"
+
+
+@dataclass
 class Preview:
     recipe: Recipe
-    tokens: list[tuple[str, bool]]  # one row, token by token, with what is supervised
+    sources: list[SourcePreview]
+    padding: float  # share of all tokens of an epoch's micro-batches
     train: str
     validation: str
     held_out: int  # rows
@@ -36,9 +69,11 @@ class Preview:
     counts: ParameterCounts
     memory: dict[str, float]  # GiB by what it is for
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return {
             "train": self.train,
+            "sources": [source.to_dict() for source in self.sources],
+            "padding": self.padding,
             "validation": self.validation,
             "held_out_rows": self.held_out,
             "steps": self.steps,
@@ -57,14 +92,14 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
     for task in recipe.eval.tasks:
         if _at_hand(task):
             task_class(task.task)(subject, task, Settings())  # which reads the rows and counts their tokens
-    row = min(data.train.rows[:50], key=lambda r: len(r.input_ids))
     counts = count_parameters(adapter)
     config: Any = adapter.model.config
     memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()), processes)
-    tokens = _pieces(tokenizer, row)
+    sources = zip(recipe.data.train, data.sources, strict=True)
     return Preview(
         recipe,
-        tokens,
+        [_preview_source(source, encoded, tokenizer) for source, encoded in sources],
+        _padding(recipe, data, processes),
         data.train.describe(),
         data.validation.describe(),
         len(data.validation.rows),
@@ -72,6 +107,34 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
         counts,
         memory,
     )
+
+
+def _preview_source(source: Source, encoded: Encoded, tokenizer: Any) -> SourcePreview:
+    short = min(encoded.rows[:50], key=lambda row: len(row.input_ids))
+    return SourcePreview(
+        name=source.place,
+        rows=len(encoded.rows),
+        conversations=encoded.read,
+        supervised_tokens=int(encoded.target_counts.sum()),
+        longest=int(encoded.lengths.max()),
+        repeated=encoded.repeated,
+        cut=encoded.truncated,
+        dropped=encoded.dropped,
+        row=_pieces(tokenizer, short),
+    )
+
+
+def _padding(recipe: Recipe, data: TrainingData, processes: int) -> float:
+    """The share of the first epoch's tokens that only fill micro-batches up to their longest row."""
+    real, padded = 0, 0
+    for rows in data.plan.epoch(0):
+        for rank in range(processes):
+            cuts = micro_batches(rows, data.train.lengths, recipe.train.per_device_train_batch_size, rank, processes)
+            for _, part, _ in cuts:
+                lengths = data.train.lengths[part]
+                real += int(lengths.sum())
+                padded += len(part) * rounded_up(int(lengths.max()))
+    return 1 - real / padded
 
 
 def _at_hand(task: Task) -> bool:
@@ -140,11 +203,14 @@ def print_preview(p: Preview, console: Console) -> None:
     console.print(f"steps     {p.steps}", highlight=False)
     if p.recipe.adapter_config().samples:
         console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
-    console.print("\nOne row as the model sees it; what it learns stands in «»:", highlight=False)
-    text = Text()
-    for piece, learnt in p.tokens:
-        text.append(f"«{piece}»" if learnt else piece, style="bold" if learnt else "dim")
-    console.print(text, soft_wrap=True)
+    console.print(f"padding   {p.padding:.1%} of the tokens of an epoch", highlight=False)
+    for source in p.sources:
+        console.print(f"\n{source.describe()}", highlight=False, soft_wrap=True)
+        console.print("A row as the model sees it; what it learns stands in «»:", highlight=False)
+        text = Text()
+        for piece, learnt in source.row:
+            text.append(f"«{piece}»" if learnt else piece, style="bold" if learnt else "dim")
+        console.print(text, soft_wrap=True)
     console.print()
     console.print(parameter_table(p.counts))
     console.print("\nMemory on one device, estimated, GiB:", highlight=False)

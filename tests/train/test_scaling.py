@@ -25,6 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
+from helpers.steps import rows
 from helpers.tiny import fill_adapter, tiny_model
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import apply_adapter
