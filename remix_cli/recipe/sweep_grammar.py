@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from remix_cli.errors import RecipeError
 from remix_cli.recipe.loader import RawRecipe, build, drop_unread, drop_value, models_in, read_raw, set_value
-from remix_cli.recipe.schema import Recipe
+from remix_cli.recipe.schema import Recipe, measures_while_training
 from remix_cli.recipe.sources import Positive, Seed, Strict
 
 RANGE = "log_uniform"
@@ -115,7 +115,24 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     to_run = {arm: points[arm] for arm in matching}
     others = {arm: points[arm] for arm in points if arm not in to_run}
     metric = group.metric or to_run[matching[0]][0].recipe.train.metric_for_best_model
-    return Sweep(Path(str(root)), group.seeds, metric, list(group.arms), to_run, others)
+    sweep = Sweep(Path(str(root)), group.seeds, metric, list(group.arms), to_run, others)
+    _check_metric(sweep)
+    return sweep
+
+
+def _check_metric(sweep: Sweep) -> None:
+    """Raises RecipeError if an arm's training does not measure the metric."""
+    for points in sweep.points.values():
+        recipe = points[0].recipe
+        tasks = recipe.eval.tasks if recipe.train.eval_tasks_limit else []
+        known = ["eval_loss", *measures_while_training(tasks)]
+        if sweep.metric not in known:
+            raise RecipeError(
+                f"sweep.metric: {sweep.metric} is not measured on held-out rows while training; use "
+                f"{', '.join(known)}, or set train.eval_tasks_limit for scores of eval.tasks"
+            )
+        if not recipe.data.validation and not recipe.data.validation_fraction:
+            raise RecipeError("data.validation_fraction: 0 leaves no held-out rows to choose by; raise it")
 
 
 def _read_group(raw: RawRecipe, problems: Problems) -> SweepGroup:

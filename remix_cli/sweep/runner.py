@@ -24,7 +24,7 @@ from typing import Any
 from remix_cli.errors import ArtefactError, DivergedError, FailedRuns, Interrupted, RecipeError
 from remix_cli.evaluation.evaluator import check_code
 from remix_cli.recipe import Recipe, load_recipe
-from remix_cli.recipe.schema import cost, measures_while_training
+from remix_cli.recipe.schema import cost
 from remix_cli.recipe.sweep_grammar import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
@@ -83,7 +83,6 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
 
 def _check(sweep: Sweep, allow_code: bool) -> None:
     """What can be refused before anything is trained. Raises RecipeError, SandboxError, ArtefactError."""
-    _check_metric(sweep)
     _check_folder(sweep)
     for arm, points in sweep.points.items():
         try:
@@ -146,21 +145,6 @@ def _other_arms(sweep: Sweep, say: Say) -> dict[str, ArmRecord]:
             continue
         kept[name] = earlier.arms[name]
     return kept
-
-
-def _check_metric(sweep: Sweep) -> None:
-    """Raises RecipeError if an arm's training does not measure the metric."""
-    for points in sweep.points.values():
-        recipe = points[0].recipe
-        tasks = recipe.eval.tasks if recipe.train.eval_tasks_limit else []
-        known = ["eval_loss", *measures_while_training(tasks)]
-        if sweep.metric not in known:
-            raise RecipeError(
-                f"sweep.metric: {sweep.metric} is not measured on held-out rows while training; use "
-                f"{', '.join(known)}, or set train.eval_tasks_limit for scores of eval.tasks"
-            )
-        if not recipe.data.validation and not recipe.data.validation_fraction:
-            raise RecipeError("data.validation_fraction: 0 leaves no held-out rows to choose by; raise it")
 
 
 def _check_folder(sweep: Sweep) -> None:

@@ -195,6 +195,12 @@ def test_train_points_to_sweep_and_the_reverse_is_one_run(stage, tmp_path, verb)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_metric_that_no_run_measures_is_refused_by_a_dry_run_too(stage, tmp_path, verb):
+    path = sweep_file(stage, tmp_path, {"metric": "nll/los"})
+    _, err = verb("sweep", path, "--dry-run", expect=2)
+    assert "sweep.metric: nll/los is not measured on held-out rows while training; use eval_loss" in err
+
+
 def in_this_process(monkeypatch):
     """Jobs run when they are submitted, and what they do is noted."""
     ran = []
