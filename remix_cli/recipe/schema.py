@@ -6,7 +6,9 @@ The descriptions are what `remix schema` prints and editors show. Defaults are s
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
+import regex
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -203,6 +205,20 @@ class Train(Strict):
 OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that generate
 
 
+def _expression(text: str) -> str:
+    try:
+        regex.compile(text)
+    except (regex.error, RecursionError, MemoryError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
+
+
+Expression = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_expression)]
+TaskLabel = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,80}$")]
+OF_SOME_TASKS = ("extract", "ignore", "references", "options", "answer")
+YOUNGER = ("name", *OF_SOME_TASKS)  # keys of a task that came later
+
+
 class Task(Strict):
     task: TaskName
     source: Source | None = Field(None, description="Rows to score; by default the recipe's held-out rows.")
@@ -212,6 +228,36 @@ class Task(Strict):
     max_new_tokens: Positive | None = Field(None, description="Of an answer; by default the task's own, 256 for most.")
     samples: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Answers per problem, for pass@k.")
     temperature: Annotated[float, Field(ge=0, le=5)] = Field(0.0, description="0 is greedy.")
+    name: TaskLabel | None = Field(None, description="What its results are called; by default as the task.")
+    extract: Expression | None = Field(
+        None, description="Regular expression: its last match in an answer counts, or the match's first group."
+    )
+    ignore: list[Literal["case", "punctuation", "articles"]] = Field(
+        [], description="What exact_match does not compare; white space never counts."
+    )
+    references: str | None = Field(None, description="Column of right answers, one or a list, for exact_match.")
+    options: str | list[str] | None = Field(
+        None, description="Column that holds a list of options, or a list of columns, for choice."
+    )
+    answer: str = Field("answer", description="Column that says which option is right, for choice.")
+
+    @model_serializer(mode="wrap")
+    def _dump_without_silent_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A task that says nothing in younger keys is the task that it was before them: results carry its hash."""
+        fields = type(self).model_fields
+        silent = [key for key in YOUNGER if getattr(self, key) == fields[key].default]
+        return {key: value for key, value in dump(self).items() if key not in silent}
+
+    @model_validator(mode="after")
+    def _only_what_the_task_reads(self) -> Self:
+        read = task_class(self.task).reads
+        unread = {}
+        for key in OF_SOME_TASKS:
+            if key not in read:
+                able = [name for name, kind in task_classes().items() if key in kind.reads]
+                unread[key] = f"is for {', '.join(able)}, and this is {self.task}"
+        refuse_unread(self, unread)
+        return self
 
     @model_validator(mode="after")
     def _only_what_is_read(self) -> Self:
@@ -259,12 +305,13 @@ class Eval(Strict):
 
 
 def labelled(tasks: list[Task]) -> list[tuple[str, Task]]:
-    """A second task of a kind is `nll-2` and so on."""
+    """By their names; a second task without one of its own is `nll-2` and so on."""
     seen: dict[str, int] = {}
     labels = []
     for task in tasks:
-        seen[task.task] = seen.get(task.task, 0) + 1
-        labels.append((task.task if seen[task.task] == 1 else f"{task.task}-{seen[task.task]}", task))
+        name = task.name or task.task
+        seen[name] = seen.get(name, 0) + 1
+        labels.append((name if seen[name] == 1 else f"{name}-{seen[name]}", task))
     return labels
 
 

@@ -13,6 +13,7 @@ from remix_cli.data.formats import RowError, to_example
 from remix_cli.data.formats.arc import arc_options
 from remix_cli.errors import DataError
 from remix_cli.tasks.base import Line, Measure, Scorer, TaskStamp, key_of
+from remix_cli.tasks.options import only_the_last_answer
 
 if TYPE_CHECKING:
     from remix_cli.data.encode import EncodedRow, Encoder
@@ -115,7 +116,7 @@ def letter_rows(question: Question, row: dict[str, Any], source: "Source", encod
     for label in question.labels:
         example = to_example(row | {"answerKey": label}, source)
         ids, supervised = encoder.encode(encoder.with_shots(example, shots))
-        made.append(_row(ids[:-1], supervised[:-1]))
+        made.append(only_the_last_answer(ids[:-1], supervised[:-1], "arc"))
     return made
 
 
@@ -127,24 +128,8 @@ def text_rows(question: Question, encoder: "Encoder", shots: list[Question]) -> 
     for option in question.options:
         given = encoder.text_ids(prompt)
         whole = encoder.text_ids(f"{prompt} {option}")
-        made.append(_row(whole, [i >= len(given) for i in range(len(whole))]))
+        made.append(only_the_last_answer(whole, [i >= len(given) for i in range(len(whole))], "arc"))
     return made
-
-
-def _row(ids: list[int], supervised: list[bool]) -> "EncodedRow":
-    import numpy as np
-
-    from remix_cli.data.encode import EncodedRow
-
-    if not any(supervised[1:]):
-        raise RowError("an option has no token of its own")
-    last = int(np.flatnonzero(supervised)[-1])
-    first = last
-    while first and supervised[first - 1]:
-        first -= 1
-    only = np.zeros(len(ids), bool)
-    only[first : last + 1] = True  # not the answers of the examples before
-    return EncodedRow(np.array(ids, np.int32), only, "arc")
 
 
 def verdict(question: Question, letter_nats: list[float], text_nats: list[float]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Scorer(ABC):
     brings_rows: ClassVar[bool] = False  # has rows without a source
     own_columns: ClassVar[bool] = False  # reads columns of its own, whatever the source's format
     row_format: ClassVar[str | None] = None  # the data format of its rows; None: any
+    reads: ClassVar[tuple[str, ...]] = ()  # keys of the recipe's task that not every task reads
     any_rows: ClassVar[bool] = False  # scores whatever rows training reads, and training measures it anyway
     prompt = "{prompt}"  # the task's own words around a question, for the stamp
 

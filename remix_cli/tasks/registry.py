@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 TASKS = {
     "nll": "remix_cli.tasks.held_out_loss:HeldOutLoss",
+    "exact_match": "remix_cli.tasks.exact_match:ExactMatch",
+    "choice": "remix_cli.tasks.choice:Choice",
     "gsm8k": "remix_cli.tasks.gsm8k:Gsm8k",
     "arc": "remix_cli.tasks.arc:Arc",
     "humaneval": "remix_cli.tasks.humaneval:HumanEval",

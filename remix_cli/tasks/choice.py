@@ -1,0 +1,131 @@
+"""Choice: which of a row's options does the model find likeliest as the answer to its prompt?"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.data.formats.base import text_of, value_of
+from remix_cli.errors import DataError
+from remix_cli.tasks.base import Line, Measure, Scorer, TaskStamp, key_of
+from remix_cli.tasks.options import only_the_last_answer
+
+if TYPE_CHECKING:
+    from remix_cli.data.encode import EncodedRow
+    from remix_cli.recipe.sources import Source
+
+
+class Choice(Scorer):
+    name = "choice"
+    measures = (
+        Measure("accuracy", "correct", shown=True, by_task=True),
+        Measure("accuracy_norm", "norm_correct", by_task=True),
+    )
+    headline = "correct"
+    reads = ("options", "answer")
+
+    def load(self) -> None:
+        from remix_cli.data.sources import load_rows
+        from remix_cli.data.splits import evenly
+
+        source = self.task.source
+        if source is None or self.task.options is None:
+            raise DataError(
+                "eval task choice: give it a source, options (the column of the options, or a list of columns) and "
+                "answer (the column that says which is right)"
+            )
+        self.data = evenly(load_rows(source), self.limit)
+        self.options: list[list[str]] = []
+        self.right: list[int] = []
+        self.rows: list[list[EncodedRow]] = []  # one for each option
+        self.names: list[str] = []
+        for number, row in enumerate(self.data, start=1):
+            try:
+                options, right = options_of(row, self.task.options, self.task.answer)
+                self.rows.append([self._row(row, source, option) for option in options])
+            except RowError as error:
+                raise DataError(f"eval task choice: row {number}: {error}") from None
+            self.options.append(options)
+            self.right.append(right)
+            self.names.append(self.rows[-1][0].task)
+        ids = []
+        self.keys = []
+        for made in self.rows:
+            shown = []
+            for row in made:
+                ids.append(row.input_ids)
+                shown += [row.input_ids, row.supervised]
+            self.keys.append(key_of(*shown))
+        self.check_fits(ids)
+
+    def _row(self, row: dict[str, Any], source: "Source", option: str) -> "EncodedRow":
+        """The prompt of the row answered with one option, of which the option alone is supervised."""
+        asked = to_example(row, source)
+        answered = (*asked.messages[:-1], {"role": "assistant", "content": option})
+        example = Example(answered, asked.task, asked.tools)
+        ids, supervised = self.encoder.encode(self.encoder.with_shots(example, self.shots))
+        return only_the_last_answer(ids[:-1], supervised[:-1], asked.task)  # an end token would favour no option
+
+    def stamp(self) -> TaskStamp:
+        return replace(super().stamp(), protocol="the option after the prompt, by its log-likelihood")
+
+    def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
+        rows: list[EncodedRow] = []
+        of_row: list[tuple[int, int]] = []  # (item, option) of each
+        for item in todo:
+            for option, row in enumerate(self.rows[item]):
+                rows.append(row)
+                of_row.append((item, option))
+        nats: dict[int, dict[int, float]] = {item: {} for item in todo}
+        for place, loss in self.row_losses(rows, [item for item, _ in of_row]):
+            item, option = of_row[place]
+            nats[item][option] = loss.nats
+            if len(nats[item]) == len(self.rows[item]):
+                yield item, self._verdict(item, [nats[item][i] for i in range(len(self.rows[item]))])
+
+    def _verdict(self, item: int, nats: list[float]) -> Line:
+        options, right = self.options[item], self.right[item]
+        per_character = [value / len(option) for value, option in zip(nats, options, strict=True)]
+        chosen = nats.index(min(nats))
+        norm_chosen = per_character.index(min(per_character))
+        return {
+            "task": self.names[item],
+            "gold": options[right],
+            "chosen": options[chosen],
+            "nats": nats,
+            "correct": chosen == right,
+            "norm_correct": norm_chosen == right,
+        }
+
+
+def options_of(row: dict[str, Any], columns: str | list[str], answer: str) -> tuple[list[str], int]:
+    """The options of a row and which of them is right. Raises RowError.
+
+    They stand in one column, as a list or as {text: [...], label: [...]}, or in several columns. The answer is a
+    label, the name of a column, the text of an option, or its number counted from 0.
+    """
+    labels: list[str] = []
+    if isinstance(columns, list):
+        labels = columns
+        options = [text_of(row, column) for column in columns]
+    else:
+        value = value_of(row, columns)
+        if isinstance(value, dict):
+            labels = [str(label) for label in value.get("label", [])]
+            value = value.get("text")
+        if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
+            raise RowError(f"column {columns!r} should be a list of options, or hold lists 'text' and 'label'")
+        options = value
+    if len(options) < 2 or not all(option.strip() for option in options):
+        raise RowError("there should be two options or more, none blank")
+    return options, _right(value_of(row, answer), options, labels, answer)
+
+
+def _right(said: Any, options: list[str], labels: list[str], column: str) -> int:
+    text = str(said).strip()
+    for known in (labels, options):
+        if known.count(text) == 1:
+            return known.index(text)
+    if text.isdecimal() and int(text) < len(options):
+        return int(text)
+    raise RowError(f"column {column!r} is {text!r}, which is no label, option or number from 0 to {len(options) - 1}")

@@ -1,0 +1,104 @@
+"""Exact match: is the answer, or what a regular expression finds in it, one of the references?"""
+
+import string
+from collections.abc import Iterable
+
+import regex
+
+from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.errors import DataError
+from remix_cli.tasks.base import Generating, Line, Measure
+
+PATIENCE = 1.0  # seconds for an expression and an answer
+ARTICLES = {"a", "an", "the"}
+
+
+class ExactMatch(Generating):
+    name = "exact_match"
+    measures = (
+        Measure("accuracy", "correct", shown=True, by_task=True),
+        Measure("has_answer", "answered", chooses=False),
+    )
+    reads = ("extract", "ignore", "references")
+
+    def load(self) -> None:
+        examples = self._read()
+        self.ask([self.prompt_ids(example) for example, _ in examples])
+        self.data = [[*example.messages, *references] for example, references in examples]
+        self.names = [example.task for example, _ in examples]
+        self.gold = [[self._looked_for(text) for text in references] for _, references in examples]
+
+    def _read(self) -> list[tuple[Example, list[str]]]:
+        """Each example with its references: the answer of its row, or the texts of the column `references`."""
+        column = self.task.references
+        if column is None:
+            return [(example, [example.messages[-1]["content"]]) for example in self.examples()]
+        from remix_cli.data.sources import load_rows
+        from remix_cli.data.splits import evenly
+
+        source = self.task.source
+        if source is None:
+            raise DataError("eval task exact_match: references: name a source, whose column it is")
+        read = []
+        for number, row in enumerate(evenly(load_rows(source), self.limit), start=1):
+            try:
+                read.append((to_example(row, source), references_in(row, column)))
+            except RowError as error:
+                raise DataError(f"eval task exact_match: row {number}: {error}") from None
+        return read
+
+    def judge(self, item: int, text: str) -> Line:
+        found = self._found(text)
+        answer = None if found is None else plain(found, self.task.ignore)
+        return {
+            "task": self.names[item],
+            "output": text,
+            "found": found,
+            "gold": self.gold[item],
+            "answered": found is not None,
+            "correct": answer in [plain(gold, self.task.ignore) for gold in self.gold[item]],
+        }
+
+    def _found(self, text: str) -> str | None:
+        """What `extract` finds last, its first group if it has one; the whole text without `extract`."""
+        if self.task.extract is None:
+            return text
+        last = None
+        try:
+            for match in regex.finditer(self.task.extract, text, timeout=PATIENCE):
+                last = match
+        except TimeoutError:
+            return None
+        if last is None:
+            return None
+        return last.group(1) if last.re.groups else last.group()
+
+    def _looked_for(self, reference: str) -> str:
+        """A reference may be written as an answer is, with what leads up to it."""
+        found = self._found(reference)
+        return reference if found is None else found
+
+
+def references_in(row: dict[str, object], column: str) -> list[str]:
+    """One text or several. Raises RowError."""
+    value = row.get(column)
+    texts = []
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str) or not text.strip():
+            raise RowError(f"column {column!r} should hold a reference or a list of them, none blank")
+        texts.append(text)
+    if not texts:
+        raise RowError(f"column {column!r} holds no reference")
+    return texts
+
+
+def plain(text: str, ignore: Iterable[str]) -> str:
+    """`text` without what is ignored; single spaces between words, in any case."""
+    if "case" in ignore:
+        text = text.casefold()
+    if "punctuation" in ignore:
+        text = text.translate(str.maketrans("", "", string.punctuation))
+    words = text.split()
+    if "articles" in ignore:
+        words = [word for word in words if word.casefold() not in ARTICLES]
+    return " ".join(words)
