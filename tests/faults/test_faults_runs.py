@@ -38,7 +38,7 @@ def test_K1_50_kills_at_random_instants_change_no_bit():
     assert sum(f["kills"] for f in found) == 50
     assert sum(f["while_writing"] for f in found) > 10
     for f in found:
-        assert f["finished"] > 1  # how many depends on the machine's pace
+        assert f["finished"]  # how many depends on the machine's pace
         assert (f["mismatches"], f["lost"], f["errors"]) == (0, 0, 0), f
 
 
