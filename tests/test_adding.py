@@ -1,7 +1,10 @@
 """The rule of the house: adding a thing is one new file and one line in a registry. Here the file is an example."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -286,3 +289,47 @@ def test_what_the_library_offers_can_be_imported_and_costs_nothing_until_it_is()
         _ = remix_cli.core.nothing
     code = "import sys, remix_cli.core; sys.exit('torch' in sys.modules)"
     assert alone(code).returncode == 0
+
+
+REGISTERED = """
+from remix_cli.core.estimators.registry import ESTIMATORS, EstimatorFacts
+from remix_cli.data.formats.registry import FORMATS, FormatFacts
+from remix_cli.methods.registry import METHODS
+from remix_cli.tasks.registry import TASKS
+ESTIMATORS["moving_baseline"] = EstimatorFacts("own_estimator:MovingBaseline", "its running mean", True, 1)
+FORMATS["ask_reply"] = FormatFacts("own_format:read")
+METHODS["bitfit"] = "own_method:BitFit"
+TASKS["terse"] = "own_task:Terse"
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_of_a_sweep_run_what_was_added(stage, tmp_path):
+    """Each is a fresh interpreter, which registers the four examples as it starts."""
+    (tmp_path / "sitecustomize.py").write_text(REGISTERED)
+    lines = [json.loads(line) for line in stage[1].read_text().splitlines()]
+    rows = [json.dumps({"ask": row["question"], "reply": row["answer"]}) for row in lines]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    arms = {
+        "an estimator": {"router.estimator": "moving_baseline"},
+        "a method": {"adapter": {"method": "bitfit"}, "router": {}},
+    }
+    task = {"task": "terse", "source": {"path": str(stage[1]), "format": "gsm8k"}, "limit": 4}
+    recipe = recipe_text(*stage[:2], tmp_path / "all", eval={"tasks": [task]})
+    recipe["data"]["train"] = [{"path": str(tmp_path / "rows.jsonl"), "format": "ask_reply"}]
+    recipe["train"] |= {"eval_tasks_limit": 4, "max_steps": 2}
+    recipe["sweep"] = {"metric": "terse/words", "seeds": [0], "arms": arms}
+    write_recipe(tmp_path / "sweep.yaml", recipe)
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "examples"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "remix_cli", "sweep", str(tmp_path / "sweep.yaml"), "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["arms"]) == 2
+    assert "terse/words" in done.stdout

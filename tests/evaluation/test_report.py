@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.common import reads_and_writes
 
 from remix_cli.evaluation.compare import Comparison
 from remix_cli.evaluation.headroom import Headroom
@@ -22,10 +23,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_stored_results_are_read_and_written_again_to_the_byte(name):
-    text = (STORED / name).read_text()
-    found = KINDS[name].from_dict(json.loads(text))
-    assert json.dumps(found.to_dict(), indent=2) + "\n" == text
-    assert KINDS[name].from_dict(found.to_dict()) == found
+    reads_and_writes(KINDS[name], STORED / name)
 
 
 def test_a_report_of_the_first_version_is_read_and_gains_nothing():

@@ -1,8 +1,10 @@
 """Where things lie, the one comparison of tensors, a Python process of its own."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,3 +24,11 @@ def close(a: Tensor, b: Tensor, relative: float) -> bool:
 def alone(code: str) -> subprocess.CompletedProcess[str]:
     """`code` in a Python process of its own, for what must not have been imported yet."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def reads_and_writes(kind: Any, path: Path) -> None:
+    """A stored document is read, and written again to the byte."""
+    text = path.read_text()
+    found = kind.from_dict(json.loads(text))
+    assert json.dumps(found.to_dict(), indent=2) + "\n" == text
+    assert kind.from_dict(found.to_dict()) == found

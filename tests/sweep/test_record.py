@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.common import ROOT
+from helpers.common import ROOT, reads_and_writes
 
 from remix_cli.errors import DivergedError, RecipeError
 from remix_cli.evaluation.evaluated import Evaluated, TrainingCosts
@@ -28,10 +28,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_stored_results_are_read_and_written_again_to_the_byte(name):
-    text = (STORED / name).read_text()
-    found = KINDS[name].from_dict(json.loads(text))
-    assert json.dumps(found.to_dict(), indent=2) + "\n" == text
-    assert KINDS[name].from_dict(found.to_dict()) == found
+    reads_and_writes(KINDS[name], STORED / name)
 
 
 def test_a_score_of_a_single_run_has_no_interval_and_json_no_infinity():
