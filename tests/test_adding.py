@@ -106,9 +106,12 @@ def test_an_estimator_is_one_file_and_one_entry(verb, stage, tmp_path, monkeypat
 
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["estimator"] == {"name": "moving_baseline", "unbiased": True}
-    found = [bias for bias in exact.exact_biases() if bias.estimator == "moving_baseline"]
+    found = exact.exact_biases(estimator="moving_baseline")
     assert [bias.arm for bias in found] == ["moving_baseline", "moving_baseline, two rows by sequence"]
     assert all(bias.relative < exact.TOLERANCE for bias in found)
+    said = json.loads(verb("verify-estimator", "moving_baseline", "--json")[0])
+    assert (said["sound"], len(said["bias"]), said["variance"]) == (True, 2, [])
+    assert "moving: no such estimator; use paper, rtg" in verb("verify-estimator", "moving", expect=2)[1]
     err = verb("validate", recipes[0], "router.estimator=moving", expect=2)[1]
     assert "'straight_through' or 'moving_baseline'" in err
 

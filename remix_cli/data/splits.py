@@ -73,8 +73,14 @@ def overlap(train: list[Example], held: list[Example]) -> int:
     return sum(_words(example) in known for example in held)
 
 
-def _words(example: Example) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in example.messages)
+def _words(example: Example) -> tuple[tuple[str, ...], ...]:
+    """What each message says, by role; thinking and calls, where there are any, as JSON."""
+    said: list[tuple[str, ...]] = []
+    for message in example.messages:
+        more = {key: value for key, value in message.items() if key not in ("role", "content", "learnt")}
+        words = (message["role"], message["content"])
+        said.append((*words, json.dumps(more, sort_keys=True)) if more else words)
+    return tuple(said)
 
 
 def digest_of(examples: list[Example]) -> str:

@@ -224,6 +224,8 @@ class Prompting(Scorer):
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Raises DataError."""
+        if example.messages[0]["role"] == "text":
+            raise DataError(f"eval task {self.task.task}: rows of format text hold no question; score them by nll")
         try:
             return self.encoder.prompt_ids(self.encoder.with_shots(example, self.shots))
         except RowError as error:

@@ -6,6 +6,7 @@ The tiny decoder has two layers with attention, a prompt position, a target posi
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.func import grad, vmap
 from remix_cli.core import routing
 from remix_cli.core.config import Level
 from remix_cli.core.estimators.registry import ESTIMATORS
+from remix_cli.errors import RecipeError
 from remix_cli.verify.testbed import Rollout, Testbed, stack
 
 TOLERANCE = 1e-10
@@ -142,51 +144,78 @@ class Enumeration:
         return float((mean - self.truth).norm() / self.truth.norm())
 
 
+class Enumerations:
+    """Those that the arms need, each made when the first arm asks for it: they take seconds."""
+
+    def __init__(self, k: int):
+        self.k = k
+
+    @cached_property
+    def sets(self) -> Enumeration:
+        return Enumeration(self.k, ordered=False)
+
+    @cached_property
+    def orders(self) -> Enumeration:
+        return Enumeration(self.k, ordered=True)
+
+    @cached_property
+    def by_sequence(self) -> Enumeration:
+        return Enumeration(2, ordered=False, n=3, level="sequence")
+
+    @cached_property
+    def two_rows(self) -> Enumeration:
+        """Of draws with their order: for estimators that may score it, and compare the rows of a batch."""
+        return Enumeration(2, ordered=True, n=3, level="sequence")
+
+
 @dataclass(frozen=True)
 class _Arm:
-    """An estimator on pairs of an enumeration, with the options of `mean_estimate`."""
+    """An estimator on pairs of an enumeration, with the options of `mean_estimate`; or with M = 1."""
 
     name: str
-    enumeration: Enumeration
+    on: str  # an attribute of Enumerations
     estimator: str
     beta: float = 0.0
     one_backward: bool = False
     top: bool = False
+    alone: bool = False  # M = 1
 
-    def bias(self) -> Bias:
-        mean = self.enumeration.mean_estimate(self.estimator, self.beta, self.one_backward, self.top)
-        return _bias(self.name, self.estimator, self.enumeration, mean, len(self.enumeration.trajectories) ** 2)
+    def bias(self, enumerations: Enumerations) -> Bias:
+        enumeration: Enumeration = getattr(enumerations, self.on)
+        count = len(enumeration.trajectories)
+        if not self.alone:
+            mean = enumeration.mean_estimate(self.estimator, self.beta, self.one_backward, self.top)
+            count = count**2
+        elif self.top:
+            mean = enumeration.mean_of_one(self.estimator, beta=self.beta)
+        else:
+            mean = enumeration.mean_straight_through()
+        claims = ESTIMATORS[self.estimator].unbiased
+        return Bias(self.name, self.estimator, claims, enumeration.relative_bias(mean), count)
 
 
-def exact_biases(k: int = 2) -> list[Bias]:
-    """Every estimator of the recipe; seconds of work."""
-    sets = Enumeration(k, ordered=False)
-    orders = Enumeration(k, ordered=True)
-    by_sequence = Enumeration(2, ordered=False, n=3, level="sequence")
-    arms = [
-        _Arm("paper", orders, "paper"),
-        _Arm("rtg", sets, "rtg"),
-        _Arm("control_variate, beta = 1", sets, "control_variate", beta=1.0),
-        _Arm("control_variate, one backward", orders, "control_variate", beta=0.5, one_backward=True),
-        _Arm("rtg, by sequence", by_sequence, "rtg"),
-        _Arm("rtg, top k beside", sets, "rtg", top=True),
-        _Arm("control_variate, top k beside", sets, "control_variate", beta=0.7, top=True),
-    ]
-    named = {arm.estimator for arm in arms} | {"straight_through"}
-    # One of a user's own may score the order that a selection was drawn in, or compare the rows of a batch.
-    two_rows = Enumeration(2, ordered=True, n=3, level="sequence")
+ARMS = [
+    _Arm("paper", "orders", "paper"),
+    _Arm("rtg", "sets", "rtg"),
+    _Arm("control_variate, beta = 1", "sets", "control_variate", beta=1.0),
+    _Arm("control_variate, one backward", "orders", "control_variate", beta=0.5, one_backward=True),
+    _Arm("rtg, by sequence", "by_sequence", "rtg"),
+    _Arm("rtg, top k beside", "sets", "rtg", top=True),
+    _Arm("control_variate, top k beside", "sets", "control_variate", beta=0.7, top=True),
+    _Arm("rtg, M = 1, top k beside", "sets", "rtg", beta=0.7, top=True, alone=True),
+    _Arm("control_variate, M = 1, top k beside", "sets", "control_variate", beta=0.7, top=True, alone=True),
+    _Arm("straight_through", "sets", "straight_through", alone=True),
+]
+
+
+def exact_biases(k: int = 2, estimator: str | None = None) -> list[Bias]:
+    """Of every estimator of the registry, or of one; a minute for all. Raises RecipeError for a name that is none."""
+    if estimator is not None and estimator not in ESTIMATORS:
+        raise RecipeError(f"{estimator}: no such estimator; use {', '.join(ESTIMATORS)}")
+    arms = list(ARMS)
+    named = {arm.estimator for arm in arms}
     for name in ESTIMATORS:
-        if name not in named:
-            arms += [_Arm(name, orders, name), _Arm(f"{name}, two rows by sequence", two_rows, name)]
-    found = [arm.bias() for arm in arms]
-    alone = len(sets.trajectories)  # with M = 1 there are no pairs
-    for name in ("rtg", "control_variate"):
-        mean = sets.mean_of_one(name, beta=0.7)
-        found.append(_bias(f"{name}, M = 1, top k beside", name, sets, mean, alone))
-    mean = sets.mean_straight_through()
-    found.append(_bias("straight_through", "straight_through", sets, mean, alone))
-    return found
-
-
-def _bias(arm: str, estimator: str, enumeration: Enumeration, mean: Tensor, count: int) -> Bias:
-    return Bias(arm, estimator, ESTIMATORS[estimator].unbiased, enumeration.relative_bias(mean), count)
+        if name not in named:  # one of a user's own
+            arms += [_Arm(name, "orders", name), _Arm(f"{name}, two rows by sequence", "two_rows", name)]
+    enumerations = Enumerations(k)
+    return [arm.bias(enumerations) for arm in arms if estimator in (None, arm.estimator)]

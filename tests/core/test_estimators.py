@@ -108,7 +108,7 @@ def test_the_command_reports_and_fails_when_a_claim_is_wrong(monkeypatch, capsys
     monkeypatch.setattr(variance, "variance_ratios", lambda: ratios)
     monkeypatch.setattr(sys, "argv", ["remix", "verify-estimator", "--json"])
     for found, code in ((small, 0), ([exact.Bias("rtg", "rtg", True, 1e-3, 4)], 1)):
-        monkeypatch.setattr(exact, "exact_biases", lambda found=found: found)
+        monkeypatch.setattr(exact, "exact_biases", lambda found=found, **_: found)
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == code

@@ -7,6 +7,7 @@ import pytest
 from remix_cli.data.encode import Encoder
 from remix_cli.data.formats import RowError, to_example
 from remix_cli.data.sources import load_rows
+from remix_cli.data.splits import digest_of, overlap
 from remix_cli.errors import DataError
 from remix_cli.recipe.sources import Source
 
@@ -215,3 +216,13 @@ def test_younger_keys_leave_a_recipe_of_earlier_versions_as_it_was():
     """A checkpoint holds a hash of the recipe."""
     assert not {"columns", "separator", "system", "learn"} & Source(path="x.jsonl").model_dump().keys()
     assert Source(path="x.jsonl", system="s").model_dump()["system"] == "s"
+
+
+def test_conversations_that_differ_in_a_call_alone_are_not_the_same():
+    source = Source(path="x.jsonl", format="messages")
+    made = []
+    for city in ("Rome", "Bath"):
+        call = {"function": {"name": "weather", "arguments": {"city": city}}}
+        made.append(to_example({"messages": [ONCE[0], {"role": "assistant", "tool_calls": [call]}]}, source))
+    assert overlap(made[:1], made) == 1
+    assert digest_of(made[:1]) != digest_of(made[1:])

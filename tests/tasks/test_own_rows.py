@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny import WORDS
+from helpers.tiny import WORDS, recipe_text, write_recipe
 
 from remix_cli.data.formats import RowError
 from remix_cli.recipe.schema import Task
@@ -143,3 +143,16 @@ def test_younger_keys_leave_a_task_of_earlier_versions_as_it_was():
         "samples",
         "temperature",
     }
+
+
+def test_plain_text_holds_no_question(verb, stage, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n' * 4)
+    recipe = recipe_text(*stage[:2], tmp_path / "out")
+    recipe["data"]["train"] = [{"path": str(tmp_path / "rows.jsonl"), "format": "text"}]
+    recipe["data"]["validation"] = recipe["data"]["train"]
+    recipe["data"] |= {"allow_overlap": True}
+    del recipe["data"]["validation_fraction"]
+    verb("train", write_recipe(tmp_path / "recipe.yaml", recipe))
+    assert json.loads(verb("eval", tmp_path / "out", "--json")[0])["results"][0]["count"] == 4
+    err = verb("eval", tmp_path / "out", "--task", "exact_match", "--max-new-tokens", 4, expect=2)[1]
+    assert "rows of format text hold no question" in err
