@@ -54,8 +54,8 @@ kills: setup
 	$(BIN)/python tests/faults/faultlab.py errors
 	$(BIN)/python tests/faults/faultlab.py signals $(SIGNALS)
 
-# launches of several processes, for every estimator: about three minutes
-slow: setup
+# launches of several processes, for every estimator; the real model at length: about five minutes
+slow: setup model
 	$(BIN)/python -m pytest -m slow
 
 sandbox: setup

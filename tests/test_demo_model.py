@@ -45,6 +45,7 @@ def test_training_lowers_the_held_out_loss(run):
     assert held[-1] < 0.95 * held[0]
 
 
+@pytest.mark.slow
 def test_eval_of_loss_and_of_generated_answers(run, tmp_path):
     rows = [{"question": f"What is {a} + 2?", "answer": f"It is {a + 2}.\n#### {a + 2}"} for a in range(4)]
     data = tmp_path / "sums.jsonl"
@@ -58,6 +59,7 @@ def test_eval_of_loss_and_of_generated_answers(run, tmp_path):
     assert all(json.loads(line)["output"].strip() for line in lines)
 
 
+@pytest.mark.slow
 def test_route_stats_cover_all_blocks(run):
     report = json.loads(remix("route-stats", run, "--limit", 4, "--json"))
     assert len(report["blocks"]) == 30
@@ -67,6 +69,7 @@ def test_route_stats_cover_all_blocks(run):
         assert 1 <= block["ess_q_worst"] <= block["ess_q"] <= 8 + 1e-6
 
 
+@pytest.mark.slow
 def test_export_writes_eight_loras_and_the_router(run, tmp_path):
     remix("export", run, "--format", "peft-experts", "--output", tmp_path / "experts")
     assert len(list((tmp_path / "experts").glob("lora-*/adapter_model.safetensors"))) == 8

@@ -87,6 +87,7 @@ def test_standard_error_is_never_a_reason_to_end(finished, ended, capsys):
     assert ended("schema", stderr=nobody_reads())[0] == 0
 
 
+@pytest.mark.slow
 def test_closed_streams_are_as_dev_null_and_lend_their_numbers_to_no_file(stage, tmp_path):
     """A real process. What the shell closed must not become the number of a file that is opened later."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "out"))

@@ -115,6 +115,7 @@ def test_the_command_reports_and_fails_when_a_claim_is_wrong(monkeypatch, capsys
         assert json.loads(capsys.readouterr().out)["sound"] == (code == 0)
 
 
+@pytest.mark.slow
 def test_variance_falls_from_paper_to_rtg_to_control_variate():
     """Bars: rtg at most 0.10 of paper at four sequences; with small LoRAs the control variate at most 0.02."""
     found = {(r.arm, r.selections): r for r in variance_ratios(strength=0.1, passes=256)}

@@ -184,6 +184,7 @@ def test_nothing_is_sampled_twice_when_every_lora_is_on(monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_compiling_what_is_not_adapted_changes_nothing():
     """Attention and norms only; aot_eager needs no C++ compiler."""
     torch._dynamo.reset()

@@ -51,6 +51,7 @@ def test_K2_S1_S4_at_every_28th_file_changing_call():
         assert (f["mismatches"], f["lost"], f["wrong_exit"], f["scratch_left"]) == (0, 0, 0, 0), f
 
 
+@pytest.mark.slow
 def test_K7_K8_signals_at_random_instants():
     """SIGTERM and Ctrl-C: exit 143 or 130, or the signal itself before the run begins; the resumed run is the same."""
     f = finding(laboratory("signals", 6))
