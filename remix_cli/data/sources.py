@@ -179,6 +179,9 @@ def _csv_rows(path: Path, separator: str) -> list[dict[str, Any]]:
     try:
         reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=separator, strict=True)
         names = next(reader, [])
+        other = next((mark for mark in OTHER_SEPARATORS if len(names) == 1 and mark in names[0]), None)
+        if other is not None:
+            raise DataError(f"{path}: the first line names one column, {names[0]!r}; set separator: {other!r}")
         twice = _first_repeated(names)
         if twice is not None:
             raise DataError(f"{path}: column {twice!r} stands twice in the first line")
@@ -207,6 +210,7 @@ def _first_repeated(names: list[str]) -> str | None:
 
 
 MAX_CELL = 2**31 - 1
+OTHER_SEPARATORS = (";", "\t", "|")
 
 
 def _text_of(path: Path) -> str:

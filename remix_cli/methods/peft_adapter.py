@@ -5,7 +5,7 @@ Parameters are named as in PEFT's own files, without the adapter's name in them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -13,13 +13,22 @@ from remix_cli.compat.peft import drawing_from, no_deprecations, without_bitsand
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import Adapter, TargetError
 from remix_cli.errors import RecipeError
-from remix_cli.methods.peft_base import PeftMethod
+
+
+class InWordsOfPeft(Protocol):
+    """What is asked of a method; `peft_base.PeftMethod` says what each means."""
+
+    router_parameters: str
+
+    def describe(self, peft: Any, model: nn.Module, config: AdapterConfig) -> Any: ...
+
+    def start(self, model: Any, wrapped: Any) -> None: ...
 
 
 class PeftAdapter(Adapter):
     """One of PEFT's methods on `model`, whose weights are frozen; its own parameters are float32."""
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, seed: int, method: PeftMethod):
+    def __init__(self, model: nn.Module, config: AdapterConfig, seed: int, method: InWordsOfPeft):
         super().__init__(model, config)
         self.method = method
         try:

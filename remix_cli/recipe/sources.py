@@ -154,7 +154,7 @@ class Source(Strict):
             if known and name not in known:
                 raise PydanticCustomError(
                     "unread",
-                    "names {name!r}, which format {form} does not read; it reads {known}",
+                    "names {name}, which format {form} does not read; it reads {known}",
                     {"name": name, "form": self.format, "known": ", ".join(known), "below": ("columns",)},
                 )
         return self

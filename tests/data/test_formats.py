@@ -167,6 +167,8 @@ def test_a_pattern_stands_for_all_files_that_match(tmp_path):
 def test_another_separator_and_a_broken_archive(tmp_path):
     (tmp_path / "rows.csv").write_text("a;b\n1;2,5\n")
     assert rows_of(tmp_path / "rows.csv", separator=";") == [{"a": "1", "b": "2,5"}]
+    with pytest.raises(DataError, match="names one column, 'a;b'; set separator: ';'"):
+        rows_of(tmp_path / "rows.csv")
     whole = gzip.compress(b'{"a": "1"}\n')
     (tmp_path / "rows.jsonl.gz").write_bytes(whole[:-6])
     with pytest.raises(DataError, match="not a whole gzip file"):
@@ -201,7 +203,7 @@ def test_columns_system_and_learn_are_keys_of_a_source():
     [
         (
             {"format": "messages", "columns": {"mesages": "x"}},
-            "does not read; it reads messages, tools",
+            "names mesages, which format messages does not read; it reads messages",
         ),
         ({"format": "text", "system": "s"}, "belongs to conversations"),
         ({"separator": ";"}, "belongs to csv and tsv files"),
