@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from remix_cli.data.control import NUMBER, ControlTokens
-from remix_cli.data.formats import Example, Message, RowError, to_example
+from remix_cli.data.formats import Example, Message, RowError, to_example, without_mark
 from remix_cli.data.sources import load_rows
 from remix_cli.data.template import Template
 from remix_cli.data.turns import Part
@@ -199,7 +199,7 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Everything before the last assistant's turn, as it is given to the model to continue."""
-        messages = [{key: value for key, value in m.items() if key != "learnt"} for m in example.messages]
+        messages = [without_mark(message) for message in example.messages]
         *_, last = self._rows(Example(tuple(messages), example.task, example.tools))
         before = last[:-2]  # the last two: the turn, and what the template puts after it
         ids, _ = _joined(before)

@@ -137,7 +137,11 @@ def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[d
         lines = str(cause).strip().splitlines()
         reason = lines[0] if lines else type(cause).__name__
         raise DataError(f"{place or what}: cannot be read: {shortened(reason)}") from None
-    return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+    return [_nested_without_nulls(row) for row in rows]
+
+
+def _nested_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from remix_cli.data.formats import Message, RowError
+from remix_cli.data.formats import Message, RowError, without_mark
 from remix_cli.data.turns import Part, rows_of
 from remix_cli.errors import shortened
 
@@ -42,7 +42,7 @@ class Template:
     def rows(self, messages: list[Message], tools: list[Any]) -> list[list[Part]]:
         """The conversation's text, in one row or in one for each learnt turn (turns.py). Raises RowError."""
         rows = self._ask({"messages": messages, "tools": tools})
-        return [[Part(*part) for part in row] for row in rows]
+        return [_parts(row) for row in rows]
 
     def scaffold(self) -> str:
         """What is written around a user's turn, as far as the template takes one alone."""
@@ -112,7 +112,7 @@ def _serve(tokenizer: Any, settings: dict[str, Any], pipe: Connection) -> NoRetu
             nonlocal count
             count += 1
             _limit(resource.RLIMIT_CPU, SECONDS + math.ceil(SECONDS_EACH * count))
-            shown = [{key: value for key, value in message.items() if key != "learnt"} for message in messages]
+            shown = [without_mark(message) for message in messages]
             return tokenizer.apply_chat_template(
                 shown, tools=tools, tokenize=False, add_generation_prompt=generate, **settings
             )
@@ -169,6 +169,10 @@ def _limit(what: int, value: int) -> None:
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
     resource.setrlimit(what, (value, hard))
+
+
+def _parts(row: list[Any]) -> list[Part]:
+    return [Part(*part) for part in row]
 
 
 def _rows(render: Callable[..., str], messages: list[Message], tools: list[Any]) -> list[list[Part]]:

@@ -26,7 +26,7 @@ class ExactMatch(Generating):
         self.ask([self.prompt_ids(example) for example, _ in examples])
         self.data = [[*example.messages, *references] for example, references in examples]
         self.names = [example.task for example, _ in examples]
-        self.gold = [[self._looked_for(text) for text in references] for _, references in examples]
+        self.gold = [self._looked_for(references) for _, references in examples]
 
     def _read(self) -> list[tuple[Example, list[str]]]:
         """Each example with its references: the answer of its row, or the texts of the column `references`."""
@@ -73,10 +73,13 @@ class ExactMatch(Generating):
             return None
         return last.group(1) if last.re.groups else last.group()
 
-    def _looked_for(self, reference: str) -> str:
+    def _looked_for(self, references: list[str]) -> list[str]:
         """A reference may be written as an answer is, with what leads up to it."""
-        found = self._found(reference)
-        return reference if found is None else found
+        wanted = []
+        for reference in references:
+            found = self._found(reference)
+            wanted.append(reference if found is None else found)
+        return wanted
 
 
 def references_in(row: dict[str, object], column: str) -> list[str]:

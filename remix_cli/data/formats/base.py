@@ -71,6 +71,11 @@ def _only_read(message: Message) -> Message:
     return message | {"learnt": False} if message["role"] == "assistant" else message
 
 
+def without_mark(message: Message) -> Message:
+    """As a chat template is to see it: whether it is learnt is no part of what it says."""
+    return {key: value for key, value in message.items() if key != "learnt"}
+
+
 def value_of(row: Row, column: str) -> Any:
     """Raises RowError if there is no such column."""
     if column not in row:
