@@ -101,7 +101,8 @@ def test_two_processes_have_the_gradients_of_one_whole_or_sharded(tmp_path):
 def test_a_sharded_run_of_twenty_steps_is_the_run_of_one_process_and_resumes(stage, tmp_path, estimator):
     """Held-out rows that do not divide, odd tails, evaluation, checkpoints; then its second half again."""
     more = {"train": {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "gradient_checkpointing": True}}
-    more["router"] = {"estimator": estimator}
+    # at a higher rate, differences of rounding grow until a choice of LoRAs falls the other way
+    more["router"] = {"estimator": estimator, "learning_rate": 0.01}
     one = recipe_for(stage, tmp_path / "one", **more)
     one = one.model_copy(update={"train": one.train.model_copy(update={"gradient_accumulation_steps": 4})})
     run(one)
