@@ -30,6 +30,12 @@ END = "\ue002"
 MARKED = re.compile(f"{MARK}([0-9]+){END}")
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Those that the tokenizer names, such as its end token, and added ones that it marks as special."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+
 class ControlTokens:
     """The control tokens of a tokenizer: its special tokens, and added ones that the chat template writes itself.
 
@@ -38,11 +44,11 @@ class ControlTokens:
 
     def __init__(self, tokenizer: Any, scaffold: str):
         self.tokenizer = tokenizer
-        special = set(tokenizer.all_special_ids)
+        special = special_ids(tokenizer)
         self.known: dict[int, AddedToken] = {}
         for number, token in tokenizer.added_tokens_decoder.items():
             written = token.content.strip() and token.content in scaffold
-            if token.special or number in special or written:
+            if number in special or written:
                 self.known[number] = token
         # The longest first, as tokenizers match.
         texts = sorted((token.content for token in self.known.values()), key=len, reverse=True)

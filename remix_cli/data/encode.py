@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from remix_cli.data.control import NUMBER, ControlTokens
+from remix_cli.data.control import NUMBER, ControlTokens, special_ids
 from remix_cli.data.formats import Example, Message, RowError, to_example, without_mark
 from remix_cli.data.sources import load_rows
 from remix_cli.data.template import Template
@@ -89,8 +89,7 @@ class Encoder:
             raise DataError("data.chat_template_kwargs: this tokenizer has no chat template; leave them out")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
         self.template = Template(tokenizer, template_settings or {}) if tokenizer.chat_template else None
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+        self.special = special_ids(tokenizer)
         self.kept: set[str] = set()  # forms of conversations of which the template renders everything
         self.control: ControlTokens | None = None
         if not allow_special_tokens:

@@ -249,8 +249,8 @@ def _held_out_rows(run: Evaluated) -> int | None:
             measured = json.loads(line)
             if "eval_rows" in measured:
                 return int(measured["eval_rows"])
-    except (OSError, ValueError, TypeError):
-        pass
+    except (OSError, ValueError, TypeError):  # the count is a courtesy: no report fails for want of it
+        return None
     return None
 
 

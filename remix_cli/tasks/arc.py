@@ -5,15 +5,15 @@ question alone, each option's text compared after `Answer:`, its log-likelihood 
 lm-evaluation-harness scores `arc_challenge` (acc and acc_norm).
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from remix_cli.data.formats import RowError, to_example
 from remix_cli.data.formats.arc import arc_options
 from remix_cli.errors import DataError
-from remix_cli.tasks.base import Line, Measure, Scorer, TaskStamp, key_of
-from remix_cli.tasks.options import only_the_last_answer
+from remix_cli.tasks.base import Line, Measure, TaskStamp
+from remix_cli.tasks.options import Comparing, only_the_last_answer
 
 if TYPE_CHECKING:
     from remix_cli.data.encode import EncodedRow, Encoder
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TEXT_PROMPT = "Question: {question}\nAnswer:"
 
 
-class Arc(Scorer):
+class Arc(Comparing):
     name = "arc"
     measures = (
         Measure("letter", "letter_correct", shown=True),
@@ -42,7 +42,8 @@ class Arc(Scorer):
         rows = evenly(load_rows(source), self.limit)
         shot_source = self.task.shots_from
         solved = load_rows(shot_source)[: self.task.shots] if shot_source else []
-        self.questions, self.letters, self.texts = [], [], []
+        self.questions: list[Question] = []
+        made: list[list[EncodedRow]] = []  # all by letter, then all by text
         try:
             shots = [read_question(row, self._source(shot_source)) for row in solved]
         except RowError as error:
@@ -50,22 +51,13 @@ class Arc(Scorer):
         for number, row in enumerate(rows, start=1):
             try:
                 question = read_question(row, source)
-                self.letters.append(letter_rows(question, row, source, self.encoder, self.shots))
-                self.texts.append(text_rows(question, self.encoder, shots))
+                letters = letter_rows(question, row, source, self.encoder, self.shots)
+                made.append([*letters, *text_rows(question, self.encoder, shots)])
             except RowError as error:
                 raise DataError(f"eval task arc: row {number}: {error}") from None
             self.questions.append(question)
-        of_options: list[Sized] = []
-        for made in (*self.letters, *self.texts):
-            of_options += [row.input_ids for row in made]
-        self.check_fits(of_options)
         self.data = rows
-        self.keys = []
-        for letters, texts in zip(self.letters, self.texts, strict=True):
-            shown = []
-            for row in (*letters, *texts):
-                shown += [row.input_ids, row.supervised]
-            self.keys.append(key_of(*shown))
+        self.compare(made)
 
     def _source(self, source: "Source | None") -> "Source":
         if source is None:
@@ -77,22 +69,9 @@ class Arc(Scorer):
         return replace(super().stamp(), protocol=f"letter in the {letter}, text after a plain 'Answer:'")
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
-        rows: list[EncodedRow] = []  # of all options of all items, one after the other
-        ids: list[int] = []  # for each row the item
-        first: dict[int, int] = {}  # where the rows of an item begin
-        for i in todo:
-            first[i] = len(rows)
-            options = [*self.letters[i], *self.texts[i]]
-            rows += options
-            ids += [i] * len(options)
-        found: dict[int, dict[int, float]] = {i: {} for i in todo}  # nats of the options that are done
-        for j, loss in self.row_losses(rows, ids):
-            i = ids[j]
-            found[i][j - first[i]] = loss.nats
-            letters = len(self.letters[i])
-            if len(found[i]) == letters + len(self.texts[i]):
-                nats = [found[i][place] for place in range(len(found[i]))]
-                yield i, verdict(self.questions[i], nats[:letters], nats[letters:])
+        for item, nats in self.nats_of_options(todo):
+            letters = len(self.questions[item].labels)
+            yield item, verdict(self.questions[item], nats[:letters], nats[letters:])
 
 
 @dataclass(frozen=True)

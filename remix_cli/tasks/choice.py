@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.data.formats.base import text_of, value_of
 from remix_cli.errors import DataError
-from remix_cli.tasks.base import Line, Measure, Scorer, TaskStamp, key_of
-from remix_cli.tasks.options import only_the_last_answer
+from remix_cli.tasks.base import Line, Measure, TaskStamp
+from remix_cli.tasks.options import Comparing, only_the_last_answer
 
 if TYPE_CHECKING:
     from remix_cli.data.encode import EncodedRow
     from remix_cli.recipe.sources import Source
 
 
-class Choice(Scorer):
+class Choice(Comparing):
     name = "choice"
     measures = (
         Measure("accuracy", "correct", shown=True, by_task=True),
@@ -35,28 +35,18 @@ class Choice(Scorer):
                 "answer (the column that says which is right)"
             )
         self.data = evenly(load_rows(source), self.limit)
-        self.options: list[list[str]] = []
+        self.texts: list[list[str]] = []  # of the options
         self.right: list[int] = []
-        self.rows: list[list[EncodedRow]] = []  # one for each option
-        self.names: list[str] = []
+        made: list[list[EncodedRow]] = []
         for number, row in enumerate(self.data, start=1):
             try:
-                options, right = options_of(row, self.task.options, self.task.answer)
-                self.rows.append([self._row(row, source, option) for option in options])
+                texts, right = options_of(row, self.task.options, self.task.answer)
+                made.append([self._row(row, source, text) for text in texts])
             except RowError as error:
                 raise DataError(f"eval task choice: row {number}: {error}") from None
-            self.options.append(options)
+            self.texts.append(texts)
             self.right.append(right)
-            self.names.append(self.rows[-1][0].task)
-        ids = []
-        self.keys = []
-        for made in self.rows:
-            shown = []
-            for row in made:
-                ids.append(row.input_ids)
-                shown += [row.input_ids, row.supervised]
-            self.keys.append(key_of(*shown))
-        self.check_fits(ids)
+        self.compare(made)
 
     def _row(self, row: dict[str, Any], source: "Source", option: str) -> "EncodedRow":
         """The prompt of the row answered with one option, of which the option alone is supervised."""
@@ -70,26 +60,16 @@ class Choice(Scorer):
         return replace(super().stamp(), protocol="the option after the prompt, by its log-likelihood")
 
     def run(self, todo: list[int]) -> Iterator[tuple[int, Line]]:
-        rows: list[EncodedRow] = []
-        of_row: list[tuple[int, int]] = []  # (item, option) of each
-        for item in todo:
-            for option, row in enumerate(self.rows[item]):
-                rows.append(row)
-                of_row.append((item, option))
-        nats: dict[int, dict[int, float]] = {item: {} for item in todo}
-        for place, loss in self.row_losses(rows, [item for item, _ in of_row]):
-            item, option = of_row[place]
-            nats[item][option] = loss.nats
-            if len(nats[item]) == len(self.rows[item]):
-                yield item, self._verdict(item, [nats[item][i] for i in range(len(self.rows[item]))])
+        for item, nats in self.nats_of_options(todo):
+            yield item, self._verdict(item, nats)
 
     def _verdict(self, item: int, nats: list[float]) -> Line:
-        options, right = self.options[item], self.right[item]
+        options, right = self.texts[item], self.right[item]
         per_character = [value / len(option) for value, option in zip(nats, options, strict=True)]
         chosen = nats.index(min(nats))
         norm_chosen = per_character.index(min(per_character))
         return {
-            "task": self.names[item],
+            "task": self.options[item][0].task,
             "gold": options[right],
             "chosen": options[chosen],
             "nats": nats,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.common import ROOT, reads_and_writes
+from helpers.common import ROOT, written_again
 
 from remix_cli.errors import DivergedError, RecipeError
 from remix_cli.evaluation.evaluated import Evaluated, TrainingCosts
@@ -28,7 +28,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_stored_results_are_read_and_written_again_to_the_byte(name):
-    reads_and_writes(KINDS[name], STORED / name)
+    assert written_again(KINDS[name], STORED / name) == (STORED / name).read_text()
 
 
 def test_a_score_of_a_single_run_has_no_interval_and_json_no_infinity():

@@ -72,14 +72,14 @@ def test_arc_letters_are_supervised_alone_and_after_the_shots(loaded, questions)
     source = Source(path=str(questions), format="arc")
     task = Task(task="arc", source=source, shots=2, shots_from=source)
     scorer = task_class("arc")(loaded, task, Settings())
-    for rows in (*scorer.letters, *scorer.texts):
+    for rows in scorer.options:  # three by letter, then three by text
         for row in rows:
             assert row.supervised.any()
             assert row.supervised[-1]
             assert row.supervised.sum() == 1 + np.diff(np.flatnonzero(row.supervised)).sum()  # one stretch
-    words = loaded.tokenizer.decode(scorer.letters[3][0].input_ids)
+    words = loaded.tokenizer.decode(scorer.options[3][0].input_ids)
     assert words.count("<bot>") == 3
-    assert [r.supervised.sum() for r in scorer.letters[0]] == [1, 1, 1]
+    assert [r.supervised.sum() for r in scorer.options[0][:3]] == [1, 1, 1]
     bare = task_class("arc")(loaded, Task(task="arc", source=source), Settings())
     assert scorer.keys != bare.keys
     assert scorer.stamp().data == bare.stamp().data

@@ -74,26 +74,26 @@ def _checked(number: int, message: Any) -> Message:
         if key not in ("role", "content", *also, *PROVENANCE) and is_given(value):
             raise RowError(f"message {number}: {key!r} is not read; {_instead(key, role)}")
     try:
-        return _read_message(message, role, also)
+        return _read_message(message, role)
     except RowError as error:
         raise RowError(f"message {number}: {error}") from None
 
 
-def _read_message(message: dict[str, Any], role: str, also: tuple[str, ...]) -> Message:
+def _read_message(message: dict[str, Any], role: str) -> Message:
+    """What other roles have, this one's keys no longer hold."""
     read: Message = {"role": role}
-    calls = message.get("tool_calls") if "tool_calls" in also else None
-    if is_given(calls):
-        read["tool_calls"] = _calls(calls)
+    if is_given(message.get("tool_calls")):
+        read["tool_calls"] = _calls(message["tool_calls"])
     # a turn that only calls tools need say nothing
     silent = "tool_calls" in read and not is_given(message.get("content"))
     read["content"] = "" if silent else _content(message)
     for key in THINKING:
-        if key in also and is_given(message.get(key)):
+        if is_given(message.get(key)):
             read["reasoning_content"] = text_of(message, key)
     for key in ("tool_call_id", "name"):
-        if key in also and is_given(message.get(key)):
+        if is_given(message.get(key)):
             read[key] = text_of(message, key)
-    weight = message.get("weight") if "weight" in also else None
+    weight = message.get("weight")
     if weight is not None:
         if weight not in (0, 1):
             raise RowError(f"'weight' is {weight!r}; it says whether an assistant's turn is learnt, and is 0 or 1")
