@@ -19,15 +19,17 @@ ALLOWED = {
     "terminal": {"streams"},
     "compat": set(),
     "core": set(),
+    "own_settings": set(),
     "recipe": {
+        "own_settings",
         "core.config",
         "core.estimators.registry",
         "tasks.registry",
         "data.formats.registry",
         "methods.registry",
     },
-    "tasks": {"data", "evaluation", "sandbox"},  # and is known to others by what it declares
-    "methods": {"core"},
+    "tasks": {"own_settings", "data", "evaluation", "sandbox"},  # and is known to others by what it declares
+    "methods": {"own_settings", "core"},
     "data": {"recipe"},
     "cross_entropy": set(),
     "models": {"core", "recipe", "data", "cross_entropy"},

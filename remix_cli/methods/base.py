@@ -6,12 +6,12 @@ billion parameters; smaller models want more (docs/methods.md).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from remix_cli.core.config import AdapterConfig, Pool, Sizes
+from remix_cli.own_settings import Setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 
 LINEARS = ("rank", "target_modules", "dropout")  # settings of LoRAs on linear layers
 Count = Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A key of the recipe's `adapter` that a method brings along. `kind`: the type, in pydantic's words."""
-
-    kind: Any
-    default: Any
-    description: str
 
 
 class Method(ABC):

@@ -3,8 +3,9 @@
 from typing import Any, ClassVar
 
 from remix_cli.core.config import AdapterConfig, Sizes
-from remix_cli.methods.base import LINEARS, Count, Setting
+from remix_cli.methods.base import LINEARS, Count
 from remix_cli.methods.peft_base import PeftMethod, on_targets
+from remix_cli.own_settings import Setting
 
 
 class VbLora(PeftMethod):

@@ -3,8 +3,9 @@
 from typing import Any, ClassVar
 
 from remix_cli.core.config import AdapterConfig, Sizes
-from remix_cli.methods.base import Count, Setting
+from remix_cli.methods.base import Count
 from remix_cli.methods.peft_base import PeftMethod
+from remix_cli.own_settings import Setting
 
 
 class InFront(PeftMethod):

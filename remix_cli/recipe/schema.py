@@ -6,9 +6,7 @@ The descriptions are what `remix schema` prints and editors show. Defaults are s
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
-import regex
 from pydantic import (
-    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -22,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from remix_cli.core.config import AdapterConfig, Level, Omega, Scope
 from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.methods.registry import METHODS, method_named, methods_by_name
+from remix_cli.own_settings import fields_of, listed
 from remix_cli.recipe.rules import fill_defaults, idle_in_router, unread_of_router
 from remix_cli.recipe.sources import (
     NONE_HELD_OUT,
@@ -49,11 +48,10 @@ MethodName: Any = name_in(METHODS)
 SUMMARIES = "; ".join(f"{name}: {method.summary}" for name, method in methods_by_name().items())
 
 
-def _readers(key: str) -> str:
-    """The methods that read `adapter.<key>` or `router.<key>`, as a sentence has them."""
+def _readers(key: str) -> list[str]:
+    """The methods that read `adapter.<key>` or `router.<key>`."""
     methods = methods_by_name().items()
-    *most, last = [name for name, method in methods if key in (*method.settings, *method.router_settings)]
-    return f"{', '.join(most)} and {last}" if most else last
+    return [name for name, method in methods if key in (*method.settings, *method.router_settings)]
 
 
 class Model(Strict):
@@ -110,13 +108,8 @@ class AdapterSettings(Strict):
 
 
 def _own_settings() -> dict[str, Any]:
-    """What methods bring along, as pydantic describes fields."""
-    described = {}
-    for method in methods_by_name().values():
-        for key, setting in method.own_settings.items():
-            field = Field(setting.default, description=f"{_readers(key)}: {setting.description}")
-            described[key] = (setting.kind, field)
-    return described
+    brought = [method.own_settings for method in methods_by_name().values()]
+    return fields_of(brought, _readers)
 
 
 # The type checker knows the settings that methods share; those they bring along are read by name.
@@ -162,7 +155,7 @@ class Router(Strict):
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Clipped apart from the LoRAs' gradient.")
     balance: Annotated[float, Field(ge=0, le=10)] = Field(
-        0.0, description=f"{_readers('balance')}: weight of the load balance loss, by default 0.01."
+        0.0, description=f"{listed(_readers('balance'))}: weight of the load balance loss, by default 0.01."
     )
 
 
@@ -205,21 +198,10 @@ class Train(Strict):
 OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that generate
 
 
-def _expression(text: str) -> str:
-    try:
-        regex.compile(text)
-    except (regex.error, RecursionError, MemoryError) as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return text
-
-
-Expression = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_expression)]
 TaskLabel = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,80}$")]
-OF_SOME_TASKS = ("extract", "ignore", "references", "options", "answer")
-YOUNGER = ("name", *OF_SOME_TASKS)  # keys of a task that came later
 
 
-class Task(Strict):
+class TaskSettings(Strict):
     task: TaskName
     source: Source | None = Field(None, description="Rows to score; by default the recipe's held-out rows.")
     limit: Positive | None = Field(None, description="Score so many rows, spread evenly over all.")
@@ -229,33 +211,22 @@ class Task(Strict):
     samples: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Answers per problem, for pass@k.")
     temperature: Annotated[float, Field(ge=0, le=5)] = Field(0.0, description="0 is greedy.")
     name: TaskLabel | None = Field(None, description="What its results are called; by default as the task.")
-    extract: Expression | None = Field(
-        None, description="Regular expression: its last match in an answer counts, or the match's first group."
-    )
-    ignore: list[Literal["case", "punctuation", "articles"]] = Field(
-        [], description="What exact_match does not compare; white space never counts."
-    )
-    references: str | None = Field(None, description="Column of right answers, one or a list, for exact_match.")
-    options: str | list[str] | None = Field(
-        None, description="Column that holds a list of options, or a list of columns, for choice."
-    )
-    answer: str = Field("answer", description="Column that says which option is right, for choice.")
 
     @model_serializer(mode="wrap")
     def _dump_without_silent_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A task that says nothing in younger keys is the task that it was before them: results carry its hash."""
         fields = type(self).model_fields
-        silent = [key for key in YOUNGER if getattr(self, key) == fields[key].default]
+        younger = ["name", *(key for key in fields if key not in TaskSettings.model_fields)]
+        silent = [key for key in younger if getattr(self, key) == fields[key].default]
         return {key: value for key, value in dump(self).items() if key not in silent}
 
     @model_validator(mode="after")
     def _only_what_the_task_reads(self) -> Self:
-        read = task_class(self.task).reads
+        read = task_class(self.task).own_settings
         unread = {}
-        for key in OF_SOME_TASKS:
-            if key not in read:
-                able = [name for name, kind in task_classes().items() if key in kind.reads]
-                unread[key] = f"is for {', '.join(able)}, and this is {self.task}"
+        for key in type(self).model_fields:
+            if key not in TaskSettings.model_fields and key not in read:
+                unread[key] = f"is for {listed(_tasks_with(key))}, and this is {self.task}"
         refuse_unread(self, unread)
         return self
 
@@ -296,6 +267,22 @@ class Task(Strict):
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples: greedy answers are all the same; set temperature, for example 0.8")
         return self
+
+
+def _tasks_with(key: str) -> list[str]:
+    return [name for name, kind in task_classes().items() if key in kind.own_settings]
+
+
+def _settings_of_tasks() -> dict[str, Any]:
+    brought = [kind.own_settings for kind in task_classes().values()]
+    return fields_of(brought, _tasks_with)
+
+
+# As with Adapter: what a task brings along is read by name.
+if TYPE_CHECKING:
+    Task = TaskSettings
+else:
+    Task = create_model("Task", __base__=TaskSettings, __module__=__name__, **_settings_of_tasks())
 
 
 class Eval(Strict):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from remix_cli.data.formats import Example, RowError
 from remix_cli.errors import DataError, shortened
+from remix_cli.own_settings import Setting
 from remix_cli.stored_json import Document
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Scorer(ABC):
     brings_rows: ClassVar[bool] = False  # has rows without a source
     own_columns: ClassVar[bool] = False  # reads columns of its own, whatever the source's format
     row_format: ClassVar[str | None] = None  # the data format of its rows; None: any
-    reads: ClassVar[tuple[str, ...]] = ()  # keys of the recipe's task that not every task reads
+    own_settings: ClassVar[dict[str, Setting]] = {}  # keys of the recipe's task that it brings along
     any_rows: ClassVar[bool] = False  # scores whatever rows training reads, and training measures it anyway
     prompt = "{prompt}"  # the task's own words around a question, for the stamp
 
@@ -125,6 +126,10 @@ class Scorer(ABC):
         self.load()
         if not len(self.keys):
             raise DataError(f"eval task {task.task}: no rows; give data.validation, a source for the task, or --data")
+
+    def own(self, key: str) -> Any:
+        """What the recipe says in one of `own_settings`."""
+        return getattr(self.task, key)
 
     @abstractmethod
     def load(self) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.data.formats.base import text_of, value_of
 from remix_cli.errors import DataError
+from remix_cli.own_settings import Setting
 from remix_cli.tasks.base import Line, Measure, TaskStamp
 from remix_cli.tasks.options import Comparing, only_the_last_answer
 
@@ -22,14 +23,17 @@ class Choice(Comparing):
         Measure("accuracy_norm", "norm_correct", by_task=True),
     )
     headline = "correct"
-    reads = ("options", "answer")
+    own_settings: ClassVar = {
+        "options": Setting(str | list[str] | None, None, "column that holds a list of options, or a list of columns."),
+        "answer": Setting(str, "answer", "column that says which option is right."),
+    }
 
     def load(self) -> None:
         from remix_cli.data.sources import load_rows
         from remix_cli.data.splits import evenly
 
         source = self.task.source
-        if source is None or self.task.options is None:
+        if source is None or self.own("options") is None:
             raise DataError(
                 "eval task choice: give it a source, options (the column of the options, or a list of columns) and "
                 "answer (the column that says which is right)"
@@ -40,7 +44,7 @@ class Choice(Comparing):
         made: list[list[EncodedRow]] = []
         for number, row in enumerate(self.data, start=1):
             try:
-                texts, right = options_of(row, self.task.options, self.task.answer)
+                texts, right = options_of(row, self.own("options"), self.own("answer"))
                 made.append([self._row(row, source, text) for text in texts])
             except RowError as error:
                 raise DataError(f"eval task choice: row {number}: {error}") from None

@@ -2,13 +2,26 @@
 
 import string
 from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal
 
 import regex
+from pydantic import AfterValidator, Field
 
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.errors import DataError
+from remix_cli.own_settings import Setting
 from remix_cli.tasks.base import Generating, Line, Measure
 
+
+def _expression(text: str) -> str:
+    try:
+        regex.compile(text)
+    except (regex.error, RecursionError, MemoryError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
+
+
+Expression = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_expression)]
 PATIENCE = 1.0  # seconds for an expression and an answer
 ARTICLES = {"a", "an", "the"}
 
@@ -19,7 +32,17 @@ class ExactMatch(Generating):
         Measure("accuracy", "correct", shown=True, by_task=True),
         Measure("has_answer", "answered", chooses=False),
     )
-    reads = ("extract", "ignore", "references")
+    own_settings: ClassVar = {
+        "extract": Setting(
+            Expression | None,
+            None,
+            "regular expression; its last match in an answer counts, or the match's first group.",
+        ),
+        "ignore": Setting(
+            list[Literal["case", "punctuation", "articles"]], [], "what is not compared; white space never is."
+        ),
+        "references": Setting(str | None, None, "column of right answers, one or a list; by default the row's answer."),
+    }
 
     def load(self) -> None:
         examples = self._read()
@@ -30,7 +53,7 @@ class ExactMatch(Generating):
 
     def _read(self) -> list[tuple[Example, list[str]]]:
         """Each example with its references: the answer of its row, or the texts of the column `references`."""
-        column = self.task.references
+        column = self.own("references")
         if column is None:
             return [(example, [example.messages[-1]["content"]]) for example in self.examples()]
         from remix_cli.data.sources import load_rows
@@ -49,23 +72,23 @@ class ExactMatch(Generating):
 
     def judge(self, item: int, text: str) -> Line:
         found = self._found(text)
-        answer = None if found is None else plain(found, self.task.ignore)
+        answer = None if found is None else plain(found, self.own("ignore"))
         return {
             "task": self.names[item],
             "output": text,
             "found": found,
             "gold": self.gold[item],
             "answered": found is not None,
-            "correct": answer in [plain(gold, self.task.ignore) for gold in self.gold[item]],
+            "correct": answer in [plain(gold, self.own("ignore")) for gold in self.gold[item]],
         }
 
     def _found(self, text: str) -> str | None:
         """What `extract` finds last, its first group if it has one; the whole text without `extract`."""
-        if self.task.extract is None:
+        if self.own("extract") is None:
             return text
         last = None
         try:
-            for match in regex.finditer(self.task.extract, text, timeout=PATIENCE):
+            for match in regex.finditer(self.own("extract"), text, timeout=PATIENCE):
                 last = match
         except TimeoutError:
             return None
