@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remix_cli.data.formats.registry import format_told_by, reader_of
@@ -25,13 +25,26 @@ class MissingColumn(RowError):
     """A column that the format reads is not there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row stands: what error messages name."""
+
+    place: str  # a file as the recipe names it, a hub id or a reasoning-gym task; one text for all of its rows
+    row: int  # counted from 1
+
+    def __str__(self) -> str:
+        return f"{self.place}: row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A conversation that ends with an assistant's turn, or one plain text."""
 
     messages: tuple[Message, ...]
     task: str
     tools: tuple[dict[str, Any], ...] = ()  # that the model may call
+    weight: float = 1.0  # its tokens' losses are multiplied by it; 0: not trained on
+    origin: Origin | None = field(default=None, compare=False)
 
 
 class Conversation(NamedTuple):
