@@ -184,7 +184,10 @@ def _located(recipe: Recipe, origins: list[Path]) -> Recipe:
         return path if origin == Path.cwd() else str(origin / path)
 
     def source(one: Source) -> Source:
-        return one if one.path is None else one.model_copy(update={"path": found(one.path)})
+        if one.path is None:
+            return one
+        path = found(one.path) if isinstance(one.path, str) else [*map(found, one.path)]
+        return one.model_copy(update={"path": path})
 
     def task(one: Task) -> Task:
         sources = {"source": one.source, "shots_from": one.shots_from}

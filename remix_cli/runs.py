@@ -48,7 +48,7 @@ class Subject:
         parts = split_examples(self.recipe)
         if self.held_out not in (None, digest_of(parts[2])):
             data = self.recipe.data
-            places = ", ".join(source.path or source.place for source in data.validation or data.train)
+            places = ", ".join(source.named for source in data.validation or data.train)
             raise ArtefactError(
                 f"{shortened(places)}: changed since the training, whose held-out rows were others: some of these may "
                 "have been trained on; restore the rows, or name others with --data FILE"

@@ -1,6 +1,7 @@
 """Data: the only room that knows prompts.
 
 sources.py   rows from the hub, local files or reasoning-gym
+files.py     rows from one file
 formats/     a row -> a conversation whose assistant turns are to be learnt
 control.py   control tokens that a text spells out stay text
 template.py  a conversation -> text, by a chat template that is bounded

@@ -14,7 +14,7 @@ import numpy as np
 
 from remix_cli.data.control import NUMBER, ControlTokens, special_ids
 from remix_cli.data.formats import Example, Message, RowError, to_example, without_mark
-from remix_cli.data.sources import load_rows
+from remix_cli.data.sources import iterate_rows
 from remix_cli.data.template import Template
 from remix_cli.data.turns import Part
 from remix_cli.errors import DataError
@@ -227,7 +227,8 @@ class Encoder:
             try:
                 rows = self.rows(example)
             except RowError as error:
-                raise DataError(f"task {example.task}: conversation {number}: {error}") from None
+                where = example.origin or f"task {example.task}: conversation {number}"
+                raise DataError(f"{where}: {error}") from None
             encoded.split += len(rows) > 1
             for ids, supervised in rows:
                 self._add(encoded, ids, supervised, example.task)
@@ -306,11 +307,11 @@ def load_examples(sources: list[Source]) -> tuple[list[Example], list[int]]:
     examples: list[Example] = []
     counts: list[int] = []
     for source in sources:
-        rows = load_rows(source)
-        for number, row in enumerate(rows, start=1):
+        before = len(examples)
+        for row, origin in iterate_rows(source):
             try:
-                examples.append(to_example(row, source))
+                examples.append(to_example(row, source, origin))
             except RowError as error:
-                raise DataError(f"{source.path or source.reasoning_gym}: row {number}: {error}") from None
-        counts.append(len(rows))
+                raise DataError(f"{origin}: {error}") from None
+        counts.append(len(examples) - before)
     return examples, counts

@@ -1,33 +1,44 @@
-"""Rows from one source of the recipe, as plain dictionaries."""
+"""Rows from one source of the recipe, one after another, as plain dictionaries, each with where it stands."""
 
-import csv
 import glob
-import gzip
-import io
-import json
+import itertools
 import os
 import re
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from remix_cli.compat.datasets import say_nothing
 from remix_cli.compat.reasoning_gym import seed_apart
+from remix_cli.data.files import first_line, rows_in, without_nulls
+from remix_cli.data.formats import Origin, Row
 from remix_cli.errors import DataError, shortened
 from remix_cli.recipe.sources import LOADERS, Source, ending_of, is_pattern, named_locally
 
 
 def check_source(source: Source, key: str) -> list[str]:
     """Problems that can be seen without reading rows: one line each, `key` being the source's place."""
-    if source.path is None or not _looks_local(source.path):
+    problems = []
+    for path in source.paths:
+        problems += _check_path(path, source, key)
+    if not problems and len(source.paths) > 1:
+        problems += _check_named_once(source, key)
+    return problems
+
+
+def _check_path(name: str, source: Source, key: str) -> list[str]:
+    if not _looks_local(name):
+        if len(source.paths) > 1:
+            return [f"{key}.path: {name}: a list names local files, and there is none of this name"]
         return []
-    if "://" in source.path:
-        return [f"{key}.path: {source.path}: addresses are not read; download the file and name it here"]
-    if is_pattern(source.path):
-        return _check_pattern(source.path, key)
-    path = Path(source.path)
-    if source.subset is not None:
-        return [f"{key}.subset: is not read: it belongs to a hub data set, and {path} is a local folder; leave it out"]
+    if "://" in name:
+        return [f"{key}.path: {name}: addresses are not read; download the file and name it here"]
+    if is_pattern(name):
+        return _check_pattern(name, key)
+    path = Path(name)
+    for of_hub in ("subset", "revision"):
+        if getattr(source, of_hub) is not None:
+            return [f"{key}.{of_hub}: is not read: it belongs to a hub data set, and {path} is local; leave it out"]
     if path.is_dir():
         below = _below(path)
         if below is not None:
@@ -83,174 +94,70 @@ def _looks_local(path: str) -> bool:
     return Path(path).exists() or named_locally(path)
 
 
-def load_rows(source: Source) -> list[dict[str, Any]]:
+def _check_named_once(source: Source, key: str) -> list[str]:
+    """Whoever lists a file and a pattern that it matches would read its rows twice."""
+    seen = set()
+    for file in itertools.chain.from_iterable(_files_named(path, source.split) for path in source.paths):
+        if file in seen:
+            return [f"{key}.path: names {file} twice; for rows that count more, set weight"]
+        seen.add(file)
+    return []
+
+
+def load_rows(source: Source) -> list[Row]:
     """All rows of `source`, in order. Raises DataError."""
+    return [row for row, _ in iterate_rows(source)]
+
+
+def iterate_rows(source: Source) -> Iterator[tuple[Row, Origin]]:
+    """The rows of `source`, in order, each read when it is asked for. Raises DataError, also where there is none."""
     rows = _reasoning_gym_rows(source) if source.reasoning_gym else _path_rows(source)
-    if source.limit is not None:
-        rows = rows[: source.limit]
-    if not rows:
-        raise DataError(f"{source.path or source.reasoning_gym}: no rows")
-    return rows
+    none = True
+    for row, origin in itertools.islice(rows, source.limit):
+        none = False
+        yield row, origin
+    if none:
+        raise DataError(f"{source.named}: no rows")
 
 
-def _path_rows(source: Source) -> list[dict[str, Any]]:
-    assert source.path is not None
+def _path_rows(source: Source) -> Iterator[tuple[Row, Origin]]:
     problems = check_source(source, "data")
     if problems:
         raise DataError(*problems)
-    if not _looks_local(source.path):
-        return _dataset_rows(source.path, name=source.subset, split=source.split)
-    files = _matching(source.path) if is_pattern(source.path) else _files(Path(source.path), source.split)
-    kind = LOADERS[ending_of(files[0].name)]
-    _check_one_kind(source.path, files)
-    if kind == "parquet":
-        place = files[0] if len(files) == 1 else files[0].parent
-        return _dataset_rows(kind, str(place), data_files=[str(file) for file in files], split="train")
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        if kind == "json":
-            rows += _json_rows(file)
-        elif kind == "text":
-            rows += _text_rows(file)
-        else:
-            usual = "\t" if ending_of(file.name) == ".tsv" else ","
-            rows += _csv_rows(file, source.separator or usual)
-    return rows
+    for path in source.paths:
+        if not _looks_local(path):
+            yield from _numbered(_hub_rows(path, source), path)
+            continue
+        for file in _files_named(path, source.split):
+            yield from _numbered(rows_in(file, source.separator), str(file))
 
 
-def _check_one_kind(path: str, files: list[Path]) -> None:
+def _numbered(rows: Iterator[Row], place: str) -> Iterator[tuple[Row, Origin]]:
+    for number, row in enumerate(rows, start=1):
+        yield row, Origin(place, number)
+
+
+def _files_named(path: str, split: str) -> list[Path]:
     """Raises DataError for files of several kinds, which would hardly have the same columns."""
+    files = _matching(path) if is_pattern(path) else _files(Path(path), split)
     if len({LOADERS[ending_of(file.name)] for file in files}) > 1:
         names = ", ".join(file.name for file in files)
         raise DataError(f"{path}: files of several kinds ({shortened(names)}); name those of one")
+    return files
 
 
-def _dataset_rows(what: str, place: str | None = None, **options: Any) -> list[dict[str, Any]]:
-    """Through the datasets library: a hub id, or parquet files."""
+def _hub_rows(path: str, source: Source) -> Iterator[Row]:
+    """Through the datasets library, which keeps a table on disk; `streaming`, nothing is kept."""
     import datasets
 
     say_nothing()
     try:
-        rows = datasets.load_dataset(what, **options).to_list()
+        rows = datasets.load_dataset(
+            path, name=source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+        yield from map(without_nulls, rows)
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
-        cause = error.__cause__ or error
-        lines = str(cause).strip().splitlines()
-        reason = lines[0] if lines else type(cause).__name__
-        raise DataError(f"{place or what}: cannot be read: {shortened(reason)}") from None
-    return [_nested_without_nulls(row) for row in rows]
-
-
-def _nested_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    """A table has one type for a column, and fills in None for every key that another row has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    return value
-
-
-def _text_rows(path: Path) -> list[dict[str, Any]]:
-    """A row for each line that says something."""
-    return [{"text": line} for line in _text_of(path).splitlines() if line.strip()]
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, or one JSON list of objects. Read here rather than by a table library, which would name no
-    line and fill in columns that a row does not have."""
-    text = _text_of(path)
-    if text.lstrip().startswith("["):
-        rows = _json(text, f"{path}")
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                rows.append(_json(line, f"{path}: line {number}"))
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number}: should be an object of columns, is {type(row).__name__}")
-    return rows
-
-
-def _csv_rows(path: Path, separator: str) -> list[dict[str, Any]]:
-    """Every cell is text, as it stands in the file. A table library would make numbers of `007`, nothing of `NA`, and
-    would take the first of three cells under two names for a row's number."""
-    rows: list[dict[str, Any]] = []
-    csv.field_size_limit(MAX_CELL)
-    try:
-        reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=separator, strict=True)
-        names = next(reader, [])
-        other = next((mark for mark in OTHER_SEPARATORS if len(names) == 1 and mark in names[0]), None)
-        if other is not None:
-            raise DataError(f"{path}: the first line names one column, {names[0]!r}; set separator: {other!r}")
-        twice = _first_repeated(names)
-        if twice is not None:
-            raise DataError(f"{path}: column {twice!r} stands twice in the first line")
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(names):
-                raise DataError(
-                    f"{path}: line {reader.line_num}: {len(cells)} cells under {len(names)} names; put text that "
-                    "holds a comma in double quotes"
-                )
-            rows.append(dict(zip(names, cells, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
-    return rows
-
-
-def _first_repeated(names: list[str]) -> str | None:
-    """The first of `names` that stood before."""
-    seen = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-MAX_CELL = 2**31 - 1
-OTHER_SEPARATORS = (";", "\t", "|")
-
-
-def _text_of(path: Path) -> str:
-    """Raises DataError."""
-    try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"{path}: not a whole gzip file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: not UTF-8") from None
-
-
-def _json(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = _first_repeated([key for key, _ in pairs])
-        if twice is not None:
-            raise DataError(f"{where}: key {twice!r} stands twice in one object")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        near = text[max(0, error.pos - 20) : error.pos + 20].strip()
-        at = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{where}: not JSON ({at}column {error.colno}: {error.msg}) near {near!r:.80}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"{where}: not JSON that can be read: {error}") from None
-    except RecursionError:
-        raise DataError(f"{where}: not JSON that can be read: nested too deeply") from None
+        raise DataError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}") from None
 
 
 SPLITS = ("train", "validation", "valid", "dev", "test")
@@ -316,9 +223,10 @@ def reasoning_gym_dataset(source: Source) -> Any:
         raise DataError(f"reasoning_gym {source.reasoning_gym!r}: {error}") from None
 
 
-def _reasoning_gym_rows(source: Source) -> list[dict[str, Any]]:
+def _reasoning_gym_rows(source: Source) -> Iterator[tuple[Row, Origin]]:
     made = reasoning_gym_dataset(source)
     try:
-        return [{"prompt": entry["question"], "completion": str(entry["answer"])} for entry in made]
+        rows = ({"prompt": entry["question"], "completion": str(entry["answer"])} for entry in made)
+        yield from _numbered(rows, source.named)
     except (ValueError, TypeError, AssertionError) as error:
         raise DataError(f"reasoning_gym {source.reasoning_gym!r}: {error}") from None

@@ -58,7 +58,7 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Examp
         if len(out) == count:
             raise DataError(
                 f"data.validation_fraction: {recipe.data.validation_fraction} holds out all {count} rows of "
-                f"{source.path or source.reasoning_gym}; lower it"
+                f"{source.named}; lower it"
             )
         train += [examples[start + i] for i in range(count) if i not in out]
         held += [examples[start + i] for i in sorted(out)]
@@ -114,7 +114,7 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
     for part, source in zip(parts, recipe.data.train, strict=True):
         if not part.rows:
             raise DataError(
-                f"{source.path or source.reasoning_gym}: no row has a supervised token within "
+                f"{source.named}: no row has a supervised token within "
                 f"data.max_length = {recipe.data.max_length}; raise it"
             )
     if recipe.router.clusters > len(train.rows):

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 import remix_cli
 from remix_cli.evaluation.report import read_report
 from remix_cli.methods.registry import method_named
+from remix_cli.recipe import Source
 from remix_cli.runs import LoadedRun
 
 PEFT = """
@@ -61,7 +62,7 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
     head += [f"license: {licence}"] if licence else []
     head += [f"base_model: {hub_id}"] if hub_id else []
     head += ["tags:", *(f"- {tag}" for tag in tags), "---"]
-    data = ", ".join(_shown(s.path) if s.path else f"reasoning-gym {s.reasoning_gym}" for s in run.recipe.data.train)
+    data = ", ".join(map(_rows_of, run.recipe.data.train))
     facts = [
         f"- base model: {base} (fingerprint {run.identity.base_fingerprint[:16]}); its licence applies"
         + (f" ({licence})" if licence else ""),
@@ -80,6 +81,12 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
         parts.append(f"## What the approximation costs\n\n| on held-out rows | |\n|---|---|\n{rows}")
     parts += _scores(run) + _routing(run)
     return "\n\n".join(parts) + "\n"
+
+
+def _rows_of(source: Source) -> str:
+    if source.path is None:
+        return f"reasoning-gym {source.reasoning_gym}"
+    return ", ".join(map(_shown, source.paths))
 
 
 def _method(run: LoadedRun) -> list[str]:

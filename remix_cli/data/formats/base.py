@@ -54,7 +54,7 @@ class Conversation(NamedTuple):
     tools: list[dict[str, Any]]
 
 
-def to_example(row: Row, source: "Source") -> Example:
+def to_example(row: Row, source: "Source", origin: Origin | None = None) -> Example:
     """Raises RowError for a missing column, a value of another type or a blank answer."""
     try:
         read = reader_of(source.format)(_with_names(row, source.columns), source)
@@ -72,7 +72,7 @@ def to_example(row: Row, source: "Source") -> Example:
         messages = [{"role": "system", "content": source.system}, *messages]
     if source.learn == "last":
         messages = [*(_only_read(message) for message in messages[:-1]), messages[-1]]
-    return Example(tuple(messages), source.label, tuple(tools))
+    return Example(tuple(messages), source.label, tuple(tools), origin=origin)
 
 
 def _with_names(row: Row, columns: dict[str, str]) -> Row:
