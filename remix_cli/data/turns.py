@@ -1,11 +1,12 @@
 """Which stretches of a rendered conversation are the assistant's.
 
 A chat template says what stands in front of an answer (`add_generation_prompt`) and what a finished conversation looks
-like. The answer is what the second has and the first has not. Two things make this less simple:
+like. The answer is what the second has and the first has not. Three things make this less simple:
 
 1. Some templates open an answer in one way when it is asked for and in another when it is done: with `<think>` and
    without, for example. What both have in common is given, the rest of the finished turn is learnt.
-2. Some render an earlier turn differently once later ones follow: without its thinking, or without an end token. Then
+2. Some show the system's text only until the answer is there (Mistral's).
+3. Some render an earlier turn differently once later ones follow: without its thinking, or without an end token. Then
    each answer needs a row of its own, in which it stands as it did when it was the last.
 """
 
@@ -71,12 +72,30 @@ def _turn(render: Render, messages: list[Message], index: int) -> Turn:
         return Turn(index, learnt, asked, done[len(asked) :], opened=len(asked))
     before = render(messages[:index], False)
     shared = _length_in_common(asked, done)
-    if not asked.startswith(before) or shared <= len(before):
+    if asked.startswith(before) and shared > len(before):
+        return Turn(index, learnt, done[:shared], done[shared:], opened=len(before))
+    answer = _answer_without_system(render, messages, index, done)
+    if answer is None:
         raise RowError(
             "the chat template shows a conversation differently once it is answered, so where the answer begins cannot "
-            "be told; some do so with a system message: write it into the user's first message"
+            "be told; use another template"
         )
-    return Turn(index, learnt, done[:shared], done[shared:], opened=len(before))
+    return Turn(index, learnt, asked, answer, opened=len(asked))
+
+
+def _answer_without_system(render: Render, messages: list[Message], index: int, done: str) -> str | None:
+    """The answer where a template shows the system's text only in front of the user's turn that is to be answered.
+
+    Mistral's do: what generation is given has that text, the finished conversation has it no more, and the answer is
+    what the same conversation without it goes on with. None for other templates.
+    """
+    if messages[0]["role"] != "system":
+        return None
+    bare = messages[1:]
+    if render(bare[:index], False) != done:
+        return None
+    asked = render(bare[: index - 1], True)
+    return done[len(asked) :] if done.startswith(asked) else None
 
 
 def _length_in_common(a: str, b: str) -> int:

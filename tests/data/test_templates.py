@@ -31,12 +31,14 @@ END = {
     "phi3": "<|endoftext|>",
     "phi3_5": "<|endoftext|>",
     "phi4": "<|im_end|>",
+    "phi4_mini": "<|endoftext|>",
     "qwen2_5": "<|im_end|>",
     "qwen3": "<|im_end|>",
     "qwen3_5_nothink": "<|im_end|>",
     "qwen3_5_think": "<|im_end|>",
     "qwen3_6": "<|im_end|>",
     "qwen3_instruct_2507": "<|im_end|>",
+    "smollm3": "<|im_end|>",
 }
 # By template and conversation: what each row learns, as one text for each answer; or why it is refused.
 EXPECTED = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -170,3 +172,22 @@ def test_only_some_turns_are_learnt():
         whole = learnt(encoder, example_of("several turns"))
         one = learnt(encoder, example_of("several turns", messages=weighted))
         assert one == [whole[-1][-1:]]
+
+
+def test_a_system_text_that_only_the_question_at_hand_shows():
+    """Mistral's template puts it in front of the user's last turn and, once that is answered, nowhere."""
+    encoder = encoder_of("mistral_v3")
+    system = {"role": "system", "content": "Be brief."}
+    said = [system, *CONVERSATIONS["several turns"]]
+    example = example_of("several turns", messages=said)
+    rows = [encoder.tokenizer.decode(ids) for ids, _ in encoder.rows(example)]
+    given = [
+        encoder.tokenizer.apply_chat_template(said[:count], tokenize=False, add_generation_prompt=True)
+        for count in (2, 4)
+    ]
+    assert [text.count("Be brief.") for text in given] == [1, 1]
+    assert rows == [f"{given[0]} First answer.</s>", f"{given[1]} Second answer.</s>"]
+    assert learnt(encoder, example) == [[" First answer.</s>"], [" Second answer.</s>"]]
+    called = [system, *CONVERSATIONS["tools"]]
+    with pytest.raises(RowError, match=r"leaves out what message 1 \(system\) says"):
+        encoder.rows(example_of("tools", messages=called))
