@@ -49,6 +49,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        return self.path / "trackers.json"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -69,7 +73,10 @@ class RunFolder:
         "summary.json",
         "eval",
         "stats",
+        "trackers.json",
         "tensorboard",
+        "wandb",
+        "dvclive",
     )
 
     @property

@@ -19,6 +19,7 @@ from remix_cli.compat import bitsandbytes as for_bitsandbytes
 from remix_cli.compat import datasets as for_datasets
 from remix_cli.compat import peft as for_peft
 from remix_cli.compat import tokenizers as for_tokenizers
+from remix_cli.compat import trackio as for_trackio
 from remix_cli.compat import transformers as for_transformers
 from remix_cli.compat.hub_kernels import fetch_no_code
 from remix_cli.compat.reasoning_gym import seed_apart
@@ -350,3 +351,26 @@ def test_neighbouring_seeds_of_reasoning_gym_share_rows_unless_set_apart():
 
     assert questions(0)[1:] == questions(1)[:-1]
     assert not set(questions(seed_apart(0))) & set(questions(seed_apart(1)))
+
+
+# trackio
+
+
+def test_a_run_of_trackio_ends_twice_and_says_so_unless_trackio_ends_it(tmp_path_factory, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.getbasetemp() / "trackio"))  # read once a process
+    trackio = pytest.importorskip("trackio")
+    quiet = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False}
+    run = trackio.init("ends", name="run", **quiet)
+    assert for_trackio.last_step(run) == -1
+    run.log({"loss": 1.0}, step=7)
+    assert for_trackio.last_step(run) == 7
+    run.finish()
+    capsys.readouterr()
+    trackio._cleanup_current_run()
+    assert "Run finished" in capsys.readouterr().out
+    run = trackio.init("ends", name="run", resume="allow", **quiet)
+    assert for_trackio.last_step(run) == 7
+    for_trackio.end_run()
+    capsys.readouterr()
+    trackio._cleanup_current_run()
+    assert not capsys.readouterr().out

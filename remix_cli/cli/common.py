@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+import remix_cli
+from remix_cli.errors import RecipeError
 from remix_cli.terminal import Console
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"remix {remix_cli.__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="remix",
@@ -17,6 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and exit.")
+    ] = (False),
+) -> None:
+    """What comes before a verb."""
+
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, for example configs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -33,6 +52,18 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use so many rows, spread evenly over all.")]
+
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, max=5, help="0 is greedy.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.01, max=1, help="Draw from the likeliest tokens with this probability.")
+]
+
+
+def check_top_p(top_p: float, temperature: float) -> None:
+    """Raises RecipeError if nothing is drawn."""
+    if top_p < 1 and not temperature:
+        raise RecipeError("--top-p: says how answers are drawn, and at temperature 0 none is; give --temperature, too")
 
 
 def launch_rank() -> int:

@@ -14,4 +14,5 @@ torch.py          numbers of a model that has none
 tokenizers.py     control tokens that are read as such where they should be text
 datasets.py       errors that are told twice
 reasoning_gym.py  seeds whose rows overlap
+trackio.py        the last step of a run, a run that ends twice
 """

@@ -38,6 +38,8 @@ POOLS = {
     "rslora": Pool(),
 }
 
+ALL_LINEAR = "all-linear"  # as a target: every linear layer but the output's
+
 
 @dataclass(frozen=True)
 class AdapterConfig:

@@ -10,7 +10,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from remix_cli.core.config import AdapterConfig
+from remix_cli.core.config import ALL_LINEAR, AdapterConfig
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.locality import local_linears
 from remix_cli.core.router import Router
@@ -28,8 +28,8 @@ class TargetError(ValueError):
 def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that `patterns` select, in the model's order.
 
-    A pattern is the end of a module's dotted name (`up_proj`, `mlp.up_proj`) or a regular expression for
-    the whole name. The output embedding is never a target. Raises TargetError, with the names the model
+    A pattern is the end of a module's dotted name (`up_proj`, `mlp.up_proj`), a regular expression for the
+    whole name, or `all-linear`. The output embedding is never a target. Raises TargetError, with the names the model
     has, if a pattern selects nothing.
     """
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
@@ -37,8 +37,11 @@ def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head]
     found: set[str] = set()
     for pattern in patterns:
-        hits = {name for name in linears if name == pattern or name.endswith(f".{pattern}")}
-        hits |= _full_matches(pattern, linears)
+        if pattern == ALL_LINEAR:
+            hits = set(linears)
+        else:
+            hits = {name for name in linears if name == pattern or name.endswith(f".{pattern}")}
+            hits |= _full_matches(pattern, linears)
         if not hits:
             have = ", ".join(last_names(linears)) or "no nn.Linear at all"
             raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")

@@ -51,6 +51,10 @@ class StepRouting:
     def decisions(self) -> Tensor:
         return self.sums[:, 3].sum()
 
+    def shares(self) -> Tensor:
+        """(L, n): of each router's decisions, those in which each LoRA was active."""
+        return self.used * (len(self.used) / float(self.decisions))
+
     def summary(self) -> dict[str, Any]:
         """Means over decisions; LoRAs serving under 1 % of their router's tokens, and the largest share.
 
@@ -59,7 +63,7 @@ class StepRouting:
         if not len(self.sums):
             return {}
         entropy, ess_q, ess_weights, decisions = self.sums.sum(0).tolist()
-        share = self.used * (len(self.used) / decisions)  # of each router's decisions
+        share = self.shares()
         return {
             "router_entropy": entropy / decisions,
             "ess": ess_q / decisions,

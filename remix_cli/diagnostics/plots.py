@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from remix_cli.diagnostics.health import short_name
 from remix_cli.diagnostics.history import History
 from remix_cli.errors import RecipeError
@@ -44,14 +46,31 @@ def plot_history(histories: list[History], folder: Path) -> list[Path]:
 def plot_use(report: dict[str, Any], folder: Path) -> list[Path]:
     """Share of tokens that each LoRA serves, block by block."""
     plt = _pyplot()
-    shares = [block["share"] for block in report["blocks"]]
-    figure, axis = plt.subplots(figsize=(1.6 + 0.45 * len(shares[0]), 1.2 + 0.2 * len(shares)), layout="constrained")
+    figure = plt.figure(layout="constrained")
+    _draw_use(figure, [block["name"] for block in report["blocks"]], [block["share"] for block in report["blocks"]])
+    return _save(plt, figure, folder / "use")
+
+
+def picture_of_use(routers: list[str], shares: list[list[float]]) -> np.ndarray:
+    """The same as pixels, (H, W, 3) uint8, of shares (L routers, n LoRAs)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    _draw_use(figure, routers, shares)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_use(figure: Any, routers: list[str], shares: list[list[float]]) -> None:
+    figure.set_size_inches(1.6 + 0.45 * len(shares[0]), 1.2 + 0.2 * len(shares))
+    axis = figure.subplots()
     image = axis.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=1)
-    axis.set_yticks(range(len(shares)), [short_name(block["name"]) for block in report["blocks"]], fontsize=7)
+    axis.set_yticks(range(len(shares)), [short_name(name) for name in routers], fontsize=7)
     axis.set_xticks(range(len(shares[0])))
     axis.set_xlabel("LoRA")
     figure.colorbar(image, label="share of tokens")
-    return _save(plt, figure, folder / "use")
 
 
 def _save(plt: Any, figure: Any, stem: Path) -> list[Path]:

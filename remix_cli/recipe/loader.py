@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from remix_cli.errors import RecipeError, shortened
+from remix_cli.recipe.other_names import ANSWERS
 from remix_cli.recipe.schema import Recipe
 
 KeyPath = tuple[str | int, ...]
@@ -273,7 +274,8 @@ def _explain(problem: Any, raw: RawRecipe) -> str:
     where = raw.where(dotted)
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"{where}: {dotted}: unknown key{_suggest(at)}"
+        elsewhere = ANSWERS.get(str(at[-1]))
+        return f"{where}: {dotted}: unknown key{f'; {elsewhere}' if elsewhere else _suggest(at)}"
     if kind == "missing":
         return f"{where}: {dotted}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")

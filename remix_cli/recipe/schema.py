@@ -4,12 +4,14 @@ The descriptions are what `remix schema` prints and editors show. Defaults are s
 """
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, get_args
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
+    WithJsonSchema,
     create_model,
     field_validator,
     model_serializer,
@@ -17,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from remix_cli.core.config import AdapterConfig, Level, Omega, Scope
+from remix_cli.core.config import ALL_LINEAR, AdapterConfig, Level, Omega, Scope
 from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.methods.registry import METHODS, method_named, methods_by_name
 from remix_cli.own_settings import fields_of, listed
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from remix_cli.tasks.base import Measure
 
 Rate = Annotated[float, Field(gt=0, le=10)]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "dvclive"]  # those of train/tracker_tools.py
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
 TaskName: Any = name_in(TASKS)
 CONFIG_FIELDS = {field.name for field in fields(AdapterConfig)}
 EstimatorName: Any = name_in(ESTIMATORS)
@@ -68,14 +72,28 @@ class Model(Strict):
     trust_remote_code: bool = Field(False, description="Run modelling code that the model folder brings along.")
 
 
+def _names(value: Any) -> Any:
+    return [value] if value == ALL_LINEAR else value
+
+
+NAMES: dict[str, Any] = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+Names = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(min_length=1),
+    BeforeValidator(_names),
+    WithJsonSchema({"anyOf": [{"const": ALL_LINEAR}, NAMES]}),
+]
+
+
 class AdapterSettings(Strict):
     method: MethodName = Field("remix", description=f"{SUMMARIES}.")
     pool_size: Positive = Field(8, description="n, LoRAs in each pool.")
     active: Positive = Field(4, description="k, LoRAs in use for each token.")
     rank: Positive = Field(8, description="r, rank of each LoRA.")
     omega: Omega = Field("rslora", description="Weight of an active LoRA: 2/sqrt(k r) (rslora) or 2/(k r) (lora).")
-    target_modules: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
-        ["gate_proj", "up_proj", "down_proj"], description="Ends of module names, or regular expressions."
+    target_modules: Names = Field(
+        ["gate_proj", "up_proj", "down_proj"],
+        description="Ends of module names, or regular expressions; all-linear: every linear layer but the output's.",
     )
     dropout: Share = 0.0
 
@@ -192,7 +210,28 @@ class Train(Strict):
     )
     save_steps: Positive | None = Field(None, description="Checkpoint every so many steps, and at the end.")
     save_total_limit: Positive = 2
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Literal["none"] | TrackerName | Annotated[list[TrackerName], Field(min_length=1)] = Field(
+        "none", description="Trackers that show the run while it goes on: one, or a list."
+    )
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,80}$")] = Field(
+        "remix", description="What the trackers call the project, or experiment, that the run is part of."
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        """One problem in place of one for each way in which this can be written."""
+        names = value if isinstance(value, list) else [value]
+        known = value == "none" or all(name in TRACKERS for name in names)
+        if not known or not names or len(set(names)) < len(names):
+            raise ValueError(f"should be none, or one or more of {', '.join(TRACKERS)}, each once")
+        return value
+
+    @property
+    def trackers(self) -> list[str]:
+        if isinstance(self.report_to, str):
+            return [] if self.report_to == "none" else [self.report_to]
+        return [*self.report_to]
 
 
 OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that generate
@@ -386,6 +425,8 @@ class Recipe(Strict):
 
     def _unread_of_train(self) -> dict[str, str]:
         unread = {}
+        if self.train.trackers in ([], ["tensorboard"], ["dvclive"], ["tensorboard", "dvclive"]):
+            unread["project"] = "names a project of trackers, and train.report_to names none that has projects"
         if self.train.lr_scheduler_type == "constant":
             unread["warmup_ratio"] = "needs a schedule with a warm-up, as train.lr_scheduler_type constant_with_warmup"
         if not self.data.holds_out:

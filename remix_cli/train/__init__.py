@@ -14,7 +14,9 @@ optim.py        parameter groups, schedule, clipping, the all-reduce of gradient
 pace.py         how fast
 held_out.py     the held-out loss and tasks between steps
 checkpoints.py  durable training state
-record.py       metrics.jsonl, tracker, summary.json
+record.py       metrics.jsonl, the same for trackers, summary.json
+trackers.py     every step to every tracker, once
+tracker_tools.py  the trackers: how each is opened, and what it holds already
 signals.py      SIGTERM and Ctrl-C
 console.py      what a person sees while it runs
 budget.py       `remix budget`: how large each method is for equal parameters

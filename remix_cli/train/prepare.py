@@ -1,6 +1,5 @@
 """What can be refused before any weight is loaded and anything is written."""
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from remix_cli.runs import RunFolder
 from remix_cli.storage import MIB, free_bytes, remove, storage_errors
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.checkpoints import adapter_bytes
+from remix_cli.train.tracker_tools import missing_packages
 
 
 def check_recipe(recipe: Recipe) -> Adapter:
@@ -30,8 +30,7 @@ def check_recipe(recipe: Recipe) -> Adapter:
     Raises RecipeError.
     """
     problems = []
-    if recipe.train.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        problems.append("train.report_to: tensorboard is not installed; pip install 'remix-cli[trackers]'")
+    problems += missing_packages(recipe.train.trackers)
     places = [("data.train", recipe.data.train), ("data.validation", recipe.data.validation)]
     for key, sources in places:
         for i, source in enumerate(sources):

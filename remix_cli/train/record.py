@@ -1,39 +1,53 @@
-"""What a run writes down besides its weights: metrics.jsonl, a tracker if asked for, summary.json."""
+"""What a run writes down besides its weights: metrics.jsonl, the same for trackers, summary.json."""
 
 import json
 import os
 import platform
 import resource
+from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import remix_cli
 from remix_cli.core.description import read_description
 from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.diagnostics.parameters import ParameterCounts
+from remix_cli.diagnostics.plots import picture_of_use
 from remix_cli.errors import ArtefactError, StorageError
 from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import write_text
 from remix_cli.train.checkpoints import TrainingState
+from remix_cli.train.trackers import Trackers
 
 
 class Recorder:
-    """Appends to metrics.jsonl; used by the main process only."""
+    """Context manager that appends to metrics.jsonl and tells the trackers; used by the main process only."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, step: int, evaluation_due: bool):
-        """Go on after `step`, or in front of its evaluation: what a resumed run will do again is forgotten."""
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, step: int, evaluation_due: bool, tell: Callable[[str], None] = print
+    ):
+        """Go on after `step`, or in front of its evaluation: what a resumed run will do again is forgotten.
+
+        Raises StorageError, ArtefactError, RecipeError if a tracker cannot be opened.
+        """
         self.folder = folder
-        self._rewind(step, evaluation_due)
-        self.tracker: Any = None
-        if recipe.train.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        kept = self._rewind(step, evaluation_due)
+        self.trackers = Trackers(recipe, folder, kept, step, tell)
+        if not evaluation_due:
+            self.trackers.send()
 
-            self.tracker = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1 if step else None)
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.trackers.close()
 
     def add(self, record: dict[str, Any]) -> None:
         """Raises StorageError."""
@@ -42,26 +56,30 @@ class Recorder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self.folder.metrics}: {error.strerror}") from error
-        if self.tracker:
-            for key, value in record.items():
-                if isinstance(value, int | float) and key != "step":
-                    self.tracker.add_scalar(key, value, record["step"])
+        self.trackers.add(record)
 
-    def _rewind(self, step: int, evaluation_due: bool) -> None:
-        """Drop records after `step`, and a line cut off by a crash.
+    def step_ends(self) -> None:
+        """Nothing more is recorded of it."""
+        self.trackers.send()
+
+    def picture(self, step: int, routers: list[str], shares: Tensor) -> None:
+        """What each LoRA (L routers, n) served in a step, for the trackers, where it can be drawn."""
+        if self.trackers.tools and find_spec("matplotlib"):
+            self.trackers.picture(step, "routing", picture_of_use(routers, shares.tolist()))
+
+    def _rewind(self, step: int, evaluation_due: bool) -> list[dict[str, Any]]:
+        """Drop records after `step`, and a line cut off by a crash; those that are left.
 
         The records of `step` itself were written before its checkpoint; with no checkpoint all go.
         """
-        if self.folder.metrics.exists():
-            lines = read_lines(self.folder.metrics)
-            kept = [line for line in lines if step > 0 and (step_of(line) or 0) <= step]
-            if evaluation_due:
-                kept = [line for line in kept if not (step_of(line) == step and "eval_loss" in json.loads(line))]
-            write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
-
-    def close(self) -> None:
-        if self.tracker:
-            self.tracker.close()
+        if not self.folder.metrics.exists():
+            return []
+        lines = read_lines(self.folder.metrics)
+        kept = [line for line in lines if step > 0 and (step_of(line) or 0) <= step]
+        if evaluation_due:
+            kept = [line for line in kept if not (step_of(line) == step and "eval_loss" in json.loads(line))]
+        write_text(self.folder.metrics, "".join(line + "\n" for line in kept))
+        return [json.loads(line) for line in kept]
 
 
 def read_lines(metrics: Path) -> list[str]:

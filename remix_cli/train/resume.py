@@ -23,6 +23,7 @@ MAY_CHANGE_TRAIN = {
     "save_steps",
     "save_total_limit",
     "report_to",
+    "project",
     "per_device_eval_batch_size",
 }
 # Keys that came later, with the value at which a run is what it was before: it may be one that knew no such key.

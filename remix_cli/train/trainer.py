@@ -23,7 +23,7 @@ from remix_cli.core.store import load_stored, save_adapter
 from remix_cli.data.batches import Order, collate, micro_batches
 from remix_cli.diagnostics.health import Watch
 from remix_cli.diagnostics.parameters import count_parameters
-from remix_cli.errors import ArtefactError, DivergedError, Interrupted
+from remix_cli.errors import ArtefactError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import cost, measures_while_training
 from remix_cli.runs import RunFolder
@@ -91,15 +91,16 @@ def _problem_of(folder: RunFolder) -> str | None:
 def _run(setup: Setup, console: Console, resume: bool) -> dict[str, Any]:
     """Take up what was saved, open what is written to, and train."""
     state = (_restore(setup, console) if resume else None) or TrainingState()
-    recorder = _open_folder(setup, state, resume)
+    recorder = _open_folder(setup, state, resume, console)
     measures = measures_while_training(setup.recipe.eval.tasks)
     shown = [name for name, measure in measures.items() if measure.shown]
     with (
+        recorder or nullcontext(),
         Signals() as signals,
         TrainingConsole(console, setup.total_steps, state.step, setup.is_main, shown) as view,
     ):
         Trainer(setup, state, recorder, signals, view).run()
-    return _finish(setup, state, recorder)
+    return _finish(setup, state)
 
 
 def _restore(setup: Setup, console: Console) -> TrainingState | None:
@@ -122,8 +123,8 @@ def _restore(setup: Setup, console: Console) -> TrainingState | None:
     return state
 
 
-def _open_folder(setup: Setup, state: TrainingState, resumed: bool) -> Recorder | None:
-    """Begin to write, on the main process: only now, for whatever could be refused has been."""
+def _open_folder(setup: Setup, state: TrainingState, resumed: bool, console: Console) -> Recorder | None:
+    """Begin to write, on the main process: only now, for whatever could be refused has been, but for trackers."""
     if not setup.is_main:
         return None
     folder = setup.folder
@@ -133,16 +134,24 @@ def _open_folder(setup: Setup, state: TrainingState, resumed: bool) -> Recorder 
     else:
         prepare.clear_output(folder)
     folder.write_recipe(setup.recipe)
-    return Recorder(setup.recipe, folder, state.step, state.evaluation_due)
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    try:
+        return Recorder(setup.recipe, folder, state.step, state.evaluation_due, tell)
+    except RecipeError:
+        if not resumed:  # nothing is left behind that would have to be overwritten
+            prepare.clear_output(folder)
+        raise
 
 
-def _finish(setup: Setup, state: TrainingState, recorder: Recorder | None) -> dict[str, Any]:
+def _finish(setup: Setup, state: TrainingState) -> dict[str, Any]:
     """Write down what the run ends with, and return it."""
     accelerator = setup.accelerator
     counts = count_parameters(setup.adapter)
     summary = summarise(setup.recipe, state, counts, setup.device, accelerator.num_processes)
-    if recorder:
-        recorder.close()
+    if setup.is_main:
         summary["adapters"] = weights_of(setup.folder)
         write_json(setup.folder.summary, summary)
     accelerator.wait_for_everyone()
@@ -186,6 +195,7 @@ class Trainer:
             self._find_clusters()
         if self.state.step == 0 or self.state.evaluation_due:
             self._evaluate()
+        self._step_ends()
         self._go_on_training()
         for step in range(self.state.step, self.setup.total_steps):
             asked_to_stop = self._step(step)
@@ -194,6 +204,7 @@ class Trainer:
             if self.state.evaluation_due:
                 self._evaluate()
                 self._go_on_training()
+            self._step_ends()
             if self._is_due(self.recipe.train.save_steps):
                 self._save()
         if self.setup.is_main:  # a process killed while it removed an old checkpoint left a part of it
@@ -300,6 +311,8 @@ class Trainer:
         self.state.seconds = self.pace.seconds
         self.state.evaluation_due = self._is_due(self.recipe.train.eval_steps)
         self.view.advance(done, float(sums.loss))
+        if self.state.evaluation_due and self.recorder and self.adapter.config.routed:
+            self.recorder.picture(done, list(self.adapter.routers), sums.routing.shares())
         if not self._is_due(self.recipe.train.logging_steps):
             return
         rate, router_rate = self._rates(step)
@@ -339,6 +352,10 @@ class Trainer:
         if self.recorder:
             self.recorder.add(record)
             self.view.log(record)
+
+    def _step_ends(self) -> None:
+        if self.recorder:
+            self.recorder.step_ends()
 
     def _evaluate(self) -> None:
         """Measure over all ranks; keeps the best adapter in `best/`. Raises DivergedError, Interrupted."""

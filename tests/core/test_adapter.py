@@ -255,6 +255,12 @@ def test_unknown_targets_name_what_there_is():
     assert "lm_head" not in find_targets(tiny_model(), (r".*",))
 
 
+def test_all_linear_layers_are_those_of_every_block_and_not_the_head():
+    ends = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert find_targets(tiny_model(), ("all-linear",)) == find_targets(tiny_model(), ends)
+    assert len(find_targets(tiny_model(), ("all-linear",))) == 14
+
+
 def test_the_causality_check_sees_a_model_that_looks_ahead():
     model = tiny_model()
     assert is_causal(model, 64)

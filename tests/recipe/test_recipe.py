@@ -293,6 +293,14 @@ def test_R15_odd_places_are_no_places(wrong, tmp_path):
     assert problems(tmp_path, MINIMAL, wrong)
 
 
+def test_all_linear_is_one_name_for_every_target(tmp_path):
+    recipe = load_recipe(write(tmp_path, yaml.safe_dump(with_key("adapter.target_modules", "all-linear"))))
+    assert recipe.adapter_config().target_modules == ("all-linear",)
+    assert load_recipe(write(tmp_path, dump(recipe))) == recipe
+    (line,) = problems(tmp_path, with_key("adapter.target_modules", "q_proj"))
+    assert "adapter.target_modules: should be a valid list" in line
+
+
 def test_missing_recipe_file(tmp_path):
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "nothing.yaml")
@@ -309,6 +317,7 @@ OTHER = {  # for each key a value that is not its default
     | {"balance": 0.5, "clusters": 3},
     "alarm": {"ess": 2.0, "commonest": 0.5, "dead": 0.4, "patience": 3},
     "train": {"warmup_ratio": 0.1, "eval_steps": 5, "eval_tasks_limit": 5, "per_device_eval_batch_size": 2}
+    | {"project": "mine"}
     | {"metric_for_best_model": "nll/loss"},
     "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9}
     | {"chat_template_kwargs": {"enable_thinking": False}},
@@ -321,6 +330,7 @@ UNREAD |= {f"router.{key}": {"adapter": LORA} for key in ("scope", "level", "ini
 UNREAD |= {"router.balance": {}, "router.clusters": {"router": {"level": "token"}}}
 UNREAD |= {f"alarm.{key}": {"adapter": LORA} for key in ("ess", "commonest", "dead", "patience")}
 UNREAD |= {f"adapter.{key}": {"adapter": {"method": "none"}} for key in OTHER["adapter"]}
+UNREAD |= {"train.project": {"train": {"report_to": "tensorboard"}}}
 UNREAD |= {"train.warmup_ratio": {"train": {"lr_scheduler_type": "constant"}}}
 UNREAD |= {"train.eval_tasks_limit": {"eval": {"tasks": [{"task": "nll"}, {"task": "humaneval"}]}}}
 UNREAD |= {
@@ -356,7 +366,7 @@ ALWAYS_READ = {
     "train.learning_rate train.weight_decay train.lr_scheduler_type": "train.optim",
     "train.max_grad_norm train.torch_compile train.cuda_graphs train.shard_base": "train.trainer",
     "train.gradient_checkpointing train.logging_steps train.save_steps train.save_total_limit": "train.trainer",
-    "train.report_to": "train.record",
+    "train.report_to": "train.trackers",
     "eval.tasks eval.batch_size eval.selection": "evaluation.evaluator",
     "output_dir seed": "train.trainer; beside sweep.seeds a seed is refused, see test_sweep",
 }
