@@ -206,9 +206,10 @@ def test_the_screen_of_routers_trains_its_arms_side_by_side(stage, tmp_path, mon
 
 def test_rows_of_many_skills_are_split_without_overlap(tmp_path):
     make = runpy.run_path("scripts/make_skills.py")
-    make["main"](tmp_path, ["chain_sum", "coin_flip"], train=8, test=3)
+    make["main"](tmp_path, {"chain_sum": {"max_terms": 2}, "coin_flip": {}}, train=8, test=3)
     test = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     train = [json.loads(line) for line in (tmp_path / "train" / "chain_sum.jsonl").read_text().splitlines()]
     assert [row["task"] for row in test] == ["chain_sum"] * 3 + ["coin_flip"] * 3
     assert len(train) == 8
+    assert all(row["prompt"].count("+") + row["prompt"].count(" - ") == 1 for row in train)  # two terms
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
