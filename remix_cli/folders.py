@@ -19,6 +19,8 @@ from remix_cli.stored_json import Damaged, Kinds, check_kinds, read_object
 
 # what an adapter and its recipe must agree on
 OF_BOTH = ("method", "pool", "pool_size", "active", "rank", "level", "settings")
+BegunWith = dict[str, Any]  # by dotted key of the recipe; a resumed run may say otherwise
+BEGUN_WITH = "# begun with "  # in front of them, in the second line
 RUN_FROM = "# run from "  # in front of the working directory, in the first line of a run's recipe
 
 
@@ -128,9 +130,21 @@ class RunFolder:
                     return made
         return {}
 
-    def write_recipe(self, recipe: Recipe) -> None:
-        """With the working directory in front, from which its relative paths count. Raises StorageError."""
-        write_text(self.recipe, f"{RUN_FROM}{json.dumps(str(Path.cwd()))}\n{dump(recipe)}")
+    def write_recipe(self, recipe: Recipe, begun_with: BegunWith) -> None:
+        """With the working directory in front, from which its relative paths count; then what the recipe said
+        otherwise when the run was begun. Raises StorageError."""
+        head = f"{RUN_FROM}{json.dumps(str(Path.cwd()))}\n"
+        if begun_with:
+            head += f"{BEGUN_WITH}{json.dumps(begun_with)}\n"
+        write_text(self.recipe, head + dump(recipe))
+
+    def begun_with(self) -> BegunWith:
+        """What `write_recipe` was told; nothing where it cannot be read."""
+        with suppress(OSError, ValueError, IndexError):
+            line = self.recipe.read_text(encoding="utf-8").split("\n", 2)[1]
+            found = json.loads(line.removeprefix(BEGUN_WITH)) if line.startswith(BEGUN_WITH) else {}
+            return found if isinstance(found, dict) else {}
+        return {}
 
     def load_recipe(self) -> Recipe:
         """The run's own recipe, its files found from any working directory, also when the folder was moved.

@@ -12,12 +12,12 @@ from remix_cli.data.encode import EncodedRow, Encoder, load_examples
 from remix_cli.data.formats import Example
 from remix_cli.data.splits import digest_of, evenly, split_examples
 from remix_cli.errors import ArtefactError, DataError, RecipeError, shortened
-from remix_cli.folders import RunFolder, check_run
+from remix_cli.folders import BegunWith, RunFolder, check_run
 from remix_cli.methods.apply import apply_method, unadapted
 from remix_cli.models import identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe
 
-__all__ = ["LoadedRun", "RunFolder", "Subject", "load_model_folder", "load_run"]
+__all__ = ["BegunWith", "LoadedRun", "RunFolder", "Subject", "load_model_folder", "load_run"]
 
 
 @dataclass

@@ -17,6 +17,7 @@ step.py         the gradients of one micro-batch: M sampled passes, LoRA and rou
 step_routing.py  how the routers chose in one training step: sums that add up
 trace.py        the one way in and out during a forward pass: set the mode, collect what was chosen
 store.py        the adapter folder: remix_config.json and adapter.safetensors
+lora_folder.py  one LoRA as a folder, PEFT's or ours; several of them as a pool
 estimators/     of the router's gradient, one file each
 
 The names below may be imported from here; a training loop of one's own is examples/own_training_loop.py.

@@ -141,15 +141,15 @@ def _has_size(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return all(size is None or size == found for size, found in zip(wanted, shape, strict=True))
 
 
-def read_shapes(folder: Path) -> Shapes:
+def read_shapes(folder: Path, name: str = WEIGHTS_FILE) -> Shapes:
     """From the head of the weights file alone. Raises ArtefactError."""
-    path = folder / WEIGHTS_FILE
+    path = folder / name
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > MAX_HEADER:
                 raise ValueError(f"a header of {length} bytes")
             tensors = json.loads(file.read(length))
-        return {name: tuple(entry["shape"]) for name, entry in tensors.items() if name != "__metadata__"}
+        return {key: tuple(entry["shape"]) for key, entry in tensors.items() if key != "__metadata__"}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a safetensors file ({error})") from None

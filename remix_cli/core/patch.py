@@ -87,6 +87,7 @@ class Adapter:
         self.state = RoutingState()
         self.hooks: list[Any] = []  # in the model, until `remove`
         self._local: set[str] | None = None  # see find_local
+        self.loras_learn = True  # until freeze_loras
 
     def tracing(self, trace: Trace) -> Any:
         """Context: forward passes inside follow and fill `trace`."""
@@ -160,6 +161,12 @@ class Adapter:
             named[f"{name}.lora_A"] = linear.lora_A
             named[f"{name}.lora_B"] = linear.lora_B
         return named | self.others
+
+    def freeze_loras(self) -> None:
+        """From now on the routers alone are trained."""
+        self.loras_learn = False
+        for parameter in self.lora_parameters().values():
+            parameter.requires_grad_(False)
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{name}.router": router.weight for name, router in self.routers.items()}

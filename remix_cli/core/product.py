@@ -97,9 +97,11 @@ class _PoolLinear(torch.autograd.Function):
         d_down = (d_mixed * gates).flatten(0, -2)
         if d_down.shape[-1] != a.shape[0]:  # a shared A gathers from all LoRAs
             d_down = d_down.unflatten(-1, (-1, a.shape[0])).sum(1)
-        d_b = (rows.T @ mixed.flatten(0, -2)).to(ctx.types[1])
-        d_a = (d_down.T @ x.flatten(0, -2)).to(ctx.types[0])
-        d_x = d_weights = None
+        d_a = d_b = d_x = d_weights = None
+        if ctx.needs_input_grad[4]:
+            d_b = (rows.T @ mixed.flatten(0, -2)).to(ctx.types[1])
+        if ctx.needs_input_grad[3]:
+            d_a = (d_down.T @ x.flatten(0, -2)).to(ctx.types[0])
         if ctx.needs_input_grad[0]:
             d_x = (rows @ weight).addmm_(d_down, a).view(x.shape)
         if ctx.needs_input_grad[7]:

@@ -58,12 +58,14 @@ def plan_passes(
     fixed: bool = False,
     learns: bool = True,
     samples: bool = True,
+    loras_learn: bool = True,
 ) -> Passes:
     """The passes that a batch takes, from how LoRAs and routers are to learn.
 
     `estimator` is a name of the registry, `selections` M. `fixed`: the routers keep their random start, and training
     takes the top k as inference does. `learns`: False leaves the routers as they are, but samples. `samples`: does
-    the method sample at all (`AdapterConfig.samples`)?
+    the method sample at all (`AdapterConfig.samples`)? `loras_learn`: False where the LoRAs are frozen; then a pass
+    has a gradient only for an estimator that reads it.
     """
     facts = ESTIMATORS[estimator]
     if not samples or fixed:
@@ -71,13 +73,15 @@ def plan_passes(
     from_top = lora_gradient == "top"
     from_top_alone = from_top and not facts.samples_beside_top
     drawn = 0 if from_top_alone else selections
+    reads_gradient = learns and facts.linear
+    with_gradient = drawn if lora_gradient == "mean" else 1
     return Passes(
         top=int(from_top),
         samples=drawn,
-        with_gradient=drawn if lora_gradient == "mean" else 1,
+        with_gradient=with_gradient if loras_learn or reads_gradient else 0,
         learns_from_top=from_top_alone,
         router_learns=learns,
-        selection_gradients=learns and facts.linear,
+        selection_gradients=reads_gradient,
     )
 
 
@@ -168,9 +172,10 @@ def _run_passes(
             torch.manual_seed(dropout_seed)  # one mask for all passes: it cancels in the baseline
         with adapter.tracing(trace), torch.set_grad_enabled(keep):
             loss = token_losses()
-            whole = loss.sum() / passes.with_gradient
-            if isinstance(balance, Tensor) or balance:
-                whole = whole + balance * balance_loss(trace, inputs.mask)
+            if keep:
+                whole = loss.sum() / passes.with_gradient
+                if isinstance(balance, Tensor) or balance:
+                    whole = whole + balance * balance_loss(trace, inputs.mask)
         if keep:
             backward(whole)
         traces.append(trace)

@@ -13,18 +13,24 @@ class ParameterCounts:
     router: int
     active: int  # adapter parameters that serve one token: k of n LoRAs, and the routers
     base: int
+    frozen: int = 0  # LoRAs that are no longer trained
 
     @property
     def trained(self) -> int:
-        return self.lora_a + self.lora_b + self.other + self.router
+        return self.lora_a + self.lora_b + self.other + self.router - self.frozen
 
     def describe(self) -> str:
         parts = {"A": self.lora_a, "B": self.lora_b, "other": self.other, "router": self.router}
         listed = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+        if self.frozen:
+            listed += "; A and B frozen"
         return f"{self.trained:,} trained ({listed or 'nothing'}), {self.active:,} active per token"
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self) | {"trained": self.trained}
+        values = asdict(self) | {"trained": self.trained}
+        if not self.frozen:
+            del values["frozen"]
+        return values
 
 
 def count_parameters(adapter: Adapter) -> ParameterCounts:
@@ -35,4 +41,5 @@ def count_parameters(adapter: Adapter) -> ParameterCounts:
     router = sum(p.numel() for p in adapter.router_parameters().values())
     everything = sum(p.numel() for p in adapter.model.parameters())
     active = (a + b) * adapter.config.active // adapter.config.pool_size + other + router
-    return ParameterCounts(a, b, other, router, active, everything - a - b - other - router)
+    frozen = 0 if adapter.loras_learn else a + b
+    return ParameterCounts(a, b, other, router, active, everything - a - b - other - router, frozen)

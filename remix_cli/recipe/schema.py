@@ -28,6 +28,7 @@ from remix_cli.recipe.sources import (
     NONE_HELD_OUT,
     Data,
     Place,
+    Places,
     Positive,
     Seed,
     Share,
@@ -85,6 +86,9 @@ Names = Annotated[
 ]
 
 
+OF_THE_BEGINNING = ("init_from", "train_loras")  # what the adapter is trained from, and no part of what it is
+
+
 class AdapterSettings(Strict):
     method: MethodName = Field("remix", description=f"{SUMMARIES}.")
     pool_size: Positive = Field(8, description="n, LoRAs in each pool.")
@@ -96,11 +100,17 @@ class AdapterSettings(Strict):
         description="Ends of module names, or regular expressions; all-linear: every linear layer but the output's.",
     )
     dropout: Share = 0.0
+    init_from: Places | None = Field(
+        None,
+        description="Begin from a run or adapter folder of the same method and shape; or from LoRAs, PEFT folders or "
+        "runs of lora and rslora, one for each of the pool.",
+    )
+    train_loras: bool = Field(True, description="remix: false keeps the LoRAs of init_from and trains the router.")
 
     @model_validator(mode="after")
     def _only_own_settings(self) -> Self:
         own = method_named(self.method).settings
-        other = sorted(self.model_fields_set - {"method", *own})
+        other = sorted(self.model_fields_set - {"method", *self._own()})
         if other:
             also = f" (nor is {', '.join(other[1:])})" if other[1:] else ""
             raise PydanticCustomError(
@@ -113,8 +123,14 @@ class AdapterSettings(Strict):
 
     @model_serializer(mode="wrap")
     def _dump_own_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        own = ("method", *method_named(self.method).settings)
-        return {key: value for key, value in dump(self).items() if key in own}
+        own = ("method", *self._own())
+        silent = [key for key in OF_THE_BEGINNING if getattr(self, key) == type(self).model_fields[key].default]
+        return {key: value for key, value in dump(self).items() if key in own and key not in silent}
+
+    def _own(self) -> tuple[str, ...]:
+        """The settings that the method reads."""
+        method = method_named(self.method)
+        return (*method.settings, "init_from") if method.trains else method.settings
 
     @field_validator("active")
     @classmethod
@@ -208,6 +224,14 @@ class Train(Strict):
     metric_for_best_model: str = Field(
         "eval_loss", description="What `best/` is best at: eval_loss or <task>/<score>, for example gsm8k/flexible."
     )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="End the run after so many measurements in a row (eval_steps apart) that did not better the best "
+        "metric_for_best_model; best/ has that adapter.",
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="By more than this a measurement must better the best, to count as better."
+    )
     save_steps: Positive | None = Field(None, description="Checkpoint every so many steps, and at the end.")
     save_total_limit: Positive = 2
     report_to: Literal["none"] | TrackerName | Annotated[list[TrackerName], Field(min_length=1)] = Field(
@@ -232,6 +256,13 @@ class Train(Strict):
         if isinstance(self.report_to, str):
             return [] if self.report_to == "none" else [self.report_to]
         return [*self.report_to]
+
+    @model_serializer(mode="wrap")
+    def _dump_without_silent_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run that says nothing in younger keys is the run that it was before them."""
+        younger = ("early_stopping_patience", "early_stopping_threshold")
+        silent = [key for key in younger if getattr(self, key) == type(self).model_fields[key].default]
+        return {key: value for key, value in dump(self).items() if key not in silent}
 
 
 OF_ANSWERS = ("max_new_tokens", "temperature")  # keys of tasks that generate
@@ -429,9 +460,15 @@ class Recipe(Strict):
             unread["project"] = "names a project of trackers, and train.report_to names none that has projects"
         if self.train.lr_scheduler_type == "constant":
             unread["warmup_ratio"] = "needs a schedule with a warm-up, as train.lr_scheduler_type constant_with_warmup"
+        if self.train.early_stopping_patience is None:
+            unread["early_stopping_threshold"] = "belongs to train.early_stopping_patience, and there is none"
+        if not self.adapter.train_loras:
+            keys = ("learning_rate", "weight_decay", "max_grad_norm")
+            unread |= dict.fromkeys(keys, "says how the LoRAs learn, and adapter.train_loras is false")
         if not self.data.holds_out:
-            keys = ("eval_steps", "eval_tasks_limit", "per_device_eval_batch_size", "metric_for_best_model")
-            unread |= dict.fromkeys(keys, f"is of measurements on held-out rows, and {NONE_HELD_OUT}")
+            measured = ("eval_steps", "eval_tasks_limit", "per_device_eval_batch_size")
+            chosen = ("metric_for_best_model", "early_stopping_patience")
+            unread |= dict.fromkeys((*measured, *chosen), f"is of measurements on held-out rows, and {NONE_HELD_OUT}")
         elif not tasks_while_training(self.eval.tasks):
             unread["eval_tasks_limit"] = (
                 "is of tasks scored while training, and eval.tasks has none that is: programs are not run then, and "
@@ -459,6 +496,31 @@ class Recipe(Strict):
                 "(or use router.estimator: straight_through, which is biased)",
                 {"m": router.selections, "estimator": router.estimator, "at": ("router", "selections")},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stops_at_a_measurement(self) -> Self:
+        if self.train.early_stopping_patience is not None and self.train.eval_steps is None:
+            raise PydanticCustomError(
+                "conflict",
+                "counts measurements, and without train.eval_steps there are none before the end; set it",
+                {"at": ("train", "early_stopping_patience")},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        """Frozen LoRAs must be some that do something, and leave a router that learns."""
+        adapter, router = self.adapter, self.router
+        if adapter.train_loras:
+            return self
+        problem = None
+        if adapter.init_from is None:
+            problem = "false keeps the LoRAs as they begin, which is at nothing; say with adapter.init_from at which"
+        elif router.fixed or router.learning_rate == 0 or not self.adapter_config().samples:
+            problem = "false leaves nothing to train: no choice of this router is learnt"
+        if problem:
+            raise PydanticCustomError("conflict", problem, {"at": ("adapter", "train_loras")})
         return self
 
     @model_validator(mode="after")
@@ -527,7 +589,7 @@ class Recipe(Strict):
     def adapter_config(self) -> AdapterConfig:
         """In full; methods without a pool are one adapter that is always on."""
         method, router = self.method, self.router
-        read = {key: getattr(self.adapter, key) for key in method.settings}
+        read = {key: getattr(self.adapter, key) for key in method.settings if key not in OF_THE_BEGINNING}
         values: dict[str, Any] = {"pool_size": 1} | {key: read[key] for key in read if key in CONFIG_FIELDS}
         values.setdefault("active", values["pool_size"])
         if "target_modules" in values:

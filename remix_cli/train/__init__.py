@@ -5,6 +5,7 @@ preview.py      what `remix validate` shows
 setup.py        from a recipe to everything a run needs, one frozen value
 resume.py       may this run go on from what another process left?
 shard.py        the base model shared out over the processes
+begin.py        what a run begins from: adapter.init_from
 trainer.py      the run: steps, held-out loss, checkpoints, signals
 cluster_prompts.py  the prompts' clusters, found before the first step
 micro_batch.py  a recipe's words to the library's step; the gradients of one micro-batch
@@ -14,6 +15,7 @@ optim.py        parameter groups, schedule, clipping, the all-reduce of gradient
 pace.py         how fast
 held_out.py     the held-out loss and tasks between steps
 checkpoints.py  durable training state
+stopping.py     when a run has waited long enough for something better
 record.py       metrics.jsonl, the same for trackers, summary.json
 trackers.py     every step to every tracker, once
 tracker_tools.py  the trackers: how each is opened, and what it holds already

@@ -36,6 +36,17 @@ class TrainingState:
     evaluation_due: bool = False  # the run was stopped before this step's held-out loss was known
     seconds: float = 0.0  # training time so far
     tokens: int = 0
+    to_better: float | None = None  # early stopping: the least cost at a regular measurement so far
+    waited: int = 0  # and how many of them in a row did not better it
+    begun_from: list[dict[str, str]] = field(default_factory=list)  # what the adapter began with; see begin.py
+
+    def to_dict(self) -> dict[str, Any]:
+        """Younger fields are left out where they say nothing, so that a run without them writes what it did before."""
+        values = asdict(self)
+        for name, nothing in (("to_better", None), ("waited", 0), ("begun_from", [])):
+            if values[name] == nothing:
+                del values[name]
+        return values
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def save_checkpoint(
     with publish_folder(target, len(moments) + adapter_bytes(adapter), replace=True) as scratch:
         save_adapter(scratch, adapter, identity, trained_on)
         (scratch / OPTIMIZER_FILE).write_bytes(moments)
-        write_json(scratch / "state.json", asdict(state))
+        write_json(scratch / "state.json", state.to_dict())
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())}
         made = {"origin": asdict(origin), "machine": asdict(Machine.here(device))}
         manifest = {"format": FORMAT, "step": state.step, "files": files} | made

@@ -21,8 +21,8 @@ from remix_cli.recipe.schema import Router as RouterRecipe
 COUNTS_NOTHING = math.inf
 
 
-def passes_of(router: RouterRecipe, samples: bool) -> Passes:
-    """`samples`: does the method sample at all?"""
+def passes_of(router: RouterRecipe, samples: bool, loras_learn: bool = True) -> Passes:
+    """`samples`: does the method sample at all? `loras_learn`: or are they frozen?"""
     return plan_passes(
         router.estimator,
         selections=router.selections,
@@ -30,6 +30,7 @@ def passes_of(router: RouterRecipe, samples: bool) -> Passes:
         fixed=router.fixed,
         learns=router.learning_rate > 0,
         samples=samples,
+        loras_learn=loras_learn,
     )
 
 
@@ -66,7 +67,7 @@ def accumulate_batch(
         adapter,
         lambda: batch_losses(model, batch) / targets_in_step,
         BatchInputs(batch.rows, batch.mask, batch.prompt),
-        passes_of(router, adapter.config.samples),
+        passes_of(router, adapter.config.samples, adapter.loras_learn),
         estimator,
         seed=seed,
         numbers=numbers,

@@ -13,7 +13,8 @@ from remix_cli.recipe.schema import Recipe
 
 def make_optimizer(adapter: Adapter, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with one group for the LoRAs and one, without weight decay, for the routers."""
-    loras, routers = list(adapter.lora_parameters().values()), list(adapter.router_parameters().values())
+    loras = list(adapter.lora_parameters().values()) if adapter.loras_learn else []
+    routers = list(adapter.router_parameters().values())
     groups = [
         {"params": loras, "lr": recipe.train.learning_rate, "weight_decay": recipe.train.weight_decay},
         {"params": routers, "lr": recipe.router.learning_rate, "weight_decay": 0.0},

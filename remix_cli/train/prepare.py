@@ -19,14 +19,16 @@ from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import MIB, free_bytes, remove, storage_errors
 from remix_cli.tasks.registry import task_class
+from remix_cli.train import begin
 from remix_cli.train.checkpoints import adapter_bytes
 from remix_cli.train.tracker_tools import missing_packages
 
 
-def check_recipe(recipe: Recipe) -> Adapter:
+def check_recipe(recipe: Recipe, *, begins: bool = True) -> Adapter:
     """Problems beyond the schema, found without loading weights or rows; all of them at once.
 
-    Returns the adapter on a model skeleton (no memory for weights), for names and counts.
+    `begins`: False for a run that goes on from a checkpoint, and needs `adapter.init_from` no more. Returns the adapter
+    on a model skeleton (no memory for weights), for names and counts.
     Raises RecipeError.
     """
     problems = []
@@ -56,12 +58,16 @@ def check_recipe(recipe: Recipe) -> Adapter:
         targets = find_targets(model, config.target_modules) if _has_targets(config.method) else []
         adapter = apply_method(model, config, seed=recipe.seed)
         problems += _check_inputs(adapter, targets, ranks) or _check_pass(adapter)
+        if begins:
+            problems += begin.check(recipe, adapter)
     except RecipeError as error:
         problems += error.problems
     except TargetError as error:
         problems.append(f"adapter.target_modules: {error}")
     if problems:
         raise RecipeError(*problems)
+    if not recipe.adapter.train_loras:
+        adapter.freeze_loras()
     return adapter
 
 

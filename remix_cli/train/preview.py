@@ -175,7 +175,7 @@ def estimate_memory(
         activations = tokens * layers * kept * size
     logits = tokens * config.vocab_size * 2 * size + 3 * CHUNK * 4
     inputs = layers * tokens * hidden * size  # of the routers, for one selection
-    passes = passes_of(recipe.router, recipe.adapter_config().samples)
+    passes = passes_of(recipe.router, recipe.adapter_config().samples, recipe.adapter.train_loras)
     # A pass with gradient keeps them anyway; those of other passes outlive its activations.
     before = passes.with_gradient - 1
     traces = max(before * inputs, passes.total * inputs - activations - logits)

@@ -24,6 +24,7 @@ from remix_cli.recipe import Recipe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import write_text
 from remix_cli.train.checkpoints import TrainingState
+from remix_cli.train.stopping import has_waited_enough
 from remix_cli.train.trackers import Trackers
 
 
@@ -112,7 +113,7 @@ def summarise(
     """What summary.json holds."""
     estimator = ESTIMATORS[recipe.router.estimator]
     trains = recipe.adapter_config().samples and not recipe.router.fixed
-    return {
+    values = {
         "method": recipe.adapter.method,
         "steps": state.step,
         "best_eval_loss": state.best_loss,
@@ -131,6 +132,11 @@ def summarise(
             "python": platform.python_version(),
         },
     }
+    if state.begun_from:
+        values["begun_from"] = state.begun_from
+    if has_waited_enough(recipe, state):
+        values["stopped_early"] = True
+    return values
 
 
 def weights_of(folder: RunFolder) -> dict[str, str]:

@@ -13,7 +13,7 @@ from remix_cli.data.splits import TrainingData
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.schema import tasks_while_training
-from remix_cli.runs import RunFolder
+from remix_cli.runs import BegunWith, RunFolder
 from remix_cli.train.checkpoints import CAUSES, Origin
 from remix_cli.train.record import read_lines, step_of
 
@@ -26,6 +26,7 @@ MAY_CHANGE_TRAIN = {
     "project",
     "per_device_eval_batch_size",
 }
+STEPS = ("train.max_steps", "train.num_train_epochs")
 # Keys that came later, with the value at which a run is what it was before: it may be one that knew no such key.
 LATER = {"router.clusters": 0}
 
@@ -44,9 +45,28 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if k not in LATER or v != LATER[k]}
 
 
-def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
-    """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs."""
+def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> BegunWith:
+    """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs.
+
+    Returned is what may differ, as the run was begun with it: where files lie, for what they hold is compared by its
+    hashes; and how many steps there are, under a schedule that does not depend on that.
+    """
     before, after = _binding(old), _binding(new)
+    differ = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    free = {key for key in differ if _names_places(key, before.get(key), after.get(key))}
+    longer = differ & set(STEPS)
+    if longer and _is_open_ended(new) and _is_open_ended(old):
+        free |= longer
+    elif longer == differ - free and longer:
+        key = sorted(longer)[0]
+        raise RecipeError(
+            f"{key}: {_shown(after.get(key))}, but {folder.path} was begun with {_shown(before.get(key))}, and its "
+            f"{new.train.lr_scheduler_type} schedule is laid out over all steps; train on from its end, in a new "
+            f"output_dir, with adapter.init_from: {folder.path}"
+        )
+    begun_with = {key: before.get(key) for key in free} | folder.begun_with()
+    before = {key: value for key, value in before.items() if key not in free}
+    after = {key: value for key, value in after.items() if key not in free}
     if new.train.metric_for_best_model != "eval_loss":  # the best so far was chosen by these tasks
         for values, recipe in ((before, old), (after, new)):
             values |= {f"eval.tasks ({label})": task for label, task in tasks_while_training(recipe.eval.tasks)}
@@ -57,6 +77,33 @@ def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> None:
     ]
     if changed:
         raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
+    return begun_with
+
+
+def has_other_steps(new: Recipe, old: Recipe) -> bool:
+    """May the run be longer than it was to be?"""
+    before, after = _binding(old), _binding(new)
+    return any(before.get(key) != after.get(key) for key in STEPS)
+
+
+def _names_places(key: str, before: Any, after: Any) -> bool:
+    """Do two values of `key` differ in nothing but where files lie?"""
+    if key == "model.name_or_path":
+        return True
+    if key not in ("data.train", "data.validation"):
+        return False
+    return _but_paths(before) == _but_paths(after)
+
+
+def _but_paths(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in source.items() if key != "path"} for source in sources]
+
+
+def _is_open_ended(recipe: Recipe) -> bool:
+    """Are the learning rates of all steps the same, however many there will be?"""
+    train = recipe.train
+    with_warmup = train.lr_scheduler_type == "constant_with_warmup"
+    return train.lr_scheduler_type == "constant" or (with_warmup and train.warmup_ratio == 0)
 
 
 def _shown(value: Any) -> str:
@@ -85,9 +132,10 @@ def _digest(rows: list[EncodedRow]) -> str:
     return digest.hexdigest()
 
 
-def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity) -> Origin:
-    """Hashes of everything a checkpoint of this run belongs to."""
-    text = json.dumps(_binding(recipe), sort_keys=True)
+def origin_of(recipe: Recipe, data: TrainingData, identity: BaseIdentity, begun_with: BegunWith) -> Origin:
+    """Hashes of everything a checkpoint of this run belongs to; of the recipe as the run was begun with it."""
+    values = _binding(recipe) | begun_with
+    text = json.dumps(values, sort_keys=True)
     return Origin(
         recipe=hashlib.sha256(text.encode()).hexdigest(),
         data=_digest(data.train.rows),

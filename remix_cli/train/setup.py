@@ -2,7 +2,8 @@
 
 1. `_read_data`: tokenizer and rows. Nothing large is in memory yet.
 2. `_load_base`: the frozen model, what identifies it, and whether all processes were given the same.
-3. `_adapt`: the method's adapter on it; the base shared out over the processes, if asked for.
+3. `_adapt`: the method's adapter on it; the base shared out over the processes, if asked for. What it begins from is
+   read now, and put into it when the first step is near (begin.py).
 4. `_measure`: what is measured between steps. Its scorers read the model as it is now.
 5. the rest: compilation, estimator, gradients, optimizer, schedule.
 """
@@ -24,8 +25,9 @@ from remix_cli.data.splits import TrainingData, load_data
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe
-from remix_cli.runs import RunFolder, Subject
-from remix_cli.train import optim
+from remix_cli.runs import BegunWith, RunFolder, Subject
+from remix_cli.train import begin, optim
+from remix_cli.train.begin import Beginning
 from remix_cli.train.checkpoints import Origin
 from remix_cli.train.held_out import Evaluation
 from remix_cli.train.micro_batch import EagerGradients
@@ -49,6 +51,8 @@ class Setup:
     adapter: Adapter
     identity: BaseIdentity
     origin: Origin
+    begun_with: BegunWith
+    beginning: Beginning | None
     trained_on: TrainedOn
     evaluation: Evaluation
     estimator: Estimator
@@ -67,11 +71,17 @@ class Setup:
         return self.accelerator.is_main_process
 
 
-def set_up(recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> Setup:
-    """Load and connect. Writes nothing. Raises RecipeError, DataError, ArtefactError."""
+def set_up(
+    recipe: Recipe, folder: RunFolder, accelerator: Accelerator, begun_with: BegunWith, *, begins: bool
+) -> Setup:
+    """Load and connect. Writes nothing. Raises RecipeError, DataError, ArtefactError.
+
+    `begun_with`: what the recipe said otherwise when the run was begun. `begins`: or is there a checkpoint?
+    """
     tokenizer, data = _read_data(recipe, accelerator)
-    model, identity, origin = _load_base(recipe, data, tokenizer, accelerator)
+    model, identity, origin = _load_base(recipe, data, tokenizer, accelerator, begun_with)
     adapter = _adapt(recipe, model, tokenizer, accelerator)
+    beginning = begin.read(recipe, adapter, identity, accelerator.num_processes) if begins else None
     evaluation = _measure(recipe, adapter, data, tokenizer, accelerator)
     if recipe.train.torch_compile:
         compile_unadapted(adapter.model)
@@ -88,11 +98,13 @@ def set_up(recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> Setup
         adapter=adapter,
         identity=identity,
         origin=origin,
+        begun_with=begun_with,
+        beginning=beginning,
         trained_on=TrainedOn(origin.recipe, origin.data, data.held_out),
         evaluation=evaluation,
         estimator=estimator,
         gradients=_gradients(recipe, adapter, estimator, accelerator),
-        loras=list(adapter.lora_parameters().values()),
+        loras=list(adapter.lora_parameters().values()) if adapter.loras_learn else [],
         routers=list(adapter.router_parameters().values()),
         optimizer=optim.make_optimizer(adapter, recipe),
         schedule=optim.make_schedule(recipe, total_steps),
@@ -105,13 +117,13 @@ def _read_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Any, TrainingD
 
 
 def _load_base(
-    recipe: Recipe, data: TrainingData, tokenizer: Any, accelerator: Accelerator
+    recipe: Recipe, data: TrainingData, tokenizer: Any, accelerator: Accelerator, begun_with: BegunWith
 ) -> tuple[Any, BaseIdentity, Origin]:
     """On the host where it is to be sharded: no card need hold it whole."""
     sharded = recipe.train.shard_base
     model = load_model(recipe.model, torch.device("cpu") if sharded else accelerator.device)
     identity = identify(recipe.model, model, tokenizer)
-    origin = origin_of(recipe, data, identity)
+    origin = origin_of(recipe, data, identity, begun_with)
     check_ranks(recipe, origin, identity, accelerator.num_processes)
     check_graphs(recipe, model)
     return model, identity, origin
@@ -127,6 +139,8 @@ def _adapt(recipe: Recipe, model: Any, tokenizer: Any, accelerator: Accelerator)
     if sharded:
         shard_base(adapter.model, adapter, accelerator.device, accelerator.num_processes)
         check_base(adapter.model, len(tokenizer))
+    if not recipe.adapter.train_loras:
+        adapter.freeze_loras()
     adapter.find_local()  # by a pass of its own, before anything is compiled
     if recipe.train.gradient_checkpointing:
         adapted: Any = adapter.model

@@ -26,7 +26,7 @@ from remix_cli.diagnostics.parameters import count_parameters
 from remix_cli.errors import ArtefactError, DivergedError, Interrupted, RecipeError
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import cost, measures_while_training
-from remix_cli.runs import RunFolder
+from remix_cli.runs import BegunWith, RunFolder
 from remix_cli.storage import lock_folder, publish_folder, recover, remove, storage_errors, write_json
 from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
@@ -35,10 +35,11 @@ from remix_cli.train.console import TrainingConsole
 from remix_cli.train.micro_batch import COUNTS_NOTHING
 from remix_cli.train.pace import Pace
 from remix_cli.train.record import Recorder, peak_memory, summarise, weights_of
-from remix_cli.train.resume import check_nothing_was_saved, check_same_recipe
+from remix_cli.train.resume import check_nothing_was_saved, check_same_recipe, has_other_steps
 from remix_cli.train.setup import Setup, set_up
 from remix_cli.train.shard import check_launch
 from remix_cli.train.signals import Signals
+from remix_cli.train.stopping import count_measurement, describe_stop, has_waited_enough
 from remix_cli.train.sums import StepSums
 
 
@@ -47,7 +48,9 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
 
     Raises RecipeError, DataError, ArtefactError, BusyError, StorageError, DivergedError or Interrupted.
     """
-    skeleton = prepare.check_recipe(recipe)
+    folder = RunFolder(Path(recipe.output_dir))
+    begins = not (resume and checkpoints.list_checkpoints(folder.checkpoints))
+    skeleton = prepare.check_recipe(recipe, begins=begins)
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
@@ -56,15 +59,16 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     )
     prepare.check_hardware(recipe, accelerator.device)
     check_launch(recipe, accelerator.num_processes)
-    folder = RunFolder(Path(recipe.output_dir))
     main = accelerator.is_main_process
+    begun_with: BegunWith = {}
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
-            check_same_recipe(recipe, load_recipe(folder.recipe, stored=True), folder)
+            before = load_recipe(folder.recipe, stored=True)
+            begun_with = check_same_recipe(recipe, before, folder)
         if main:  # of a complete run too: the disk may have refused to remove the last scratch
             recover(folder.path)
             recover(folder.checkpoints)
-        if resume and folder.summary.exists():
+        if resume and folder.summary.exists() and not has_other_steps(recipe, before):
             summary = folder.read_summary()  # a damaged one is named before anything is done about it
             problem = _problem_of(folder)
             if main:
@@ -75,7 +79,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
         if main:
             prepare.check_space(recipe, skeleton)
         accelerator.wait_for_everyone()
-        return _run(set_up(recipe, folder, accelerator), console, resume)
+        return _run(set_up(recipe, folder, accelerator, begun_with, begins=begins), console, resume)
 
 
 def _problem_of(folder: RunFolder) -> str | None:
@@ -120,6 +124,11 @@ def _restore(setup: Setup, console: Console) -> TrainingState | None:
     state, different = checkpoints.restore(checkpoint, setup.adapter, setup.optimizer, setup.origin, setup.identity)
     if different:
         tell(f"not bit-reproducible: {', '.join(different)} when {checkpoint.name} was made")
+    if state.step > setup.total_steps:
+        raise RecipeError(
+            f"train.max_steps: {setup.total_steps} steps, but {setup.folder.path} has done {state.step} already; give "
+            "at least as many"
+        )
     return state
 
 
@@ -133,7 +142,7 @@ def _open_folder(setup: Setup, state: TrainingState, resumed: bool, console: Con
             remove(folder.summary)
     else:
         prepare.clear_output(folder)
-    folder.write_recipe(setup.recipe)
+    folder.write_recipe(setup.recipe, setup.begun_with)
 
     def tell(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -191,13 +200,15 @@ class Trainer:
         self.view.announce(
             self.recipe, self.setup.data, count_parameters(self.adapter), self.state.step, self.setup.total_steps
         )
-        if self.state.step == 0:
-            self._find_clusters()
+        if self.state.step == 0 and not self.state.begun_from:
+            self._begin()
         if self.state.step == 0 or self.state.evaluation_due:
             self._evaluate()
         self._step_ends()
         self._go_on_training()
         for step in range(self.state.step, self.setup.total_steps):
+            if has_waited_enough(self.recipe, self.state):
+                break
             asked_to_stop = self._step(step)
             if asked_to_stop:  # whoever asked has little patience: the held-out loss is for the resumed run
                 self._stop()
@@ -205,11 +216,23 @@ class Trainer:
                 self._evaluate()
                 self._go_on_training()
             self._step_ends()
-            if self._is_due(self.recipe.train.save_steps):
+            if self._is_due(self.recipe.train.save_steps) or has_waited_enough(self.recipe, self.state):
                 self._save()
+        if has_waited_enough(self.recipe, self.state):
+            self.view.line(describe_stop(self.recipe, self.state))
         if self.setup.is_main:  # a process killed while it removed an old checkpoint left a part of it
             checkpoints.prune(self.folder.checkpoints, self.state.step, self.recipe.train.save_total_limit)
         self._write_adapter(self.folder.adapter)
+
+    def _begin(self) -> None:
+        """Clusters are found on the base model, so before the adapter is one that changes anything."""
+        beginning = self.setup.beginning
+        if beginning is None or not beginning.has_clusters:
+            self._find_clusters()
+        if beginning is not None:
+            beginning.apply(self.adapter)
+            self.state.begun_from = beginning.read
+            self._save()  # from here on a resumed run needs the folders no more
 
     def _find_clusters(self) -> None:
         count = self.recipe.router.clusters
@@ -367,6 +390,7 @@ class Trainer:
                     "try a lower train.learning_rate"
                 )
             self._record({"step": self.state.step, **record, "best": self._keep_best(record)})
+            count_measurement(self.recipe, self.state, record)
         self.state.evaluation_due = False
 
     def _keep_best(self, record: dict[str, Any]) -> bool:
@@ -376,7 +400,7 @@ class Trainer:
         if self.state.best_cost is not None and now >= self.state.best_cost:
             return False
         self.state.best_cost, self.state.best_loss, self.state.best_step = now, record["eval_loss"], self.state.step
-        if self.state.step:
+        if self.state.step or self.state.begun_from:
             self._write_adapter(self.folder.best)
         return True
 

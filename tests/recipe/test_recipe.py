@@ -311,14 +311,15 @@ def test_missing_recipe_file(tmp_path):
 ROUTED, LORA, ALL = {"pool_size": 4, "active": 2}, {"method": "lora"}, {"pool_size": 4, "active": 4}
 OTHER = {  # for each key a value that is not its default
     "adapter": {"pool_size": 9, "active": 3, "rank": 2, "omega": "lora", "target_modules": ["q_proj"], "dropout": 0.1}
-    | {"virtual_tokens": 3, "vectors": 3, "vector_length": 3},
+    | {"virtual_tokens": 3, "vectors": 3, "vector_length": 3, "init_from": ["a", "b"]},
     "router": {"selections": 4, "estimator": "rtg", "fixed": True, "lora_gradient": "one", "scope": "module"}
     | {"level": "sequence", "learning_rate": 0.2, "init_std": 1.0, "unit_input": False, "max_grad_norm": 2.0}
     | {"balance": 0.5, "clusters": 3},
     "alarm": {"ess": 2.0, "commonest": 0.5, "dead": 0.4, "patience": 3},
     "train": {"warmup_ratio": 0.1, "eval_steps": 5, "eval_tasks_limit": 5, "per_device_eval_batch_size": 2}
     | {"project": "mine"}
-    | {"metric_for_best_model": "nll/loss"},
+    | {"metric_for_best_model": "nll/loss", "early_stopping_threshold": 0.1, "early_stopping_patience": 2}
+    | {"learning_rate": 0.2, "weight_decay": 0.1, "max_grad_norm": 2.0},
     "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9}
     | {"chat_template_kwargs": {"enable_thinking": False}},
 }
@@ -335,8 +336,11 @@ UNREAD |= {"train.warmup_ratio": {"train": {"lr_scheduler_type": "constant"}}}
 UNREAD |= {"train.eval_tasks_limit": {"eval": {"tasks": [{"task": "nll"}, {"task": "humaneval"}]}}}
 UNREAD |= {
     f"train.{key}": {"data": {"train": [FILE], "validation_fraction": 0.0}}
-    for key in ("eval_steps", "per_device_eval_batch_size", "metric_for_best_model")
+    for key in ("eval_steps", "per_device_eval_batch_size", "metric_for_best_model", "early_stopping_patience")
 }
+UNREAD |= {"train.early_stopping_threshold": {}}
+FROZEN = {"adapter": ROUTED | {"init_from": "run", "train_loras": False}}
+UNREAD |= {f"train.{key}": FROZEN for key in ("learning_rate", "weight_decay", "max_grad_norm")}
 UNREAD |= {f"data.{key}": {"data": HELD} for key in ("validation_fraction", "split_seed")}
 UNREAD |= {"data.allow_overlap": {}, "data.validation_limit": {"data": {"train": [FILE], "validation_fraction": 0.0}}}
 UNREAD |= {"data.chat_template_kwargs": {"data": {"train": [FILE], "use_chat_template": False}}}
@@ -363,8 +367,9 @@ ALWAYS_READ = {
     "data.train.* data.validation.* eval.tasks.*": "data.sources, tasks",
     "train.num_train_epochs train.max_steps": "data.splits; max_steps is said to override num_train_epochs",
     "train.per_device_train_batch_size train.gradient_accumulation_steps train.group_by_length": "data.batches",
-    "train.learning_rate train.weight_decay train.lr_scheduler_type": "train.optim",
-    "train.max_grad_norm train.torch_compile train.cuda_graphs train.shard_base": "train.trainer",
+    "adapter.train_loras": "train.setup; false without init_from or without a router that learns is refused",
+    "train.lr_scheduler_type": "train.optim",
+    "train.torch_compile train.cuda_graphs train.shard_base": "train.trainer",
     "train.gradient_checkpointing train.logging_steps train.save_steps train.save_total_limit": "train.trainer",
     "train.report_to": "train.trackers",
     "eval.tasks eval.batch_size eval.selection": "evaluation.evaluator",

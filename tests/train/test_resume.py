@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from remix_cli.core.step import MicroResult
 from remix_cli.core.store import BaseIdentity
 from remix_cli.errors import ArtefactError, BusyError, DataError, DivergedError, Interrupted, RecipeError
+from remix_cli.folders import check_run
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.storage import lock_folder
 from remix_cli.train import checkpoints, micro_batch, resume, trainer
@@ -422,6 +423,26 @@ def test_K14_a_moved_run_resumes(stage, whole, monkeypatch, tmp_path):
     shutil.move(folder, tmp_path / "there")
     run(recipe_for(stage, tmp_path / "there"), resume=True)
     assert outcome(tmp_path / "there") == whole
+
+
+def test_K14_a_run_whose_model_and_rows_lie_elsewhere_now_resumes(stage, whole, monkeypatch, tmp_path):
+    """Paths may change where what they hold does not."""
+    folder = half_done(stage, tmp_path / "run", monkeypatch)
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(stage[0], model)
+    shutil.copy(stage[1], rows)
+    moved = recipe_for((model, rows, None), folder)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            run(moved, resume=True)
+    run(moved, resume=True)  # from now on the run's own recipe says so, too
+    assert outcome(folder) == whole
+    assert str(rows) in (folder / "recipe.yaml").read_text()
+    check_run(folder, best=True)
+    other = write_rows(tmp_path / "other.jsonl", 24, seed=7)
+    with pytest.raises(ArtefactError, match="made from other rows and other held-out rows"):
+        run(recipe_for((model, other, None), half_done(stage, tmp_path / "two", monkeypatch)), resume=True)
 
 
 @pytest.mark.parametrize(
