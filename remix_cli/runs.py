@@ -8,9 +8,11 @@ import torch
 
 from remix_cli.core.patch import Adapter
 from remix_cli.core.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
-from remix_cli.data.encode import EncodedRow, Encoder, load_examples
+from remix_cli.data.encode import Encoder, load_examples
 from remix_cli.data.formats import Example
-from remix_cli.data.splits import digest_of, evenly, split_examples
+from remix_cli.data.rows import EncodedRow
+from remix_cli.data.said import digest_of
+from remix_cli.data.splits import evenly, held_out_examples
 from remix_cli.errors import ArtefactError, DataError, RecipeError, shortened
 from remix_cli.folders import BegunWith, RunFolder, check_run
 from remix_cli.methods.apply import apply_method, unadapted
@@ -39,32 +41,32 @@ class Subject:
         """digest_of the rows that were held out when the adapter was trained, where that is known."""
         return None
 
-    def split(self) -> tuple[list[Example], list[int], list[Example]]:
-        """As `split_examples` of the recipe. Raises DataError, ArtefactError if the held-out rows are others now.
+    def held_out_examples(self) -> list[Example]:
+        """What the recipe holds out of training. Raises DataError, ArtefactError if these are other rows now.
 
         Whatever is measured on the recipe's own held-out rows takes them from here: rows of a changed file may be
         rows that the adapter was trained on.
         """
-        parts = split_examples(self.recipe)
-        if self.held_out not in (None, digest_of(parts[2])):
+        examples = held_out_examples(self.recipe)
+        if self.held_out not in (None, digest_of(examples)):
             data = self.recipe.data
             places = ", ".join(source.named for source in data.validation or data.train)
             raise ArtefactError(
                 f"{shortened(places)}: changed since the training, whose held-out rows were others: some of these may "
                 "have been trained on; restore the rows, or name others with --data FILE"
             )
-        return parts
+        return examples
 
     def rows_to_look_at(self, data: str | None, limit: int | None) -> list[EncodedRow]:
         """The recipe's held-out rows, or those of the file `data` in its first format, at most `limit`.
 
-        Raises DataError, also for no row at all, and as `split`.
+        Raises DataError, also for no row at all, and as `held_out_examples`.
         """
         if data is None:
-            _, _, examples = self.split()
+            examples = self.held_out_examples()
         else:
             examples, _ = load_examples([self.recipe.data.train[0].at(data)])
-        rows = self.encoder.encode_rows(evenly(examples, limit)).rows
+        rows = list(self.encoder.encode_rows(evenly(examples, limit)).rows)
         if not rows:
             raise DataError("no rows to look at; give --data FILE or data.validation in the recipe")
         return rows

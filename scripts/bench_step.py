@@ -27,7 +27,7 @@ from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.patch import apply_adapter, compile_unadapted
 from remix_cli.core.trace import Weighting
 from remix_cli.data.batches import Batch, collate
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.models import DTYPES, batch_losses, load_model
 from remix_cli.recipe.schema import Model, Router
 from remix_cli.train.micro_batch import accumulate_batch

@@ -34,8 +34,9 @@ from remix_cli.core.estimators.registry import ESTIMATORS, make_estimator
 from remix_cli.core.estimators.rollouts import Rollouts, TopPass
 from remix_cli.cross_entropy import token_losses
 from remix_cli.data.batches import Batch, collate
-from remix_cli.data.encode import EncodedRow, Encoder
+from remix_cli.data.encode import Encoder
 from remix_cli.data.formats import Example
+from remix_cli.data.rows import EncodedRow
 from remix_cli.data.splits import TrainingData, load_data
 from remix_cli.models import batch_losses, load_model, load_tokenizer, supervised_logits
 from remix_cli.recipe import Recipe, load_recipe
@@ -505,7 +506,7 @@ def main() -> None:
         ({"role": "user", "content": x["prompt"]}, {"role": "assistant", "content": x["completion"]}) for x in lines
     ]
     examples = [Example(two, x["task"]) for two, x in zip(turns, lines, strict=True)]
-    test = Encoder.of(tokenizer, recipe.data).encode_rows(examples).rows
+    test = list(Encoder.of(tokenizer, recipe.data).encode_rows(examples).rows)
     names = sorted({row.task for row in data.train.rows})
     arms = [Arm(name, **settings) for name, settings in json.loads(args.arms.read_text(encoding="utf-8")).items()]
 
@@ -523,7 +524,7 @@ def main() -> None:
             if any(arm.prepared for arm in group):
                 prepare_features(stack, data, tasks_of)
             train(stack, data, recipe, seed, tasks_of)
-            held, tested = (evaluate(stack, rows, tasks_of) for rows in (data.validation.rows, test))
+            held, tested = (evaluate(stack, rows, tasks_of) for rows in (list(data.validation.rows), test))
             random = evaluate(stack, test, tasks_of, shuffled(stack))
             same = kept(stack, test, tasks_of)
             with args.out.open("a", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ import struct
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["REMIX_CACHE"] = "off"  # nothing of a test stays in the user's own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # models this small gain nothing from threads, which spin while another process has the core
 os.environ.setdefault("OMP_NUM_THREADS", "1")

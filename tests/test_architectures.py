@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from remix_cli import models
 from remix_cli.compat.transformers import cast_parameters
 from remix_cli.data.batches import collate
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import load_model

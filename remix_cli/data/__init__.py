@@ -7,6 +7,9 @@ control.py   control tokens that a text spells out stay text
 template.py  a conversation -> text, by a chat template that is bounded
 turns.py     which stretches of that text are the assistant's
 encode.py    a conversation -> token ids and which of them are supervised
+rows.py      encoded rows as long arrays
+cache.py     encoded rows kept on disk
+said.py      whether two conversations say the same
 splits.py    what is trained on and what is held out
 chunks.py    many rows, as many at a time as memory holds
 batches.py   which rows make up which step, on which rank; padding

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 
 GROUP = 50  # steps whose rows are sorted by length together
 

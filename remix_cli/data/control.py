@@ -64,9 +64,13 @@ class ControlTokens:
     def unmark(self, text: str) -> str:
         return MARKED.sub(lambda found: self.known[int(found[1])].content, text)
 
+    def is_plain(self, text: str) -> bool:
+        """May the tokenizer read it as it is?"""
+        return MARK not in text and not self.hidden
+
     def ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text of which parts may be marked. Raises RowError where a control token cannot stay text."""
-        if MARK not in text and not self.hidden:
+        if self.is_plain(text):
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         own = self.spelt_out.sub(lambda found: f"{STAND_IN}{self.number[found[0]]}{END}", text)
         plain = self.unmark(own)

@@ -7,13 +7,17 @@ be the end token can neither hide it nor be learnt. What a text spells out is te
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Container, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Any, TypeVar
 
 import numpy as np
 
 from remix_cli.data.control import NUMBER, ControlTokens, special_ids
 from remix_cli.data.formats import Example, Message, RowError, to_example, without_mark
+from remix_cli.data.formats.base import Conversation
+from remix_cli.data.rows import NOTHING, Encoded, EncodedConversation, Packer
 from remix_cli.data.sources import iterate_rows
 from remix_cli.data.template import Template
 from remix_cli.data.turns import Part
@@ -23,51 +27,11 @@ from remix_cli.recipe.sources import Data, Source
 # A longer text is refused: it takes a second for each million characters, most of it for tokens that are cut off, and
 # where to cut before tokenising, so that the tokens in front stay the same, no tokenizer says.
 SPARE, CHARACTERS = 1_000_000, 100  # at any length, and for each token of max_length
-
+AT_ONCE = 256  # conversations, and no more than SPARE characters, unless one has more: many small calls are slow
 
 Piece = tuple[list[int], bool]  # token ids, and whether they are supervised
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    input_ids: np.ndarray  # (T,) int32
-    supervised: np.ndarray  # (T,) bool: True where the token is to be predicted
-    task: str
-
-
-@dataclass
-class Encoded:
-    """Rows ready for batching, and what happened on the way."""
-
-    rows: list[EncodedRow]
-    read: int
-    truncated: int  # lost their end
-    dropped: int  # lost all supervised tokens to truncation
-    split: int = 0  # conversations that became several rows
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(row.input_ids) for row in self.rows])
-
-    @property
-    def target_counts(self) -> np.ndarray:
-        """Supervised tokens of each row; the first token has nothing before it to be predicted from."""
-        return np.array([int(row.supervised[1:].sum()) for row in self.rows])
-
-    @property
-    def repeated(self) -> int:
-        """Rows that say the same as an earlier one."""
-        return len(self.rows) - len({row.input_ids.tobytes() for row in self.rows})
-
-    def describe(self) -> str:
-        notes = [f"{len(self.rows)} rows", f"{int(self.target_counts.sum()):,} supervised tokens"]
-        if self.split:
-            notes.append(f"{self.split} conversations as a row for each turn, as the chat template needs it")
-        if self.truncated:
-            notes.append(f"{self.truncated} cut at max_length")
-        if self.dropped:
-            notes.append(f"{self.dropped} dropped: nothing supervised before the cut")
-        return ", ".join(notes)
+Made = TypeVar("Made")
+Known = dict[tuple[str, bool], list[int]]  # text, and whether special tokens are added -> its token ids
 
 
 class Encoder:
@@ -112,25 +76,43 @@ class Encoder:
         One row, but for chat templates that show earlier turns differently once later ones follow (turns.py). Control
         tokens of contents are marked in it.
         """
-        messages = self._marked(list(example.messages))
-        if messages[0]["role"] == "text":
-            return [[Part(messages[0]["content"], True, True)]]
-        if not self.chat or not self.template:
-            return [_plain_parts(messages, example.tools)]
-        tools = self._marked(list(example.tools))
-        self._check_kept(self.template, messages, tools)
-        return self.template.rows(messages, tools)
+        (parts,) = self._parts([example])
+        return parts
 
-    def _check_kept(self, template: Template, messages: list[Message], tools: list[Any]) -> None:
-        """Raises RowError if the template leaves something out of conversations of this form.
+    def _parts(self, examples: list[Example]) -> Generator[list[list[Part]]]:
+        """Of one example after another. Raises RowError when it is the turn of one that cannot be rendered."""
+        rendered = self._rendered(self._marked_whole(example) for example in examples if self._is_chat(example))
+        with closing(rendered):
+            for example in examples:
+                if self._is_chat(example):
+                    yield next(rendered)
+                elif _is_text(example):
+                    yield [[Part(self._mark(example.messages[0]["content"]), True, True)]]
+                else:
+                    yield [_plain_parts(self._marked_whole(example))]
+
+    def _is_chat(self, example: Example) -> bool:
+        return self.chat and self.template is not None and not _is_text(example)
+
+    def _rendered(self, conversations: Iterable[Conversation]) -> Generator[list[list[Part]]]:
+        """By the template. Raises RowError also if it leaves something out of conversations of a form.
 
         Asked with texts of our own: short ones that also stand in the scaffolding would not be missed.
         """
-        named = [_named(i, message) for i, message in enumerate(messages)]
-        form = json.dumps(named) + str(len(tools))
-        if form not in self.kept:
-            template.rows(named, tools)
-            self.kept.add(form)
+        assert self.template is not None
+        forms: deque[str] = deque()  # of those whose answer is still to come
+
+        def questions() -> Iterator[tuple[Conversation, Conversation | None]]:
+            for conversation in conversations:
+                named = [_named(i, message) for i, message in enumerate(conversation.messages)]
+                form = json.dumps(named) + str(len(conversation.tools))
+                forms.append(form)
+                yield conversation, None if form in self.kept else Conversation(named, conversation.tools)
+
+        with closing(self.template.rows(questions())) as rendered:
+            for rows in rendered:
+                self.kept.add(forms.popleft())
+                yield rows
 
     def with_shots(self, example: Example, shots: list[Example]) -> Example:
         """The example after solved ones, as earlier turns of one conversation."""
@@ -142,6 +124,9 @@ class Encoder:
 
     def _mark(self, text: str) -> str:
         return self.control.mark(text) if self.control else text
+
+    def _marked_whole(self, example: Example) -> Conversation:
+        return Conversation(self._marked(list(example.messages)), self._marked(list(example.tools)))
 
     def _marked(self, value: Any) -> Any:
         """The same with every text in it marked."""
@@ -174,27 +159,54 @@ class Encoder:
 
     def _rows(self, example: Example) -> list[list[Piece]]:
         """The conversation's tokens as rows, each in stretches that are supervised or not. Raises RowError."""
-        length = sum(map(_size, example.messages))
+        self._check_size(example)
+        return self._tokens(example, self.parts(example), {})
+
+    def _check_size(self, example: Example) -> None:
+        length = _size_of(example)
         most = SPARE + CHARACTERS * self.max_length
         if length > most:
             raise RowError(
                 f"its text has {length:,} characters, data.max_length = {self.max_length} allows {most:,}; "
                 "shorten it, or take the row out"
             )
-        # Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token.
-        plain = not self.chat or example.messages[0]["role"] == "text"
-        return [self._pieces(parts, plain) for parts in self.parts(example)]
 
-    def _pieces(self, parts: list[Part], plain: bool) -> list[Piece]:
+    def _tokens(self, example: Example, rows: list[list[Part]], known: Known) -> list[list[Piece]]:
+        """Of what `_parts` made of an example. Raises RowError."""
+        return [self._pieces(parts, self._opens(example), known) for parts in rows]
+
+    def _opens(self, example: Example) -> bool:
+        """Chat templates write their special tokens themselves; plain text gets the tokenizer's opening token."""
+        return not self.chat or _is_text(example)
+
+    def _pieces(self, parts: list[Part], opens: bool, known: Known) -> list[Piece]:
         pieces: list[Piece] = []
         for part in parts:
-            ids = self._ids(part.text, add_special_tokens=plain and not pieces)
+            first = opens and not pieces
+            ids = known.get((part.text, first)) or self._ids(part.text, add_special_tokens=first)
             if part.answer:
                 turn, after = self._closed(ids)
                 pieces += [(turn, part.learnt), (after, False)]
             else:
                 pieces.append((ids, False))
         return pieces
+
+    def _read_at_once(self, examples: list[Example], rows: list[list[list[Part]]]) -> Known:
+        """The token ids of all stretches but those in which a control token is to stay text."""
+        wanted: dict[tuple[str, bool], None] = {}  # in order
+        for example, of_example in zip(examples, rows, strict=True):
+            opens = self._opens(example)
+            for parts in of_example:
+                for number, part in enumerate(parts):
+                    if self.control is None or self.control.is_plain(part.text):
+                        wanted[part.text, opens and number == 0] = None
+        known: Known = {}
+        for first in (False, True):
+            texts = [text for text, is_first in wanted if is_first == first]
+            if texts:
+                ids = self.tokenizer(texts, add_special_tokens=first)["input_ids"]
+                known |= zip(((text, first) for text in texts), ids, strict=True)
+        return known
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Everything before the last assistant's turn, as it is given to the model to continue."""
@@ -220,28 +232,70 @@ class Encoder:
         """The last of its rows: the conversation as it stands at its end."""
         return self.rows(example)[-1]
 
-    def encode_rows(self, examples: list[Example]) -> Encoded:
-        """Rows over max_length lose their end; a row left without a supervised token is dropped and counted."""
-        encoded = Encoded([], len(examples), 0, 0)
-        for number, example in enumerate(examples, start=1):
-            try:
-                rows = self.rows(example)
-            except RowError as error:
-                where = example.origin or f"task {example.task}: conversation {number}"
-                raise DataError(f"{where}: {error}") from None
-            encoded.split += len(rows) > 1
-            for ids, supervised in rows:
-                self._add(encoded, ids, supervised, example.task)
-        return encoded
+    def encode_rows(self, examples: Iterable[Example]) -> Encoded:
+        """Rows over max_length lose their end; a row left without a supervised token is dropped and counted.
 
-    def _add(self, encoded: Encoded, ids: list[int], supervised: list[bool], task: str) -> None:
-        cut = len(ids) > self.max_length
-        ids, supervised = ids[: self.max_length], supervised[: self.max_length]
-        if not any(supervised[1:]):
-            encoded.dropped += 1
-            return
-        encoded.truncated += cut
-        encoded.rows.append(EncodedRow(np.array(ids, dtype=np.int32), np.array(supervised), task))
+        Raises DataError, which says where the row stands.
+        """
+        packer = Packer()
+        for example, encoded in self.each(examples):
+            packer.add(example, encoded)
+        pack = packer.pack()
+        return Encoded.of([(pack, np.arange(pack.conversations))])
+
+    def each(
+        self, examples: Iterable[Example], *, to_train: bool = False
+    ) -> Iterator[tuple[Example, EncodedConversation]]:
+        """One after another, as `encode_rows`; some are read ahead. `to_train`: nothing comes of those of weight 0."""
+        first = 1
+        for lot in _in_lots(examples):
+            some = [example for example in lot if example.weight or not to_train]
+            _each(some, map(self._check_size, some), first)
+            parts = _each(some, self._parts(some), first)
+            known = self._read_at_once(some, parts)
+            tokens = (self._tokens(example, rows, known) for example, rows in zip(some, parts, strict=True))
+            encoded = iter(_each(some, tokens, first))
+            for example in lot:
+                learnt = example.weight or not to_train
+                yield example, self._cut(next(encoded)) if learnt else NOTHING
+            first += len(lot)
+
+    def _cut(self, rows: list[list[Piece]]) -> EncodedConversation:
+        kept = []
+        cut = 0
+        for pieces in rows:
+            ids, supervised = _joined(pieces[:-1])
+            row = ids[: self.max_length], supervised[: self.max_length]
+            if any(row[1][1:]):
+                cut += len(ids) > self.max_length
+                kept.append(row)
+        return EncodedConversation(kept, cut, len(rows) - len(kept))
+
+
+def _in_lots(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    lot: list[Example] = []
+    size = 0
+    for example in examples:
+        lot.append(example)
+        size += _size_of(example)
+        if len(lot) == AT_ONCE or size > SPARE:
+            yield lot
+            lot, size = [], 0
+    if lot:
+        yield lot
+
+
+def _each(examples: list[Example], made: Iterable[Made], first: int) -> list[Made]:
+    """What is made of each example. Raises DataError for a RowError: it is about the example whose turn it was."""
+    results: list[Made] = []
+    try:
+        for result in made:
+            results.append(result)
+    except RowError as error:
+        example = examples[len(results)]
+        where = example.origin or f"task {example.task}: conversation {first + len(results)}"
+        raise DataError(f"{where}: {error}") from None
+    return results
 
 
 def _joined(pieces: list[Piece]) -> tuple[list[int], list[bool]]:
@@ -254,20 +308,20 @@ def _joined(pieces: list[Piece]) -> tuple[list[int], list[bool]]:
     return ids, supervised
 
 
-def _plain_parts(messages: list[Message], tools: tuple[Any, ...]) -> list[Part]:
+def _plain_parts(conversation: Conversation) -> list[Part]:
     """Without a chat template: each given turn ends with a line break, each learnt one with the end token.
 
     Raises RowError for what only a template can write.
     """
     parts = []
-    for message in messages:
+    for message in conversation.messages:
         for key in ("tool_calls", "reasoning_content"):
             if key in message:
                 raise RowError(f"{key!r} needs a chat template, and this tokenizer has none or is not to use it")
         answer = message["role"] == "assistant"
         text = message["content"]
         parts.append(Part(text if answer else f"{text}\n", answer, answer and message.get("learnt", True)))
-    if tools:
+    if conversation.tools:
         raise RowError("column 'tools' needs a chat template, and this tokenizer has none or is not to use it")
     return parts
 
@@ -294,11 +348,17 @@ def _named_call(which: str) -> dict[str, Any]:
     return {"type": "function", "id": ID, "function": function}
 
 
-def _size(message: Message) -> int:
+def _is_text(example: Example) -> bool:
+    return example.messages[0]["role"] == "text"
+
+
+def _size_of(example: Example) -> int:
     """Characters, roughly, where a turn holds more than its content."""
-    size = len(message["content"]) + len(message.get("reasoning_content", ""))
-    if "tool_calls" in message:
-        size += len(json.dumps(message["tool_calls"]))
+    size = 0
+    for message in example.messages:
+        size += len(message["content"]) + len(message.get("reasoning_content", ""))
+        if "tool_calls" in message:
+            size += len(json.dumps(message["tool_calls"]))
     return size
 
 
@@ -308,10 +368,20 @@ def load_examples(sources: list[Source]) -> tuple[list[Example], list[int]]:
     counts: list[int] = []
     for source in sources:
         before = len(examples)
-        for row, origin in iterate_rows(source):
-            try:
-                examples.append(to_example(row, source, origin))
-            except RowError as error:
-                raise DataError(f"{origin}: {error}") from None
+        examples += iterate_examples(source)
         counts.append(len(examples) - before)
     return examples, counts
+
+
+def iterate_examples(source: Source, wanted: Container[int] | None = None) -> Iterator[Example]:
+    """Each read when it is asked for; of `wanted` rows, counted from 0, or of all.
+
+    Raises DataError, which says where the row stands.
+    """
+    for number, (row, origin) in enumerate(iterate_rows(source)):
+        if wanted is not None and number not in wanted:
+            continue
+        try:
+            yield to_example(row, source, origin)
+        except RowError as error:
+            raise DataError(f"{origin}: {error}") from None

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from remix_cli.compat.reasoning_gym import seed_apart
 from remix_cli.data.files import first_line, rows_in, without_nulls
 from remix_cli.data.formats import Origin, Row
 from remix_cli.errors import DataError, shortened
-from remix_cli.recipe.sources import LOADERS, Source, ending_of, is_pattern, named_locally
+from remix_cli.recipe.sources import LOADERS, OF_HUB, Source, ending_of, is_pattern, named_locally
 
 
 def check_source(source: Source, key: str) -> list[str]:
@@ -36,8 +37,8 @@ def _check_path(name: str, source: Source, key: str) -> list[str]:
     if is_pattern(name):
         return _check_pattern(name, key)
     path = Path(name)
-    for of_hub in ("subset", "revision"):
-        if getattr(source, of_hub) is not None:
+    for of_hub in OF_HUB:
+        if getattr(source, of_hub):
             return [f"{key}.{of_hub}: is not read: it belongs to a hub data set, and {path} is local; leave it out"]
     if path.is_dir():
         below = _below(path)
@@ -54,7 +55,7 @@ def _check_path(name: str, source: Source, key: str) -> list[str]:
     if not path.is_file():
         return [f"{key}.path: {path}: not a regular file"]
     if not _is_data(path):
-        return [f"{key}.path: {path}: unknown ending; use one of {', '.join(LOADERS)}"]
+        return [f"{key}.path: {path}: {_not_read(path)}"]
     return []
 
 
@@ -64,7 +65,7 @@ def _check_pattern(pattern: str, key: str) -> list[str]:
         return [f"{key}.path: {pattern}: no file matches"]
     unknown = [file for file in files if not _is_data(file)]
     if unknown:
-        return [f"{key}.path: {pattern}: {unknown[0]}: unknown ending; use one of {', '.join(LOADERS)}"]
+        return [f"{key}.path: {pattern}: {unknown[0]}: {_not_read(unknown[0])}"]
     return []
 
 
@@ -76,6 +77,12 @@ def _is_data(file: Path) -> bool:
     """By an ending that is read; parquet files are not packed again."""
     ending = ending_of(file.name)
     return ending in LOADERS and not (ending == ".parquet" and file.suffix != ".parquet")
+
+
+def _not_read(file: Path) -> str:
+    if ending_of(file.name) == ".parquet":
+        return "parquet packs itself; unpack the file with gunzip"
+    return f"unknown ending; use one of {', '.join(LOADERS)}, or these with .gz"
 
 
 def _below(folder: Path) -> Path | None:
@@ -120,6 +127,26 @@ def iterate_rows(source: Source) -> Iterator[tuple[Row, Origin]]:
         raise DataError(f"{source.named}: no rows")
 
 
+def count_rows(source: Source) -> int:
+    """How many rows `iterate_rows` gives. Raises DataError."""
+    if source.reasoning_gym:
+        return min(source.size, source.limit or source.size)
+    return sum(1 for _ in iterate_rows(source))
+
+
+def files_of(source: Source) -> list[Path] | None:
+    """What holds its rows, in order, nothing for rows that are made; None if no file is kept. Raises DataError."""
+    files: list[Path] = []
+    for path in source.paths:
+        if _looks_local(path):
+            files += _files_named(path, source.split)
+        elif source.streaming:
+            return None
+        else:
+            files += [Path(part["filename"]) for part in _hub_table(path, source).cache_files]
+    return files if files or source.reasoning_gym else None
+
+
 def _path_rows(source: Source) -> Iterator[tuple[Row, Origin]]:
     problems = check_source(source, "data")
     if problems:
@@ -147,15 +174,27 @@ def _files_named(path: str, split: str) -> list[Path]:
 
 
 def _hub_rows(path: str, source: Source) -> Iterator[Row]:
-    """Through the datasets library, which keeps a table on disk; `streaming`, nothing is kept."""
+    with _as_data_error(path):
+        yield from map(without_nulls, _hub_table(path, source))
+
+
+def _hub_table(path: str, source: Source) -> Any:
+    """Through the datasets library, which keeps a table on disk; `streaming`, nothing is kept. Raises DataError."""
     import datasets
 
     say_nothing()
-    try:
-        rows = datasets.load_dataset(
+    with _as_data_error(path):
+        return datasets.load_dataset(
             path, name=source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
-        yield from map(without_nulls, rows)
+
+
+@contextmanager
+def _as_data_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
     except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
         raise DataError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}") from None
 

@@ -1,17 +1,22 @@
 """A recipe's rows: what is trained on, what is held out, and in which order training sees them."""
 
-import hashlib
-import json
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from remix_cli.data.batches import Plan
-from remix_cli.data.encode import Encoded, Encoder, load_examples
+from remix_cli.data.cache import Remembering, encode_source
+from remix_cli.data.encode import Encoder, iterate_examples
 from remix_cli.data.formats import Example
+from remix_cli.data.rows import Encoded
+from remix_cli.data.said import digest, digest_of, overlap
+from remix_cli.data.sources import count_rows
 from remix_cli.errors import DataError
 from remix_cli.recipe import Recipe
+from remix_cli.recipe.sources import Source
 
 Row = TypeVar("Row")
 
@@ -30,104 +35,175 @@ class TrainingData:
         return recipe.train.max_steps or by_epochs
 
 
-def split_examples(recipe: Recipe) -> tuple[list[Example], list[int], list[Example]]:
-    """Training examples with their count per source, and held-out examples.
+@dataclass(frozen=True)
+class Conversations:
+    """Those of one source: how many there are, and what they say if they are at hand."""
 
-    Without `data.validation`, each source gives a share of its rows, the same ones for one seed.
-    """
-    examples, counts = load_examples(recipe.data.train)
+    source: Source
+    count: int
+    at_hand: list[Example] | None = None
+
+    def some(self, numbers: np.ndarray) -> list[Example]:
+        """Those of these numbers, ascending from 0; a weight of 0 leaves one out. Raises DataError."""
+        if self.at_hand is not None:
+            found = [self.at_hand[number] for number in numbers]
+        else:
+            wanted = set(numbers.tolist())
+            found = list(itertools.islice(iterate_examples(self.source, wanted), len(wanted)))
+        if len(found) < len(numbers):
+            raise DataError(f"{self.source.named}: changed while it was read; start again")
+        return [example for example in found if example.weight]
+
+
+def held_out_examples(recipe: Recipe) -> list[Example]:
+    """What the recipe holds out of training. Raises DataError."""
     if recipe.data.validation:
-        given, _ = load_examples(recipe.data.validation)
-        seen = overlap(examples, given)
-        if seen and not recipe.data.allow_overlap:
+        return _of_validation(recipe, _counted(recipe.data.validation))
+    sources = _counted(recipe.data.train)
+    return _of_each(sources, _cut_from_train(recipe, sources))
+
+
+def training_examples(recipe: Recipe, limit: int) -> list[Example]:
+    """At most `limit` of the conversations that the recipe trains on, spread evenly over all. Raises DataError."""
+    sources = _counted(recipe.data.train)
+    kept = _trained_on(sources, _cut_from_train(recipe, sources))
+    starts = _starts(sources)
+    everything = np.concatenate([numbers + start for numbers, start in zip(kept, starts, strict=True)])
+    return _of_each(sources, _by_source(everything[spread(len(everything), limit)], sources))
+
+
+def _counted(sources: list[Source]) -> list[Conversations]:
+    return [Conversations(source, count_rows(source)) for source in sources]
+
+
+def _of_validation(recipe: Recipe, sources: list[Conversations]) -> list[Example]:
+    total = sum(source.count for source in sources)
+    return _of_each(sources, _by_source(spread(total, recipe.data.validation_limit), sources))
+
+
+def _cut_from_train(recipe: Recipe, sources: list[Conversations]) -> list[np.ndarray]:
+    """The numbers of the held-out conversations of each training source, ascending: none beside `data.validation`.
+
+    Each source gives a share of its rows, the same ones for one seed. Raises DataError.
+    """
+    data = recipe.data
+    if data.validation:
+        return [np.empty(0, dtype=int) for _ in sources]
+    random = np.random.default_rng([recipe.seed if data.split_seed is None else data.split_seed, 1])
+    share = min(data.validation_fraction, data.validation_limit / sum(source.count for source in sources))
+    held = []
+    for one in sources:
+        out = random.permutation(one.count)[: round(one.count * share)]
+        if len(out) == one.count:
             raise DataError(
-                f"data.validation: {seen} of {len(given)} rows are also in data.train, so the held-out loss would "
-                "flatter; remove them, or set data.allow_overlap: true"
+                f"data.validation_fraction: {data.validation_fraction} holds out all {one.count} rows of "
+                f"{one.source.named}; lower it"
             )
-        return examples, counts, evenly(given, recipe.data.validation_limit)
-    seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
-    random = np.random.default_rng([seed, 1])
-    total = sum(counts)
-    share = min(recipe.data.validation_fraction, recipe.data.validation_limit / total)
-    train: list[Example] = []
-    held: list[Example] = []
-    kept: list[int] = []
-    start = 0
-    for source, count in zip(recipe.data.train, counts, strict=True):
-        out = set(random.permutation(count)[: round(count * share)].tolist())
-        if len(out) == count:
-            raise DataError(
-                f"data.validation_fraction: {recipe.data.validation_fraction} holds out all {count} rows of "
-                f"{source.named}; lower it"
-            )
-        train += [examples[start + i] for i in range(count) if i not in out]
-        held += [examples[start + i] for i in sorted(out)]
-        kept.append(count - len(out))
-        start += count
-    return train, kept, held
+        held.append(np.sort(out))
+    return held
 
 
-def overlap(train: list[Example], held: list[Example]) -> int:
-    """How many held-out conversations are word for word in `train`."""
-    known = {_words(example) for example in train}
-    return sum(_words(example) in known for example in held)
+def _trained_on(sources: list[Conversations], held: list[np.ndarray]) -> list[np.ndarray]:
+    """The numbers of each source's other conversations, ascending."""
+    kept = []
+    for source, out in zip(sources, held, strict=True):
+        others = np.ones(source.count, dtype=bool)
+        others[out] = False
+        kept.append(np.flatnonzero(others))
+    return kept
 
 
-def _words(example: Example) -> tuple[tuple[str, ...], ...]:
-    """What each message says, by role; thinking and calls, where there are any, as JSON."""
-    said: list[tuple[str, ...]] = []
-    for message in example.messages:
-        more = {key: value for key, value in message.items() if key not in ("role", "content", "learnt")}
-        words = (message["role"], message["content"])
-        said.append((*words, json.dumps(more, sort_keys=True)) if more else words)
-    return tuple(said)
+def _of_each(sources: list[Conversations], numbers: list[np.ndarray]) -> list[Example]:
+    found: list[Example] = []
+    for source, some in zip(sources, numbers, strict=True):
+        found += source.some(some)
+    return found
 
 
-def digest_of(examples: list[Example]) -> str:
-    """A hash of what the conversations say, whatever tokenizer and template they are read with."""
-    return hashlib.sha256(json.dumps([_words(example) for example in examples]).encode()).hexdigest()
+def _starts(sources: list[Conversations]) -> np.ndarray:
+    """Where each source begins among the conversations of all."""
+    return np.cumsum([0, *(source.count for source in sources[:-1])])
 
 
-def evenly(rows: list[Row], limit: int | None) -> list[Row]:
+def _by_source(numbers: np.ndarray, sources: list[Conversations]) -> list[np.ndarray]:
+    """Numbers among the conversations of all sources, ascending, as numbers in each."""
+    starts = _starts(sources)
+    parts = np.split(numbers, np.searchsorted(numbers, starts[1:]))
+    return [part - start for part, start in zip(parts, starts, strict=True)]
+
+
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of the numbers below `count` (None: all), spread evenly."""
+    if limit is None or count <= limit:
+        return np.arange(count)
+    return np.linspace(0, count - 1, limit).round().astype(int)
+
+
+def evenly(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """At most `limit` rows (None: all), spread evenly, so that every source keeps its share."""
-    if limit is None or len(rows) <= limit:
-        return rows
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+    return [rows[i] for i in spread(len(rows), limit)]
 
 
 def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
-    """Read, hold out, tokenise and plan, for `world` processes. Raises DataError."""
+    """Read, hold out, tokenise and plan, for `world` processes. Raises DataError, StorageError."""
     encoder = Encoder.of(tokenizer, recipe.data)
-    examples, counts, held = split_examples(recipe)
-    parts: list[Encoded] = []
-    train = Encoded([], 0, 0, 0)
-    start = 0
-    for count in counts:
-        part = encoder.encode_rows(examples[start : start + count])
-        start += count
-        parts.append(part)
-        train.rows += part.rows
-        train.read += part.read
-        train.truncated += part.truncated
-        train.dropped += part.dropped
-        train.split += part.split
-    for part, source in zip(parts, recipe.data.train, strict=True):
-        if not part.rows:
+    given, said = _read_validation(recipe)
+    packs, sources = [], []
+    for source in recipe.data.train:
+        pack, at_hand = encode_source(source, encoder, recipe.data)
+        packs.append(pack)
+        sources.append(Conversations(source, pack.conversations, at_hand))
+    out = _cut_from_train(recipe, sources)
+    parts = list(zip(packs, _trained_on(sources, out), strict=True))
+    trained_on = set(itertools.chain.from_iterable(pack.said(numbers) for pack, numbers in parts))
+    if given:
+        _check_overlap(recipe, trained_on, said)
+    held = _of_validation(recipe, given) if given else _of_each(sources, out)
+    train = Encoded.of(parts)
+    each = [Encoded.of([part]) for part in parts]
+    _check_enough(recipe, train, each)
+    plan = Plan(
+        lengths=train.lengths,
+        counts=tuple(len(one.rows) for one in each),
+        weights=tuple(s.weight for s in recipe.data.train),
+        rows_per_step=recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world,
+        group_by_length=recipe.train.group_by_length,
+        seed=recipe.seed,
+    )
+    also = overlap(trained_on, map(digest, held))
+    return TrainingData(train, encoder.encode_rows(held), plan, also, digest_of(held), each)
+
+
+def _read_validation(recipe: Recipe) -> tuple[list[Conversations], list[bytes]]:
+    """`data.validation`, and the digest of each of its conversations. Raises DataError."""
+    sources: list[Conversations] = []
+    said: list[bytes] = []
+    for source in recipe.data.validation:
+        examples = Remembering(iterate_examples(source))
+        said += map(digest, examples)
+        sources.append(Conversations(source, examples.count, examples.all))
+    return sources, said
+
+
+def _check_overlap(recipe: Recipe, trained_on: set[bytes], given: list[bytes]) -> None:
+    seen = overlap(trained_on, given)
+    if seen and not recipe.data.allow_overlap:
+        raise DataError(
+            f"data.validation: {seen} of {len(given)} rows are also in data.train, so the held-out loss would "
+            "flatter; remove them, or set data.allow_overlap: true"
+        )
+
+
+def _check_enough(recipe: Recipe, train: Encoded, each: list[Encoded]) -> None:
+    """Raises DataError for a source that teaches nothing, and for fewer rows than clusters."""
+    for encoded, source in zip(each, recipe.data.train, strict=True):
+        if not encoded.rows:
             raise DataError(
-                f"{source.named}: no row has a supervised token within "
-                f"data.max_length = {recipe.data.max_length}; raise it"
+                f"{source.named}: no row has a supervised token within data.max_length = {recipe.data.max_length}; "
+                "raise it"
             )
     if recipe.router.clusters > len(train.rows):
         raise DataError(
             f"router.clusters: {recipe.router.clusters} clusters need at least as many training rows, there are "
             f"{len(train.rows)}"
         )
-    plan = Plan(
-        lengths=train.lengths,
-        counts=tuple(len(p.rows) for p in parts),
-        weights=tuple(s.weight for s in recipe.data.train),
-        rows_per_step=recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world,
-        group_by_length=recipe.train.group_by_length,
-        seed=recipe.seed,
-    )
-    return TrainingData(train, encoder.encode_rows(held), plan, overlap(examples, held), digest_of(held), parts)

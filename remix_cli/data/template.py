@@ -13,13 +13,15 @@ import resource
 import signal
 import warnings
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from remix_cli.data.formats import Message, RowError, without_mark
+from remix_cli.data.formats.base import Conversation
 from remix_cli.data.turns import Part, rows_of
 from remix_cli.errors import shortened
 
@@ -27,6 +29,7 @@ from remix_cli.errors import shortened
 SECONDS, SECONDS_EACH = 1, 0.05
 BYTES = 64_000_000
 WAIT = 120  # seconds, for a machine that is busy with other things
+AHEAD = 32_768  # bytes of questions that wait for the child: less than a pipe holds, so that asking never blocks
 
 
 class Template:
@@ -39,37 +42,66 @@ class Template:
         self._end: Callable[[], str | None] = lambda: None  # ends the child
         self.refusal = ""  # what it died of
 
-    def rows(self, messages: list[Message], tools: list[Any]) -> list[list[Part]]:
-        """The conversation's text, in one row or in one for each learnt turn (turns.py). Raises RowError."""
-        rows = self._ask({"messages": messages, "tools": tools})
-        return [_parts(row) for row in rows]
+    def rows(self, conversations: Iterable[tuple[Conversation, Conversation | None]]) -> Generator[list[list[Part]]]:
+        """Each one's text, in one row or in one for each learnt turn (turns.py). Raises RowError.
+
+        Beside a conversation may stand another of its form, which is to be rendered in front of it. Takes some
+        conversations ahead of the answers that it gives.
+        """
+        for rows in self._ask({"conversation": said, "alike": alike} for said, alike in conversations):
+            yield [_parts(row) for row in rows]
 
     def scaffold(self) -> str:
         """What is written around a user's turn, as far as the template takes one alone."""
         try:
-            return self._ask({"messages": [{"role": "user", "content": ""}], "alone": True})
+            (text,) = self._ask([{"messages": [{"role": "user", "content": ""}], "alone": True}])
         except RowError:
             return ""
+        return text
 
-    def _ask(self, question: dict[str, Any]) -> Any:
+    def _ask(self, questions: Iterable[dict[str, Any]]) -> Iterator[Any]:
+        """The answers in order; some questions are sent ahead, for two processes that wait for one another are slow."""
+        waiting: deque[int] = deque()  # sizes of the questions without an answer so far
+        try:
+            for question in questions:
+                text = json.dumps(question).encode()
+                while waiting and sum(waiting) + len(text) > AHEAD:
+                    yield self._next_answer(waiting)
+                waiting.append(len(text))
+                self._send(text)
+            while waiting:
+                yield self._next_answer(waiting)
+        finally:
+            if waiting and self.pipe:  # their answers would be taken for those to the next questions
+                self._end()
+                self.pipe = None
+
+    def _send(self, question: bytes) -> None:
         if self.refusal:
             raise RowError(self.refusal)
         pipe = self.pipe or self._start()
         try:
-            pipe.send_bytes(json.dumps(question).encode())
-            if not pipe.poll(WAIT):
+            pipe.send_bytes(question)
+        except OSError:
+            self._refuse()
+
+    def _next_answer(self, waiting: deque[int]) -> Any:
+        assert self.pipe is not None
+        try:
+            if not self.pipe.poll(WAIT):
                 raise EOFError
-            answer = json.loads(pipe.recv_bytes())
+            answer = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            self.refusal = f"the chat template {self._end()}"
-            raise RowError(self.refusal) from None
-        except BaseException:  # an interruption: the answer would be taken for the next one
-            self._end()
-            self.pipe = None
-            raise
+            self._refuse()
+        waiting.popleft()
         if "error" in answer:
             raise RowError(answer["error"])
         return answer["text"]
+
+    def _refuse(self) -> NoReturn:
+        self.refusal = f"the chat template {self._end()}"
+        self.pipe = None
+        raise RowError(self.refusal)
 
     def _start(self) -> Connection:
         here, there = Pipe()
@@ -150,7 +182,9 @@ def _answer(render: Callable[..., str], question: bytes) -> bytes:
         if asked.get("alone"):
             text = render(asked["messages"], False, None)
         else:
-            text = _rows(render, asked["messages"], asked["tools"])
+            if asked["alike"]:
+                _rows(render, *asked["alike"])
+            text = _rows(render, *asked["conversation"])
         return json.dumps({"text": text}).encode()
     except RowError as error:
         reason = str(error)

@@ -16,7 +16,7 @@ from remix_cli.core.step_routing import DEAD_SHARE, DOMINATING_SHARE
 from remix_cli.core.trace import Decision, Trace
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.chunks import in_chunks
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.models import batch_losses
 from remix_cli.runs import LoadedRun
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remix_cli.data.chunks import start_size
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.data.splits import evenly
 from remix_cli.diagnostics.health import verdict
 from remix_cli.diagnostics.history import read_history

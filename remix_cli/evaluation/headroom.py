@@ -23,7 +23,7 @@ from remix_cli.core import routing
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.chunks import in_chunks, start_size
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.errors import RecipeError
 from remix_cli.evaluation.statistics import Score, paired_difference, ratio
 from remix_cli.models import batch_losses

@@ -10,7 +10,7 @@ from remix_cli.core.patch import Adapter
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import collate
 from remix_cli.data.chunks import in_chunks
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.models import batch_losses
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from remix_cli.compat.transformers import quiet
 from remix_cli.data.batches import Batch, collate
-from remix_cli.data.encode import EncodedRow
-from remix_cli.data.splits import evenly
+from remix_cli.data.rows import Rows
+from remix_cli.data.splits import evenly, training_examples
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.export.card import card
 from remix_cli.export.hf import SHARD, base_state, check_pool
@@ -81,17 +81,16 @@ def _publish(
 
 def _batches(run: LoadedRun, rows: int) -> tuple[list[Batch], list[Batch]]:
     """(calibration, held-out) batches of the run's own rows. Raises DataError."""
-    train, _, held_out = run.split()
-    to_fit = run.encoder.encode_rows(evenly(train, rows)).rows
-    to_price = run.encoder.encode_rows(evenly(held_out, rows)).rows
+    to_price = run.encoder.encode_rows(evenly(run.held_out_examples(), rows)).rows
+    to_fit = run.encoder.encode_rows(training_examples(run.recipe, rows)).rows
     if not to_fit or not to_price:
         raise DataError("export needs the run's training and held-out rows, to fit the merged LoRA and to price it")
     return _collated(to_fit, run), _collated(to_price, run)
 
 
-def _collated(rows: list[EncodedRow], run: LoadedRun) -> list[Batch]:
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
-    return [collate(rows[i : i + BATCH]).to(run.device) for i in range(0, len(rows), BATCH)]
+def _collated(rows: Rows, run: LoadedRun) -> list[Batch]:
+    by_length = sorted(rows, key=lambda row: len(row.input_ids))
+    return [collate(by_length[i : i + BATCH]).to(run.device) for i in range(0, len(rows), BATCH)]
 
 
 def _write_lora(run: LoadedRun, folder: Path, merged: dict[str, Merged], rank: int) -> None:

@@ -16,7 +16,8 @@ from remix_cli.tasks.base import Line, Measure, TaskStamp
 from remix_cli.tasks.options import Comparing, only_the_last_answer
 
 if TYPE_CHECKING:
-    from remix_cli.data.encode import EncodedRow, Encoder
+    from remix_cli.data.encode import Encoder
+    from remix_cli.data.rows import EncodedRow
     from remix_cli.recipe import Source
 
 TEXT_PROMPT = "Question: {question}\nAnswer:"

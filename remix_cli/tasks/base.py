@@ -18,7 +18,7 @@ from remix_cli.own_settings import Setting
 from remix_cli.stored_json import Document
 
 if TYPE_CHECKING:
-    from remix_cli.data.encode import EncodedRow
+    from remix_cli.data.rows import EncodedRow
     from remix_cli.evaluation.generate import Decoding
     from remix_cli.evaluation.statistics import Score
     from remix_cli.recipe import Task
@@ -165,7 +165,7 @@ class Scorer(ABC):
         from remix_cli.data.splits import evenly
 
         own = self.task.source
-        rows = load_examples([own])[0] if own is not None else self.subject.split()[2]
+        rows = load_examples([own])[0] if own is not None else self.subject.held_out_examples()
         return evenly(rows, self.limit)
 
     def check_fits(self, texts: Sequence[Sized], new: int = 0) -> None:

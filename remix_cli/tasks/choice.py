@@ -12,7 +12,7 @@ from remix_cli.tasks.base import Line, Measure, TaskStamp
 from remix_cli.tasks.options import Comparing, only_the_last_answer
 
 if TYPE_CHECKING:
-    from remix_cli.data.encode import EncodedRow
+    from remix_cli.data.rows import EncodedRow
     from remix_cli.recipe.sources import Source
 
 

@@ -7,7 +7,7 @@ from remix_cli.data.formats import RowError
 from remix_cli.tasks.base import Scorer, key_of
 
 if TYPE_CHECKING:
-    from remix_cli.data.encode import EncodedRow
+    from remix_cli.data.rows import EncodedRow
 
 
 class Comparing(Scorer):
@@ -51,7 +51,7 @@ def only_the_last_answer(ids: list[int], supervised: list[bool], task: str) -> "
     """
     import numpy as np
 
-    from remix_cli.data.encode import EncodedRow
+    from remix_cli.data.rows import EncodedRow
 
     if not any(supervised[1:]):
         raise RowError("an option has no token of its own")

@@ -32,7 +32,7 @@ class ReasoningGym(Generating):
         if not sources:
             raise DataError("eval task reasoning_gym: no reasoning_gym source among data.validation or in the task")
         if self.task.source is None and self.subject.held_out is not None:
-            self.subject.split()  # another version of the package may make other rows
+            self.subject.held_out_examples()  # another version of the package may make other rows
         made: list[tuple[Verifier, int, Example]] = []
         for source in sources:
             verifier = Verifier(source)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.evaluation.nll import row_losses
 from remix_cli.recipe.schema import tasks_while_training
 from remix_cli.runs import Subject

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from remix_cli.cross_entropy import CHUNK
 from remix_cli.data.batches import micro_batches, rounded_up
-from remix_cli.data.encode import Encoded, EncodedRow, Encoder
+from remix_cli.data.encode import Encoder
+from remix_cli.data.rows import Encoded, EncodedRow
 from remix_cli.data.splits import TrainingData, load_data
 from remix_cli.diagnostics.parameters import ParameterCounts, count_parameters
 from remix_cli.diagnostics.routing_tables import parameter_table

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from remix_cli.core.store import BaseIdentity
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import Rows
 from remix_cli.data.splits import TrainingData
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.recipe import Recipe, Task
@@ -125,7 +125,7 @@ def check_nothing_was_saved(recipe: Recipe, folder: RunFolder, total: int) -> No
         )
 
 
-def _digest(rows: list[EncodedRow]) -> str:
+def _digest(rows: Rows) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.input_ids.tobytes() + b"|" + row.supervised.tobytes() + b"\n")

@@ -153,7 +153,7 @@ def _measure(
 ) -> Evaluation:
     encoder = Encoder.of(tokenizer, recipe.data)
     subject = Subject(recipe, adapter.model, tokenizer, adapter, encoder)
-    return Evaluation(subject, data.validation.rows, accelerator)
+    return Evaluation(subject, list(data.validation.rows), accelerator)
 
 
 def _gradients(

@@ -14,7 +14,7 @@ from remix_cli.core.estimators.rollouts import Rollouts, TopPass
 from remix_cli.core.patch import apply_adapter
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import collate
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.models import batch_losses
 
 

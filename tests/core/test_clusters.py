@@ -16,7 +16,7 @@ from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import apply_adapter
 from remix_cli.core.store import load_stored
 from remix_cli.core.trace import Trace
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.errors import ArtefactError, DataError, RecipeError
 from remix_cli.recipe import load_recipe
 from remix_cli.train.cluster_prompts import find_clusters, rows_to_cluster

@@ -13,8 +13,9 @@ import torch
 from helpers.tiny import CHAT, WORDS, write_tiny_model
 
 from remix_cli.data.batches import Plan, collate, micro_batches
-from remix_cli.data.encode import EncodedRow, Encoder, load_examples
+from remix_cli.data.encode import Encoder, load_examples
 from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.data.rows import EncodedRow
 from remix_cli.data.sources import load_rows
 from remix_cli.errors import DataError
 from remix_cli.models import load_tokenizer

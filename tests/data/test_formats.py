@@ -6,8 +6,8 @@ import pytest
 
 from remix_cli.data.encode import Encoder
 from remix_cli.data.formats import RowError, to_example
+from remix_cli.data.said import digest, digest_of, overlap
 from remix_cli.data.sources import load_rows
-from remix_cli.data.splits import digest_of, overlap
 from remix_cli.errors import DataError
 from remix_cli.recipe.sources import Source
 
@@ -226,5 +226,5 @@ def test_conversations_that_differ_in_a_call_alone_are_not_the_same():
     for city in ("Rome", "Bath"):
         call = {"function": {"name": "weather", "arguments": {"city": city}}}
         made.append(to_example({"messages": [ONCE[0], {"role": "assistant", "tool_calls": [call]}]}, source))
-    assert overlap(made[:1], made) == 1
+    assert overlap({digest(made[0])}, map(digest, made)) == 1
     assert digest_of(made[:1]) != digest_of(made[1:])

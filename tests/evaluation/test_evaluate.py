@@ -8,7 +8,7 @@ from helpers.tiny import fill_adapter, tiny_model
 
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import apply_adapter
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.evaluation.nll import mean_loss, row_losses
 from remix_cli.tasks.gsm8k import flexible_answer, strict_answer
 

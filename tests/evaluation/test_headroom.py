@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.tiny import fill_adapter, recipe_text, write_recipe
 
-from remix_cli.data.splits import split_examples
+from remix_cli.data.splits import held_out_examples
 from remix_cli.evaluation.headroom import DRAWS, PASSES, Headroom, headroom
 from remix_cli.evaluation.nll import mean_loss, row_losses
 from remix_cli.runs import load_run
@@ -23,7 +23,7 @@ def run(finished):
 
 @pytest.fixture
 def rows(run):
-    return run.encoder.encode_rows(split_examples(run.recipe)[2]).rows
+    return run.encoder.encode_rows(held_out_examples(run.recipe)).rows
 
 
 def measure(run, rows, size=16):

@@ -25,7 +25,7 @@ def pool(active, seed=0):
 
 
 def batches(count=6):
-    from remix_cli.data.encode import EncodedRow
+    from remix_cli.data.rows import EncodedRow
 
     generator = torch.Generator().manual_seed(4)
     rows = [torch.randint(2, 60, (20 + i,), generator=generator).numpy() for i in range(count)]

@@ -8,7 +8,7 @@ from remix_cli.core.config import AdapterConfig
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.patch import apply_adapter
 from remix_cli.data.batches import collate
-from remix_cli.data.encode import EncodedRow
+from remix_cli.data.rows import EncodedRow
 from remix_cli.train.micro_batch import accumulate_batch
 
 

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from remix_cli.core.store import TrainedOn
-from remix_cli.data.splits import digest_of, split_examples
+from remix_cli.data.said import digest_of
+from remix_cli.data.splits import held_out_examples
 from remix_cli.errors import ArtefactError, DataError
 from remix_cli.evaluation import evaluator as run
 from remix_cli.evaluation.answers import open_lines
@@ -222,7 +223,7 @@ def test_held_out_rows_that_a_package_makes_otherwise_now_are_refused(loaded):
     pytest.importorskip("reasoning_gym")
     data = loaded.recipe.data.model_copy(update={"validation": [Source(reasoning_gym="chain_sum", size=4)]})
     recipe = loaded.recipe.model_copy(update={"data": data})
-    now = digest_of(split_examples(recipe)[2])
+    now = digest_of(held_out_examples(recipe))
     for digest in (now, "of other rows"):
         stored = replace(loaded.stored, trained_on=TrainedOn(held_out=digest))
         with nullcontext() if digest == now else pytest.raises(ArtefactError, match="chain_sum: changed since"):
