@@ -284,6 +284,17 @@ def test_pefts_adapters_stay_float32_on_a_bfloat16_model(method):
     assert all(p.grad is not None for p in adapter.parameters().values())
 
 
+def test_dora_scales_its_update_as_lora_does_unless_asked_otherwise():
+    """By 2/r or 2/sqrt(r); a folder older than the choice has the former."""
+    scales = {}
+    for settings in ({}, {"use_rslora": False}, {"use_rslora": True}):
+        config = AdapterConfig(method="dora", pool_size=1, active=1, rank=4, settings=settings)
+        adapter = apply_method(tiny_model(), config, seed=0)
+        found = {m.scaling["default"] for m in adapter.model.modules() if hasattr(m, "lora_A")}
+        scales[settings.get("use_rslora")] = found
+    assert scales == {None: {0.5}, False: {0.5}, True: {1.0}}
+
+
 SIZES = {
     "remix": {"pool_size": 5},
     "hydralora": {"rank": 3},
