@@ -142,7 +142,7 @@ VERBS = [
     "route-stats",
     "export",
     "generate",
-    "generate",
+    "chat",
 ]
 
 

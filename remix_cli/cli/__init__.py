@@ -5,8 +5,8 @@ Rooms are imported inside the verbs, so that `remix --help` needs neither torch 
 train.py, sweep.py, budget.py, validate.py, schema.py   start from a recipe
 verify_estimator.py                                     needs none
 eval.py, compare.py, route_stats.py                     look at finished runs
-export.py, generate.py                                  use the trained model
-common.py                                               what they share: the app, their arguments, progress bars
+export.py, generate.py, chat.py                         use the trained model
+common.py, answers.py                                   what they share: the app, arguments, bars; what is typed
 """
 
 import errno
@@ -14,7 +14,7 @@ import re
 import sys
 from typing import NoReturn
 
-from remix_cli.cli import budget, compare, export, generate, route_stats, schema, sweep, train, validate
+from remix_cli.cli import budget, chat, compare, export, generate, route_stats, schema, sweep, train, validate
 from remix_cli.cli import eval as evaluate
 from remix_cli.cli import verify_estimator as verify
 from remix_cli.cli.common import app, launch_rank
@@ -26,18 +26,19 @@ SAME_EVERYWHERE = (2, 129, 130, 143)  # exit codes whose reason every rank of a 
 
 __all__ = ["app", "main"]
 
-# in the order in which --help lists them
+# in the order in which --help lists them; a short help where the first sentence of the verb's own is cut at 80 columns
 app.command("train")(train.train)
-app.command("validate")(validate.validate)
-app.command("sweep")(sweep.sweep)
-app.command("budget")(budget.budget)
-app.command("verify-estimator")(verify.verify_estimator)
+app.command("validate", short_help="Check a recipe, and say what a run of it would do.")(validate.validate)
+app.command("sweep", short_help="Train a grid of settings or methods, and compare them.")(sweep.sweep)
+app.command("budget", short_help="The size of every method for equal parameter counts.")(budget.budget)
+app.command("verify-estimator", short_help="Prove that the router's gradient is unbiased.")(verify.verify_estimator)
 app.command("schema")(schema.schema)
-app.command("eval")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("route-stats")(route_stats.route_stats)
+app.command("eval", short_help="Score a run, or a model folder, on tasks.")(evaluate.evaluate)
+app.command("compare", short_help="Compare evaluated runs on the same items.")(compare.compare)
+app.command("route-stats", short_help="Show how the routers choose.")(route_stats.route_stats)
 app.command("export")(export.export)
-app.command("generate")(generate.generate)
+app.command("generate", short_help="Try prompts.")(generate.generate)
+app.command("chat", short_help="Talk to a run: it remembers the conversation.")(chat.chat)
 
 
 def main() -> None:

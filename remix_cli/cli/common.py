@@ -40,7 +40,7 @@ def _whole(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, for example configs/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example train.max_steps=20 seed=1."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, for example train.max_steps=20 seed=1."),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of `remix train`.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]

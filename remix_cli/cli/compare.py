@@ -14,7 +14,7 @@ from remix_cli.terminal import Console
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN RUN...", help="Evaluated runs, reports such as RUN/eval/base.json, or one sweep."),
+        typer.Argument(metavar="RUN", help="Evaluated runs, reports such as RUN/eval/base.json, or one sweep."),
     ],
     as_json: Json = False,
 ) -> None:

@@ -3,7 +3,7 @@
 nll.py         the loss of rows
 generate.py    batched generation with the KV cache
 decoding_graphs.py  decoding by CUDA graph
-converse.py    `remix generate`: one prompt, answered as it is written
+converse.py    `remix generate` and `remix chat`: answers as they are written
 headroom.py    `remix route-stats --headroom`: what routing is worth, and what is left to gain
 answers.py     the per-example files, which an interrupted evaluation continues
 score_folder.py  `remix eval` from its flags to scores

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, TopPLogitsWarper
 
 from remix_cli.compat.peft import no_word_of_positions
 from remix_cli.compat.transformers import name_of_cache
@@ -31,6 +31,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     seed: int = 0
     selection_seed: int | None = None  # sample the LoRAs, too, instead of taking the top k
+    top_p: float = 1.0  # sampled from the likeliest tokens that have this probability together
 
 
 def check_fits(subject: Subject, task: Task, texts: Sequence[Sized], new: int = 0) -> None:
@@ -85,7 +86,7 @@ def continue_ids(
     rows = torch.tensor(keys, device=subject.device)
     options: dict[str, Any] = {}
     if decoding.temperature > 0:
-        options["logits_processor"] = [_Sampling(decoding.seed, rows, length, decoding.temperature)]
+        options["logits_processor"] = [_Sampling(decoding, rows, length)]
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
     cache = None
@@ -148,13 +149,17 @@ TOKENS = 1 << 40  # keeps the draws of tokens apart from those of selections, wh
 class _Sampling(LogitsProcessor):
     """Gumbel noise on the scores: their argmax is a draw from the softmax (the Gumbel-max trick)."""
 
-    def __init__(self, seed: int, rows: Tensor, prompt_length: int, temperature: float):
-        self.keys = fold(fold(torch.full_like(rows, seed), rows), TOKENS)
-        self.prompt_length, self.temperature = prompt_length, temperature
+    def __init__(self, decoding: Decoding, rows: Tensor, prompt_length: int):
+        self.keys = fold(fold(torch.full_like(rows, decoding.seed), rows), TOKENS)
+        self.prompt_length, self.temperature = prompt_length, decoding.temperature
+        self.nucleus = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = fold(self.keys, input_ids.shape[1] - self.prompt_length)
-        return scores.float() / self.temperature + gumbel_noise(step, 1, scores.shape[-1])[0]
+        scores = scores.float() / self.temperature
+        if self.nucleus is not None:
+            scores = self.nucleus(input_ids, scores)
+        return scores + gumbel_noise(step, 1, scores.shape[-1])[0]
 
 
 @contextmanager
