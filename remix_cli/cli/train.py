@@ -36,8 +36,13 @@ def train(
         recipe = recipe.absolute()
         os.chdir(begun_in)
     loaded = load_recipe(recipe, overrides or [], stored=begun_in is not None)
+    from remix_cli.train.told_formats import tell_formats
     from remix_cli.train.trainer import train as run_training
 
+    loaded, lines = tell_formats(loaded)
+    if launch_rank() == 0:
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
     outlive(f"training goes on; its log is {loaded.output_dir}/metrics.jsonl")
     summary = run_training(loaded, console, resume=resume, overwrite=overwrite)
     if launch_rank() != 0:

@@ -150,7 +150,10 @@ def _check_tools(rendered: str, tools: list[Any]) -> None:
 
 def _check(rendered: str, text: str, message: Message, index: int, what: str) -> None:
     if not _holds(rendered, text):
-        raise RowError(f"the chat template leaves out what message {index + 1} ({message['role']}) {what}")
+        raise RowError(
+            f"the chat template leaves out what message {index + 1} ({message['role']}) {what}; use a template that "
+            "shows it, or take it out of the row"
+        )
 
 
 def _leaves(value: Any) -> list[str]:

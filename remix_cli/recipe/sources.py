@@ -2,6 +2,7 @@
 
 import os
 import string
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from remix_cli.data.formats.registry import FORMATS
+from remix_cli.data.formats.registry import DEFAULT, FORMATS, OF_ANY_ROW
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -143,11 +144,15 @@ class Source(Strict):
     options: dict[str, Any] = Field({}, description="Options of the reasoning-gym task.")
     size: Positive = Field(1000, description="How many reasoning-gym rows to make.")
     seed: Seed = Field(0, description="Seed of the reasoning-gym rows; another seed gives other rows.")
-    format: FormatName = "prompt_completion"
+    format: FormatName = Field(
+        DEFAULT, description="How a row becomes a conversation; left out, the columns of the first rows tell it."
+    )
     prompt: str = Field("{prompt}", description="Template over the row's columns, for prompt_completion.")
     completion: str = Field("{completion}", description="Template over the row's columns, for prompt_completion.")
-    columns: dict[str, str] = Field(
-        {}, description="The format's name of a column: the rows' own, e.g. `messages: dialogue`."
+    columns: dict[str, str | None] = Field(
+        {},
+        description="The format's name of a column: the rows' own, e.g. `messages: dialogue`. Also of `task`, a row's "
+        "own task name, and `weight`, by which its token losses are multiplied; null: the column is something else.",
     )
     separator: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
         None, description="Between the cells of a csv or tsv file; by default a comma, or a tab."
@@ -185,8 +190,12 @@ class Source(Strict):
     def _only_what_is_read(self) -> Self:
         refuse_unread(self, self._unread())
         known = FORMATS[self.format].columns
-        for name in self.columns:
-            if known and name not in known:
+        for name, own in self.columns.items():
+            if own is None and name not in OF_ANY_ROW:
+                raise PydanticCustomError(
+                    "unread", "names no column for {name}; leave it out", {"name": name, "below": ("columns",)}
+                )
+            if known and name not in (*known, *OF_ANY_ROW):
                 raise PydanticCustomError(
                     "unread",
                     "names {name}, which format {form} does not read; it reads {known}",
@@ -250,7 +259,37 @@ class Source(Strict):
 
     @property
     def label(self) -> str:
-        return self.task or self.reasoning_gym or (self.format if self.format != "prompt_completion" else "data")
+        return self.task or self.reasoning_gym or (self.format if self.format != DEFAULT else "data")
+
+    @property
+    def is_local(self) -> bool:
+        """Need nothing be fetched?"""
+        return all(named_locally(path) or os.path.exists(path) for path in self.paths)
+
+    @property
+    def says_format(self) -> bool:
+        """Or do its rows' columns tell it?"""
+        return self.path is None or bool({"format", "prompt", "completion"} & self.model_fields_set)
+
+    @property
+    def template_columns(self) -> frozenset[str]:
+        """The columns that its templates fill in."""
+        if "prompt" not in FORMATS[self.format].reads:
+            return frozenset()
+        return columns_in(self.prompt) | columns_in(self.completion)
+
+    @property
+    def answered_in(self) -> str:
+        """The rows' names of the columns that hold the answer; empty where the format does not say."""
+        answer = FORMATS[self.format].answer
+        names = sorted(columns_in(self.completion)) if self.format == DEFAULT else [answer] if answer else []
+        return ", ".join(repr(self.columns.get(name, name)) for name in names)
+
+
+@lru_cache(maxsize=256)
+def columns_in(template: str) -> frozenset[str]:
+    """The columns that a template names."""
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
 
 
 NONE_HELD_OUT = "data.validation_fraction: 0 holds none out"

@@ -9,6 +9,7 @@ another reason than divergence is not chosen from: the settings would not have b
 """
 
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,6 +35,7 @@ from remix_cli.tasks.base import Settings
 from remix_cli.train.checkpoints import rows_of_last
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import check_same_recipe
+from remix_cli.train.told_formats import tell_formats
 
 Say = Callable[[str], None]
 Work = Callable[[Recipe], Failure | None]  # what went wrong
@@ -67,6 +69,7 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     Raises RecipeError, BusyError, Interrupted, and RemixError at the end if a run failed for another reason than
     divergence, which makes a setting the worst of its arm; ArtefactError if an earlier `sweep.json` is damaged.
     """
+    sweep = with_formats(sweep)
     _check(sweep, allow_code)
     with lock_folder(sweep.folder):
         if os.path.lexists(sweep.folder / FILE):
@@ -79,6 +82,25 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     if done.failures:
         raise _failed(done.failures)
     return sweep.folder / FILE
+
+
+def with_formats(sweep: Sweep) -> Sweep:
+    """As each run's own recipe will have them. Raises DataError."""
+    points = {arm: _all_with_formats(some) for arm, some in sweep.points.items()}
+    others = {arm: _all_with_formats(some) for arm, some in sweep.others.items()}
+    return replace(sweep, points=points, others=others)
+
+
+def _all_with_formats(points: list[Point]) -> list[Point]:
+    """Most points of an arm have the same rows, which are looked at once."""
+    made: list[Point] = []
+    for _, some in itertools.groupby(points, key=lambda point: (point.recipe.data, point.recipe.eval)):
+        alike = list(some)
+        told = tell_formats(alike[0].recipe).recipe
+        for point in alike:
+            recipe = point.recipe.model_copy(update={"data": told.data, "eval": told.eval})
+            made.append(replace(point, recipe=recipe))
+    return made
 
 
 def _check(sweep: Sweep, allow_code: bool) -> None:

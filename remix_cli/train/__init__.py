@@ -1,5 +1,6 @@
 """Training. `trainer.train` is the way in; from there on the files are in the order of a run.
 
+told_formats.py the formats that a recipe leaves out
 prepare.py      refusals that cost nothing
 preview.py      what `remix validate` shows
 setup.py        from a recipe to everything a run needs, one frozen value

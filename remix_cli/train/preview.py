@@ -1,6 +1,5 @@
 """`remix validate`: what a run would do, without weights and without writing anything."""
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,13 +16,14 @@ from remix_cli.diagnostics.routing_tables import parameter_table
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe, Task
-from remix_cli.recipe.sources import Source, named_locally
+from remix_cli.recipe.sources import Source
 from remix_cli.runs import Subject
 from remix_cli.stored_json import Document
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.micro_batch import describe_router, passes_of
 from remix_cli.train.prepare import check_recipe
+from remix_cli.train.told_formats import tell_formats
 
 GIB = 2**30
 
@@ -33,6 +33,7 @@ class SourcePreview:
     """What one source of training rows gives."""
 
     name: str
+    format: str
     rows: int
     conversations: int  # read; a row each, but for those that a chat template needs a row for each turn of
     supervised_tokens: int
@@ -55,12 +56,13 @@ class SourcePreview:
             notes.append(f"{self.cut:,} cut")
         if self.dropped:
             notes.append(f"{self.dropped:,} dropped")
-        return f"{self.name}: {', '.join(notes)}"
+        return f"{self.name} ({self.format}): {', '.join(notes)}"
 
 
 @dataclass
 class Preview:
     recipe: Recipe
+    told: list[str]  # formats that the recipe leaves out and its rows' columns tell, a line each
     sources: list[SourcePreview]
     padding: float  # share of all tokens of an epoch's micro-batches
     train: str
@@ -87,6 +89,7 @@ class Preview:
 def preview(recipe: Recipe, processes: int = 1) -> Preview:
     """As `processes` processes would train. Raises RecipeError and DataError, as training would."""
     adapter = check_recipe(recipe)
+    recipe, told = tell_formats(recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer, processes)
     subject = Subject(recipe, adapter.model, tokenizer, adapter, Encoder.of(tokenizer, recipe.data))
@@ -99,6 +102,7 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
     sources = zip(recipe.data.train, data.sources, strict=True)
     return Preview(
         recipe,
+        told,
         [_preview_source(source, encoded, tokenizer) for source, encoded in sources],
         _padding(recipe, data, processes),
         data.train.describe(),
@@ -114,6 +118,7 @@ def _preview_source(source: Source, encoded: Encoded, tokenizer: Any) -> SourceP
     short = min(encoded.rows[:50], key=lambda row: len(row.input_ids))
     return SourcePreview(
         name=source.place,
+        format=source.format,
         rows=len(encoded.rows),
         conversations=encoded.read,
         supervised_tokens=int(encoded.target_counts.sum()),
@@ -144,8 +149,7 @@ def _at_hand(task: Task) -> bool:
     if not kind.generates:
         return False
     sources = [source for source in (task.source, task.shots_from) if source is not None]
-    local = all(named_locally(path) or os.path.exists(path) for source in sources for path in source.paths)
-    return local and (task.source is not None or not kind.brings_rows)
+    return all(source.is_local for source in sources) and (task.source is not None or not kind.brings_rows)
 
 
 def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
@@ -196,6 +200,8 @@ def estimate_memory(
 
 def print_preview(p: Preview, console: Console) -> None:
     """Plain words first; supervised text is marked by brackets as well as by style."""
+    for line in p.told:
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"train     {p.train}", highlight=False)
     console.print(f"held out  {p.validation}", highlight=False)
     few = too_few(p.held_out)

@@ -198,7 +198,7 @@ def test_formats(form):
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
-        ("gsm8k", {"answer": None}, "should be text, is NoneType"),
+        ("gsm8k", {"answer": None}, "should be text, is null; name another column"),
         ("gsm8k", {"question": ["a"]}, "should be text, is list"),
         ("gsm8k", {"question": float("nan")}, "should be text, is float"),
         ("gsm8k", {"answer": " "}, "blank"),
@@ -229,7 +229,7 @@ def calling(**changes):
     ("row", "message"),
     [
         ({"messages": calling(tool_calls=None)}, r"the answer is blank \(message 2\)"),
-        ({"messages": calling(tool_calls=[], content=None)}, "message 2: column 'content' should be text, is NoneType"),
+        ({"messages": calling(tool_calls=[], content=None)}, "message 2: column 'content' should be text, is null"),
         ({"messages": calling(tool_calls={"name": "weather"})}, "message 2: 'tool_calls' should be a list, is dict"),
         ({"messages": calling(tool_calls=[{"id": "1"}])}, r"message 2: 'tool_calls' should hold \{function"),
         (
@@ -366,7 +366,7 @@ def test_a_template_process_that_dies_is_told(tokenizer):
 def test_a_bad_row_is_named_by_file_and_number(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in [GOOD["gsm8k"], {"question": "x", "answer": ""}]))
-    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: the answer is blank"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: column 'answer': the answer is blank"):
         load_examples([Source(path=str(file), format="gsm8k")])
     with pytest.raises(DataError, match="row 1: no column 'prompt'; the row has question, answer"):
         load_examples([Source(path=str(file))])

@@ -205,6 +205,7 @@ def test_columns_system_and_learn_are_keys_of_a_source():
             {"format": "messages", "columns": {"mesages": "x"}},
             "names mesages, which format messages does not read; it reads messages",
         ),
+        ({"format": "messages", "columns": {"messages": None}}, "names no column for messages"),
         ({"format": "text", "system": "s"}, "belongs to conversations"),
         ({"separator": ";"}, "belongs to csv and tsv files"),
     ],
@@ -212,6 +213,40 @@ def test_columns_system_and_learn_are_keys_of_a_source():
 def test_a_key_of_a_source_that_nothing_reads_is_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         Source(path="x.jsonl", **keys)
+
+
+PAIR = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "task", "weight"),
+    [
+        ({}, {}, "data", 1.0),
+        ({"task": "sums", "weight": 0.5}, {"task": "all"}, "sums", 0.5),
+        ({"task": None, "weight": None}, {"task": "all"}, "all", 1.0),
+        ({"task": " ", "weight": ""}, {"task": "all"}, "all", 1.0),
+        ({"task": 7, "weight": "2"}, {}, "7", 2.0),
+        ({"kind": "sums", "quality": 0}, {"columns": {"task": "kind", "weight": "quality"}}, "sums", 0.0),
+        ({"task": "x" * 99, "weight": "75 kg"}, {"columns": {"task": None, "weight": None}}, "data", 1.0),
+        ({"task": "Add 2 and 2.", "weight": "75 kg"}, {"prompt": "{task}", "completion": "{weight}"}, "data", 1.0),
+        (
+            {"weight": 3},
+            {"prompt": "{weight}", "columns": {"weight": "weight"}},
+            "data",
+            3.0,
+        ),
+    ],
+)
+def test_a_row_may_have_a_task_and_a_weight(row, keys, task, weight):
+    """What a template fills in is a text like others, unless `columns` says what it is."""
+    example = to_example(PAIR | row, Source(path="x.jsonl", **keys))
+    assert (example.task, example.weight) == (task, weight)
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), "heavy", "nan", True, [1], 10**400])
+def test_a_weight_is_a_number_that_is_not_negative(weight):
+    with pytest.raises(RowError, match=r"column 'quality' is .*, should be a number that is not negative"):
+        to_example(PAIR | {"quality": weight}, Source(path="x.jsonl", columns={"weight": "quality"}))
 
 
 def test_younger_keys_leave_a_recipe_of_earlier_versions_as_it_was():

@@ -223,11 +223,11 @@ def test_D1_all_rows_filtered_says_why(verb, stage, tmp_path):
     ("second", "message"),
     [
         ('{"prompt": "a"}', "row 2: no column 'completion'; the row has prompt"),
-        ('{"prompt": null, "completion": "b"}', "row 2: column 'prompt' should be text, is NoneType"),
+        ('{"prompt": null, "completion": "b"}', "row 2: column 'prompt' should be text, is null"),
         ('{"prompt": ["a"], "completion": "b"}', "row 2: message 1: the role should be one of"),
         ('{"prompt": "a", "completion": {"b": 3}}', "row 2: column 'completion' should be text, is dict"),
         ('["a"]', "row 2: should be an object of columns, is list"),
-        ('{"prompt": "a", "completion": " \\t"}', "row 2: the answer is blank"),
+        ('{"prompt": "a", "completion": " \\t"}', "row 2: column 'completion': the answer is blank"),
         ('{"prompt": "\\ud800", "completion": "b"}', "row 2: column 'prompt' holds a lone surrogate"),
     ],
     ids=["missing", "null", "list", "object", "not an object", "D7 blank", "D5 surrogate"],

@@ -26,9 +26,9 @@ def test_each_source_is_counted_and_a_row_of_it_shown(stage, tmp_path, verb):
     assert second["rows"] == 3, "the fourth loses what is learnt at max_length"
     assert (second["conversations"], second["repeated"], second["dropped"]) == (4, 2, 1)
     said = verb("validate", path)[0]
-    assert "other.jsonl: 3 rows, 6 supervised tokens, longest 6, 2 said before, 1 dropped" in said
+    assert "other.jsonl (prompt_completion): 3 rows, 6 supervised tokens, longest 6, 2 said before, 1 dropped" in said
     assert "<bot>«w3 <eos>»" in said
-    assert said.index("rows.jsonl: 40 rows") < said.index("other.jsonl: 3 rows")
+    assert said.index("rows.jsonl (gsm8k): 40 rows") < said.index("other.jsonl (prompt_completion): 3 rows")
 
     assert 0 < found["padding"] < 0.5
 

@@ -2,10 +2,11 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from remix_cli.data.formats.registry import format_told_by, reader_of
+from remix_cli.data.formats.registry import DEFAULT, formats_told_by, reader_of
 from remix_cli.errors import shortened
 
 if TYPE_CHECKING:
@@ -17,12 +18,19 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 
 
+LONGEST_NAME = 80  # characters of a task's name: a column of longer texts is hardly one
+
+
 class RowError(ValueError):
     """What is wrong with one row, without its number."""
 
 
 class MissingColumn(RowError):
     """A column that the format reads is not there."""
+
+    def __init__(self, column: str, row: Row):
+        super().__init__(f"no column {column!r}; the row has {shortened(', '.join(map(str, row))) or 'none'}")
+        self.column = column
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +67,89 @@ def to_example(row: Row, source: "Source", origin: Origin | None = None) -> Exam
     try:
         read = reader_of(source.format)(_with_names(row, source.columns), source)
     except MissingColumn as error:
-        other = format_told_by(set(map(str, row)))
-        if other in (None, source.format):
-            raise
-        raise RowError(f"{error}; set format: {other}") from None
+        raise RowError(f"{error}; {_remedy(error.column, row, source)}") from None
     messages, tools = read if isinstance(read, Conversation) else Conversation(read, [])
     for number, message in enumerate(messages, start=1):
         if message["role"] in ("assistant", "text") and not message["content"].strip() and "tool_calls" not in message:
             which = f" (message {number})" if number < len(messages) else ""
-            raise RowError(f"the answer is blank{which}")
+            where = f"column {source.answered_in}: " if source.answered_in else ""
+            raise RowError(f"{where}the answer is blank{which}; write one, or take the row out")
     if source.system is not None and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": source.system}, *messages]
     if source.learn == "last":
         messages = [*(_only_read(message) for message in messages[:-1]), messages[-1]]
-    return Example(tuple(messages), source.label, tuple(tools), origin=origin)
+    task, weight = _task_of(row, source), _weight_of(row, source)
+    return Example(tuple(messages), task, tuple(tools), weight, origin)
 
 
-def _with_names(row: Row, columns: dict[str, str]) -> Row:
+def _with_names(row: Row, columns: dict[str, str | None]) -> Row:
     """With the names that the format reads. Raises RowError."""
-    return row | {name: value_of(row, own) for name, own in columns.items()}
+    named = {name: value_of(row, own) for name, own in columns.items() if own is not None}
+    return row | named if named else row
+
+
+def _remedy(column: str, row: Row, source: "Source") -> str:
+    """What to set where a column is not there."""
+    others = [name for name in formats_told_by(set(map(str, row))) if name != source.format]
+    if others:
+        return f"set format: {' or '.join(others)}"
+    if column in source.columns.values():
+        return "name one that is there in columns"
+    if source.format == DEFAULT:
+        return 'name those that are there: prompt: "{...}" and completion: "{...}"'
+    return f"say which one it is: columns: {{{column}: ...}}"
+
+
+def _task_of(row: Row, source: "Source") -> str:
+    """Of the row's own column, else of the source. Raises RowError."""
+    value = _of_any_row("task", row, source)
+    if value is None:
+        return source.label
+    name = text_of({"task": value}, "task").strip()
+    if len(name) > LONGEST_NAME:
+        raise RowError(
+            f"column {_column('task', source)!r} should be a task's name, and has {len(name)} characters; if it is "
+            "something else, set columns: {task: null}"
+        )
+    return sys.intern(name) or source.label
+
+
+def _weight_of(row: Row, source: "Source") -> float:
+    """Of the row's own column, else 1. Raises RowError."""
+    value = _of_any_row("weight", row, source)
+    if value is None:
+        return 1.0
+    weight = _number(value)
+    if weight is None or weight < 0:
+        raise RowError(
+            f"column {_column('weight', source)!r} is {shortened(repr(value), 30)}, should be a number that is not "
+            "negative; if it is no weight, set columns: {weight: null}"
+        )
+    return weight
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one written as text, as the cells of a csv file are; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _of_any_row(name: str, row: Row, source: "Source") -> Any:
+    """What a row says in a column of OF_ANY_ROW; None where the source's templates read it as something else."""
+    column = _column(name, source)
+    if column is None or (name not in source.columns and column in source.template_columns):
+        return None
+    value = row.get(column)
+    return value if is_given(value) else None
+
+
+def _column(name: str, source: "Source") -> str | None:
+    return source.columns.get(name, name)
 
 
 def _only_read(message: Message) -> Message:
@@ -92,7 +164,7 @@ def without_mark(message: Message) -> Message:
 def value_of(row: Row, column: str) -> Any:
     """Raises RowError if there is no such column."""
     if column not in row:
-        raise MissingColumn(f"no column {column!r}; the row has {shortened(', '.join(map(str, row))) or 'none'}")
+        raise MissingColumn(column, row)
     return row[column]
 
 
@@ -102,7 +174,8 @@ def text_of(row: Row, column: str) -> str:
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     if not isinstance(value, str):
-        raise RowError(f"column {column!r} should be text, is {type(value).__name__}")
+        kind = "null" if value is None else type(value).__name__
+        raise RowError(f"column {column!r} should be text, is {kind}; name another column, or take the row out")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
