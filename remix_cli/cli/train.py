@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from remix_cli.cli.common import Json, Overrides, RecipePath, launch_rank
+from remix_cli.cli.validate import show_preview
 from remix_cli.errors import RecipeError
 from remix_cli.streams import outlive
 from remix_cli.terminal import Console
@@ -18,6 +19,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest valid checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run that output_dir holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, as `remix validate` does, and do nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter as the recipe says.
@@ -36,6 +40,10 @@ def train(
         recipe = recipe.absolute()
         os.chdir(begun_in)
     loaded = load_recipe(recipe, overrides or [], stored=begun_in is not None)
+    if dry_run:
+        if launch_rank() == 0:
+            show_preview(loaded, resume=resume, overwrite=overwrite, as_json=as_json)
+        return
     from remix_cli.train.told_formats import tell_formats
     from remix_cli.train.trainer import train as run_training
 

@@ -1,12 +1,15 @@
 """`remix validate`."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from remix_cli.cli.common import Json, Overrides, RecipePath
 from remix_cli.terminal import Console
+
+if TYPE_CHECKING:
+    from remix_cli.recipe import Recipe
 
 
 def validate(
@@ -18,10 +21,16 @@ def validate(
     """Check a recipe without training: keys, files, targets; show one row, parameters and memory."""
     from remix_cli.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    show_preview(load_recipe(recipe, overrides or []), processes, as_json=as_json)
+
+
+def show_preview(
+    recipe: "Recipe", processes: int = 1, *, resume: bool = False, overwrite: bool = False, as_json: bool = False
+) -> None:
+    """What training with these flags would do."""
     from remix_cli.train.preview import preview, print_preview
 
-    found = preview(loaded, processes)
+    found = preview(recipe, processes, resume=resume, overwrite=overwrite)
     if as_json:
         print(json.dumps(found.to_dict()))
         return

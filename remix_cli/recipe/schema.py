@@ -23,6 +23,7 @@ from remix_cli.core.config import ALL_LINEAR, AdapterConfig, Level, Omega, Scope
 from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.methods.registry import METHODS, method_named, methods_by_name
 from remix_cli.own_settings import fields_of, listed
+from remix_cli.recipe.machine import usual_dtype
 from remix_cli.recipe.rules import fill_defaults, idle_in_router, unread_of_router
 from remix_cli.recipe.sources import (
     NONE_HELD_OUT,
@@ -62,8 +63,9 @@ def _readers(key: str) -> list[str]:
 class Model(Strict):
     name_or_path: Place = Field(description="Hub id, model folder, or .gguf file.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16",
-        description="Type of the frozen weights and of the computation; adapters are always float32.",
+        default_factory=usual_dtype,
+        description="Type of the frozen weights and of the computation; adapters are always float32. By default "
+        "bfloat16, and float32 on a CPU that computes slowly in bfloat16.",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
@@ -71,6 +73,13 @@ class Model(Strict):
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = Field(False, description="Run modelling code that the model folder brings along.")
+
+    @property
+    def about_dtype(self) -> str | None:
+        """What to say of a type that the recipe leaves to the machine, where it is not the usual one."""
+        if "dtype" in self.model_fields_set or self.dtype == "bfloat16":
+            return None
+        return f"{self.dtype}, for this CPU computes slowly in bfloat16; model.dtype says otherwise"
 
 
 def _names(value: Any) -> Any:
@@ -456,7 +465,7 @@ class Recipe(Strict):
 
     def _unread_of_train(self) -> dict[str, str]:
         unread = {}
-        if self.train.trackers in ([], ["tensorboard"], ["dvclive"], ["tensorboard", "dvclive"]):
+        if {"tensorboard", "dvclive"}.issuperset(self.train.trackers):
             unread["project"] = "names a project of trackers, and train.report_to names none that has projects"
         if self.train.lr_scheduler_type == "constant":
             unread["warmup_ratio"] = "needs a schedule with a warm-up, as train.lr_scheduler_type constant_with_warmup"
@@ -576,6 +585,12 @@ class Recipe(Strict):
                 {"metric": metric, "fix": fix, "at": ("train", "metric_for_best_model")},
             )
         return self
+
+    def with_dtype_of(self, begun: "Recipe") -> "Recipe":
+        """A resumed run computes as it was begun, also on another machine, unless its recipe says otherwise."""
+        if "dtype" in self.model.model_fields_set:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": begun.model.dtype})})
 
     @property
     def method(self) -> "Method":

@@ -63,6 +63,8 @@ class TrainingConsole:
         ]
         if recipe.adapter_config().samples:
             lines.append(f"router    {describe_router(recipe.router)}")
+        if recipe.model.about_dtype:
+            lines.append(f"dtype     {recipe.model.about_dtype}")
         few = too_few(len(data.validation.rows))
         if few:
             lines.append(f"warning   held-out rows: {few}")

@@ -13,6 +13,7 @@ from remix_cli.data.rows import Encoded, EncodedRow
 from remix_cli.data.splits import TrainingData, load_data
 from remix_cli.diagnostics.parameters import ParameterCounts, count_parameters
 from remix_cli.diagnostics.routing_tables import parameter_table
+from remix_cli.errors import RecipeError
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe, Task
@@ -22,7 +23,7 @@ from remix_cli.stored_json import Document
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.micro_batch import describe_router, passes_of
-from remix_cli.train.prepare import check_recipe
+from remix_cli.train.prepare import check_output, check_recipe
 from remix_cli.train.told_formats import tell_formats
 
 GIB = 2**30
@@ -71,6 +72,9 @@ class Preview:
     steps: int
     counts: ParameterCounts
     memory: dict[str, float]  # GiB by what it is for
+    rows_per_step: int
+    passes: int  # forward passes over each row of a step
+    output: str  # where the run is written, or why it is not
 
     def to_dict(self) -> Document:
         return {
@@ -80,14 +84,18 @@ class Preview:
             "validation": self.validation,
             "held_out_rows": self.held_out,
             "steps": self.steps,
+            "rows_per_step": self.rows_per_step,
+            "passes": self.passes,
+            "output": self.output,
+            "model": self.recipe.model.model_dump(),
             "parameters": self.counts.to_dict(),
             "memory_gib": self.memory,
             "estimator": self.recipe.router.estimator,
         }
 
 
-def preview(recipe: Recipe, processes: int = 1) -> Preview:
-    """As `processes` processes would train. Raises RecipeError and DataError, as training would."""
+def preview(recipe: Recipe, processes: int = 1, *, resume: bool = False, overwrite: bool = False) -> Preview:
+    """As `processes` processes would train with these flags. Raises RecipeError and DataError, as training would."""
     adapter = check_recipe(recipe)
     recipe, told = tell_formats(recipe)
     tokenizer = load_tokenizer(recipe.model)
@@ -111,7 +119,19 @@ def preview(recipe: Recipe, processes: int = 1) -> Preview:
         data.total_steps(recipe),
         counts,
         memory,
+        data.plan.rows_per_step,
+        passes_of(recipe.router, recipe.adapter_config().samples).total,
+        _output(recipe, resume, overwrite),
     )
+
+
+def _output(recipe: Recipe, resume: bool, overwrite: bool) -> str:
+    try:
+        check_output(recipe, resume=resume, overwrite=overwrite)
+    except RecipeError as error:
+        return f"nothing: {error}"
+    how = "going on with the run that it holds" if resume else "in place of the run that it holds" if overwrite else ""
+    return f"{recipe.output_dir}{f', {how}' if how else ''}"
 
 
 def _preview_source(source: Source, encoded: Encoded, tokenizer: Any) -> SourcePreview:
@@ -202,15 +222,23 @@ def print_preview(p: Preview, console: Console) -> None:
     """Plain words first; supervised text is marked by brackets as well as by style."""
     for line in p.told:
         console.print(line, highlight=False, soft_wrap=True)
+    model, method = p.recipe.model, p.recipe.adapter.method
+    bits = "" if model.quantization == "none" else f", weights in {model.quantization}"
+    console.print(f"model     {model.name_or_path}, {p.counts.base:,} parameters, {model.dtype}{bits}", soft_wrap=True)
+    if model.about_dtype:
+        console.print(f"dtype     {model.about_dtype}", highlight=False, soft_wrap=True)
+    console.print(f"method    {method}: {p.recipe.method.summary}", highlight=False, soft_wrap=True)
     console.print(f"train     {p.train}", highlight=False)
     console.print(f"held out  {p.validation}", highlight=False)
     few = too_few(p.held_out)
     if few:
         console.print(f"warning   held-out rows: {few}", highlight=False, soft_wrap=True)
-    console.print(f"steps     {p.steps}", highlight=False)
+    over = "pass" if p.passes == 1 else "passes"
+    console.print(f"steps     {p.steps}, {p.rows_per_step} rows each, {p.passes} {over} over each row", highlight=False)
     if p.recipe.adapter_config().samples:
         console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
     console.print(f"padding   {p.padding:.1%} of the tokens of an epoch", highlight=False)
+    console.print(f"written   {p.output}", highlight=False, soft_wrap=True)
     for source in p.sources:
         console.print(f"\n{source.describe()}", highlight=False, soft_wrap=True)
         console.print("A row as the model sees it; what it learns stands in «»:", highlight=False)

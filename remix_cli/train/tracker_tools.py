@@ -180,6 +180,7 @@ class Mlflow(Tool):
         self.steps: dict[str, set[int]] = {}
         for key in client.get_run(self.found).data.metrics:
             self.steps[key] = {point.step for point in client.get_metric_history(self.found, key)}
+        self.held = max((max(steps) for steps in self.steps.values()), default=-1)
 
     def lacks(self, step: int, row: Row) -> Row:
         return {key: value for key, value in row.items() if step not in self.steps.get(_mlflow_name(key), ())}

@@ -52,6 +52,8 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     begins = not (resume and checkpoints.list_checkpoints(folder.checkpoints))
     skeleton = prepare.check_recipe(recipe, begins=begins)
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
+    if resume:
+        recipe = recipe.with_dtype_of(load_recipe(RunFolder(Path(recipe.output_dir)).recipe, stored=True))
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
         # rank 0 may tokenise, evaluate or write for a while
