@@ -153,7 +153,8 @@ def test_the_estimate_of_a_sharded_base():
     """Llama 3 8B over 8: an eighth of the layers, the embeddings whole, two layers gathered."""
     config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
     counts = ParameterCounts(0, 0, 0, 0, 0, 8_030_261_248)
-    recipe = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
+    model = {"name_or_path": "m", "dtype": "bfloat16"}
+    recipe = {"model": model, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
     whole = estimate_memory(Recipe.model_validate(recipe), config, counts, 512, 8)["base weights"]
     shared = Recipe.model_validate(recipe | {"train": {"shard_base": True}})
     sharded = estimate_memory(shared, config, counts, 512, 8)["base weights"]
