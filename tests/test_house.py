@@ -133,6 +133,7 @@ def test_the_library_needs_torch_and_safetensors_only():
 VERBS = [
     "train",
     "sweep",
+    "find-rate",
     "budget",
     "validate",
     "schema",

@@ -2,7 +2,7 @@
 
 Rooms are imported inside the verbs, so that `remix --help` needs neither torch nor half a second.
 
-train.py, sweep.py, budget.py, validate.py, schema.py   start from a recipe
+train.py, sweep.py, find_rate.py, budget.py, validate.py, schema.py   start from a recipe
 verify_estimator.py                                     needs none
 eval.py, compare.py, route_stats.py                     look at finished runs
 export.py, generate.py, chat.py                         use the trained model
@@ -14,7 +14,19 @@ import re
 import sys
 from typing import NoReturn
 
-from remix_cli.cli import budget, chat, compare, export, generate, route_stats, schema, sweep, train, validate
+from remix_cli.cli import (
+    budget,
+    chat,
+    compare,
+    export,
+    find_rate,
+    generate,
+    route_stats,
+    schema,
+    sweep,
+    train,
+    validate,
+)
 from remix_cli.cli import eval as evaluate
 from remix_cli.cli import verify_estimator as verify
 from remix_cli.cli.common import app, launch_rank
@@ -29,7 +41,8 @@ __all__ = ["app", "main"]
 # in the order in which --help lists them; a short help where the first sentence of the verb's own is cut at 80 columns
 app.command("train")(train.train)
 app.command("validate", short_help="Check a recipe, and say what a run of it would do.")(validate.validate)
-app.command("sweep", short_help="Train a grid of settings or methods, and compare them.")(sweep.sweep)
+app.command("sweep", short_help="Compare methods on your data, and decide.")(sweep.sweep)
+app.command("find-rate", short_help="Suggest a learning rate, from one short training.")(find_rate.find_rate)
 app.command("budget", short_help="The size of every method for equal parameter counts.")(budget.budget)
 app.command("verify-estimator", short_help="Prove that the router's gradient is unbiased.")(verify.verify_estimator)
 app.command("schema")(schema.schema)

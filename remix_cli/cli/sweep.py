@@ -1,22 +1,31 @@
 """`remix sweep`."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from remix_cli.cli.common import AllowCode, Json, Overrides
+from remix_cli.errors import RecipeError, RemixError
 from remix_cli.streams import outlive
 from remix_cli.terminal import Console
 
 if TYPE_CHECKING:
     from remix_cli.recipe.sweep_grammar import Sweep
+    from remix_cli.sweep.outcome import Outcome
 
 
 def sweep(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe with lists of values, see docs/sweeps.md.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Any recipe, or one with lists of values, see docs/sweeps.md.")
+    ],
     overrides: Overrides = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many, where the file says none; by default 3.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0, help="As many seeds (10 at most) as fit into so many hours from now.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at once; they are dealt to the GPUs in turn.")] = 1,
     only: Annotated[
         str | None, typer.Option(metavar="REGEX", help="These arms; others that were run before stay in the table.")
@@ -25,29 +34,38 @@ def sweep(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Train a grid of settings or methods, choose on held-out rows, test the best under all seeds, tabulate.
+    """Which is best on my data? Search settings, repeat the best under all seeds, compare, decide.
 
-    The same command goes on where it was stopped.
+    A recipe without lists and without a sweep section: one LoRA against a pool under a fixed, a clustered and a trained
+    router, three learning rates each. The same command goes on where it was stopped.
     """
     from remix_cli.recipe.sweep_grammar import load_sweep
 
+    if seeds is not None and hours is not None:
+        raise RecipeError("--seeds, --hours: one says how many seeds, the other lets the time decide; give one of them")
     console = Console(stderr=as_json)
-    plan = load_sweep(recipe, overrides or [], only)
-    if dry_run:
-        _list_runs(plan, console)
-        _say_how_many(plan, console)
-        return
-    outlive(f"the sweep goes on; its runs and their logs are in {plan.folder}")
-    _say_how_many(plan, console)
-    from remix_cli.sweep.report import sweep_report
-    from remix_cli.sweep.runner import run_sweep
-    from remix_cli.sweep.sweep_tables import sweep_notes, sweep_tables
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    run_sweep(plan, processes, say, allow_code)
+    wanted, flag = (1, "--hours") if hours is not None else (seeds, "--seeds")
+    plan = load_sweep(recipe, overrides or [], only, wanted, flag)
+    if dry_run:
+        _list_runs(plan, console)
+    _say_how_many(plan, console, hours)
+    if dry_run:
+        _say_sizes(plan, say)
+        return
+    outlive(f"the sweep goes on; its runs and their logs are in {plan.folder}")
+    from remix_cli.sweep.outcome import write_outcome
+    from remix_cli.sweep.report import sweep_report
+    from remix_cli.sweep.runner import run_sweep
+    from remix_cli.sweep.sweep_tables import sweep_notes, sweep_tables
+
+    with console.status("reading the rows") if console.is_terminal else nullcontext() as status:
+        run_sweep(plan, processes, say, allow_code, hours, lambda line: _show(status, line))
     found = sweep_report(plan.folder)
+    outcome = write_outcome(plan, found)
     if as_json:
         print(json.dumps(found.to_dict()))
         return
@@ -57,21 +75,61 @@ def sweep(
     console.print()
     for line in sweep_notes(found):
         say(line)
-    say(f"\nagain, without training: remix compare {plan.folder}")
+    if outcome is not None:
+        _say_what_next(plan, outcome, say)
+
+
+def _show(status: Any, line: str) -> None:
+    """On a terminal, one line that moves; in a log nothing."""
+    if status is not None:
+        status.update(line)
 
 
 def _list_runs(plan: "Sweep", console: Console) -> None:
     from remix_cli.recipe.sweep_grammar import describe
 
-    more = len(plan.seeds) - 1
     for arm, points in plan.points.items():
-        console.print(f"{arm}: {len(points)} settings, then the best under {more} more seeds", highlight=False)
+        console.print(f"{arm}: {len(points)} settings", highlight=False)
         for point in points:
             console.print(f"    {describe(point.setting) or '-':<40} {point.folder}", highlight=False, soft_wrap=True)
 
 
-def _say_how_many(plan: "Sweep", console: Console) -> None:
+def _say_how_many(plan: "Sweep", console: Console, hours: float | None) -> None:
     arms = len(plan.points)
     searched = sum(len(points) for points in plan.points.values())
     more = (len(plan.seeds) - 1) * arms
-    console.print(f"{arms} arms, {searched} runs to search, {more} more", highlight=False)
+    lines = [f"{arms} arms: {', '.join(plan.points)}", f"{searched} runs to search"]
+    if hours is not None:
+        lines[-1] += f", then the best of each arm under as many seeds as {hours:g} hours hold"
+    elif more:
+        lines[-1] += f", then {more} more: the best of each arm under seeds {', '.join(map(str, plan.seeds[1:]))}"
+    lines.append(f"folder: {plan.folder}; stop whenever you like, the same command goes on")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _say_sizes(plan: "Sweep", say: Any) -> None:
+    """Of a dry run: from the rows and the tokenizer, if they are at hand."""
+    from remix_cli.sweep.runner import say_sizes, with_formats
+
+    try:
+        say_sizes(with_formats(plan), say)
+    except RemixError as error:
+        say(f"how large they are is not known: {'; '.join(error.problems)}")
+    else:
+        say("how long they take is measured over the first steps")
+
+
+def _say_what_next(plan: "Sweep", outcome: "Outcome", say: Any) -> None:
+    lines = [
+        f"remix export {outcome.run} --output FOLDER",
+        f"remix train {outcome.recipe}",
+        f"remix compare {plan.folder}",
+    ]
+    if outcome.spelt_out is not None:
+        lines.append(f"remix sweep {outcome.spelt_out}")
+    what = ["use it as it is", "its recipe, for more rows or steps", "this again", "after adding arms, seeds or rates"]
+    width = max(map(len, lines))
+    say("")
+    for line, purpose in zip(lines, what, strict=False):
+        say(f"{line:<{width}}  # {purpose}")

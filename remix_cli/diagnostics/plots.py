@@ -73,6 +73,23 @@ def _draw_use(figure: Any, routers: list[str], shares: list[list[float]]) -> Non
     figure.colorbar(image, label="share of tokens")
 
 
+def plot_rates(
+    rates: list[float], changes: list[float], smoothed: list[float], suggested: float | None, folder: Path
+) -> list[Path]:
+    """A range test: the change of the loss against the learning rate, step by step and smoothed."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    axis.plot(rates, changes, ".", color=COLOURS[5], markersize=3, label="step")
+    axis.plot(rates, smoothed, color=COLOURS[0], label="smoothed")
+    if suggested is not None:
+        axis.axvline(suggested, color=COLOURS[1], linestyle="--", label=f"suggested: {suggested:g}")
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("change of the loss, nats a token")
+    axis.legend(fontsize=8)
+    return _save(plt, figure, folder / "rates")
+
+
 def _save(plt: Any, figure: Any, stem: Path) -> list[Path]:
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:

@@ -61,12 +61,17 @@ class ComparedTask:
 
     items: int
     scores: dict[str, list[ComparedScore]]
+    rows: str | None = None  # what its rows are called, where the first report says so
+
+    def title(self, task: str) -> str:
+        return f"{task} ({self.rows})" if self.rows else task
 
     def to_dict(self) -> Document:
         scores = {}
         for name, entries in self.scores.items():
             scores[name] = [entry.to_dict() for entry in entries]
-        return {"items": self.items, "scores": scores}
+        document: Document = {"items": self.items, "scores": scores}
+        return document | ({"rows": self.rows} if self.rows is not None else {})
 
     @classmethod
     def from_dict(cls, document: Any) -> "ComparedTask":
@@ -74,7 +79,7 @@ class ComparedTask:
         scores = {}
         for name, entries in found["scores"].items():
             scores[name] = [ComparedScore.from_dict(entry) for entry in entries]
-        return cls(found["items"], scores)
+        return cls(found["items"], scores, found.get("rows"))
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ def _compare_task(task: str, runs: list[Evaluated], results: list[TaskResult]) -
     if any(run.items(task) != items for run in runs):
         raise ArtefactError(f"{task}: the per-example files do not hold the same items; evaluate again")
     scores = {name: _compare_score(task, name, runs, results) for name in scores_in_common(results)}
-    return ComparedTask(len(items), scores)
+    return ComparedTask(len(items), scores, results[0].rows)
 
 
 def _compare_score(task: str, name: str, runs: list[Evaluated], results: list[TaskResult]) -> list[ComparedScore]:

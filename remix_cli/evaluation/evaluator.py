@@ -59,6 +59,7 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
     return Evaluation(Report(name, results), target, notes)
 
 
+HELD_OUT = "held out"  # what the recipe's own held-out rows are called
 OTHER_DATA = "@"  # parts a task's name from that of a data set which is not the recipe's
 
 
@@ -142,7 +143,17 @@ def _score(label: str, scorer: Scorer, lines: Lines, protocol: Protocol, progres
     scores = scorer.scores([lines.done[item] for item in range(count)])
     as_asked = scorer.task.model_copy(update={"limit": scorer.limit})
     seconds = round(time.monotonic() - begun, 3)
-    return TaskResult(label, count, scores, seconds, len(todo), protocol, task_digest(as_asked))
+    digest = task_digest(as_asked)
+    return TaskResult(label, count, scores, seconds, len(todo), protocol, digest, rows_name(label, scorer.task))
+
+
+def rows_name(label: str, task: Task) -> str | None:
+    """What the rows of `task` are called; None where its own name or its label says so, or it brings them."""
+    if task.name is not None or OTHER_DATA in label:
+        return None
+    if task.source is not None:
+        return task.source.place
+    return None if task_class(task.task).brings_rows else HELD_OUT
 
 
 def task_digest(task: Task) -> str:

@@ -75,9 +75,15 @@ class TaskResult:
     asked: int  # items that this evaluation asked for; an interrupted one had answered the others
     protocol: Protocol
     task_digest: str | None = None  # of the task as it was asked; the first reports lack it
+    rows: str | None = None  # what its rows are called, unless the task brings them; the first reports lack it
+
+    @property
+    def title(self) -> str:
+        """The task and, unless its name says so, which rows it is of: `nll (test.jsonl)`."""
+        return f"{self.task} ({self.rows})" if self.rows else self.task
 
     def to_dict(self) -> Document:
-        document = {
+        document: Document = {
             "task": self.task,
             "count": self.count,
             "scores": {name: score.value for name, score in self.scores.items()},
@@ -90,6 +96,8 @@ class TaskResult:
         }
         if self.task_digest is not None:
             document["task_digest"] = self.task_digest
+        if self.rows is not None:
+            document["rows"] = self.rows
         return document
 
     @classmethod
@@ -97,8 +105,8 @@ class TaskResult:
         found = check_kinds(document, _RESULT)
         scores = {name: _read_score(found, name) for name in found["scores"]}
         protocol = Protocol.from_dict(found["protocol"])
-        digest = found.get("task_digest")
-        return cls(found["task"], found["count"], scores, found["seconds"], found["asked"], protocol, digest)
+        younger = {key: found.get(key) for key in ("task_digest", "rows")}
+        return cls(found["task"], found["count"], scores, found["seconds"], found["asked"], protocol, **younger)
 
 
 _RESULT: Kinds = {

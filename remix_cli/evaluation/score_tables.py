@@ -26,7 +26,7 @@ def eval_table(report: Report) -> Table:
     for result in report.results:
         for name, score in result.scores.items():
             interval = f"{number(score.low, score.share)} to {number(score.high, score.share)}"
-            table.add_row(result.task, name, with_unit(score.value, score.share), interval, str(score.count))
+            table.add_row(result.title, name, with_unit(score.value, score.share), interval, str(score.count))
     return table
 
 
@@ -64,7 +64,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         scores.add_column(column, justify="left" if column in ("task", "score", "run") else "right", overflow="fold")
     for task, compared in comparison.tasks.items():
         for name, entries in compared.scores.items():
-            heading = [f"{task} ({compared.items})", name]
+            heading = [f"{compared.title(task)}, {compared.items} rows", name]
             for run, entry in zip(comparison.runs, entries, strict=True):
                 scores.add_row(*heading, run.run, with_unit(entry.value, entry.share), *_difference_cells(entry))
                 heading = ["", ""]

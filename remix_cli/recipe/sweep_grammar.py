@@ -1,7 +1,8 @@
 """Sweeps: one file that stands for many recipes.
 
 A list where a recipe takes one value is an axis; the grid is the product of all axes. `sweep.arms` names what is
-compared: each arm changes some dotted keys and is searched apart. Nothing here runs anything.
+compared: each arm changes some dotted keys and is searched apart. A recipe with neither stands for the obvious
+comparison (obvious.py). Nothing here runs anything.
 """
 
 import copy
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import regex
+import yaml
 from pydantic import Field, ValidationError
 
 from remix_cli.errors import RecipeError
 from remix_cli.recipe.loader import RawRecipe, build, drop_unread, drop_value, models_in, read_raw, set_value
+from remix_cli.recipe.obvious import consecutive, make_obvious
 from remix_cli.recipe.schema import Recipe, measures_while_training
 from remix_cli.recipe.sources import Positive, Seed, Strict
 
@@ -71,6 +74,7 @@ class Sweep:
     arms: list[str]  # all of the file, in its order; the first is the reference
     points: dict[str, list[Point]]
     others: dict[str, list[Point]] = field(default_factory=dict)  # of the arms that `--only` leaves out
+    spelt_out: str | None = None  # of a plain recipe: the sweep file that it stands for
 
     def under(self, point: Point, seed: int) -> Point:
         """The same setting under another seed."""
@@ -79,13 +83,26 @@ class Sweep:
         return Point(point.arm, point.setting, seed, recipe)
 
 
-def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: str | None = None) -> Sweep:
+def load_sweep(
+    path: Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    only: str | None = None,
+    seeds: int | None = None,
+    flag: str = "--seeds",
+) -> Sweep:
     """Every recipe of the sweep, checked; to be run are the arms whose whole name matches the expression `only`.
 
+    `seeds`: how many, from the recipe's seed on, where its file does not say which; `flag` asks for it.
     Raises RecipeError with all problems, each once.
     """
     raw = read_raw(path, overrides)
+    is_plain = "sweep" not in raw.values and not any(_axes(raw.values, Recipe, ""))
+    if is_plain:
+        make_obvious(raw, build(raw))
     problems: Problems = {}
+    if seeds is not None:
+        _set_seeds(raw, seeds, flag, is_plain)
+    spelt_out = yaml.safe_dump(raw.values, sort_keys=False, allow_unicode=True) if is_plain else None
     group = _read_group(raw, problems)
     root = raw.values.get("output_dir")
     if not isinstance(root, str):
@@ -115,9 +132,22 @@ def load_sweep(path: Path, overrides: list[str] | tuple[str, ...] = (), only: st
     to_run = {arm: points[arm] for arm in matching}
     others = {arm: points[arm] for arm in points if arm not in to_run}
     metric = group.metric or to_run[matching[0]][0].recipe.train.metric_for_best_model
-    sweep = Sweep(Path(str(root)), group.seeds, metric, list(group.arms), to_run, others)
+    sweep = Sweep(Path(str(root)), group.seeds, metric, list(group.arms), to_run, others, spelt_out)
     _check_metric(sweep)
     return sweep
+
+
+def _set_seeds(raw: RawRecipe, count: int, flag: str, is_plain: bool) -> None:
+    """As many from the first on. Raises RecipeError if the file says which."""
+    group = raw.values.setdefault("sweep", {})
+    if not isinstance(group, dict):  # which is refused later
+        return
+    if "seeds" in group and not is_plain:
+        raise RecipeError(f"{flag}: {raw.where('sweep.seeds')} says in sweep.seeds under which; leave one of them out")
+    first = group["seeds"][0] if is_plain else raw.values.get("seed", 0)
+    if isinstance(first, int):  # anything else is refused later
+        raw.values.pop("seed", None)
+        group["seeds"] = consecutive(first, count)
 
 
 def _check_metric(sweep: Sweep) -> None:

@@ -1,28 +1,27 @@
 """From a sweep's folder to the paper's Table 1 in shape: one row for each arm, over seeds.
 
 What is compared: each arm at its best setting with the first arm that has finished runs, score by score. Paired how:
-by seed where both arms have two seeds or more in common, and always by item, since all runs were asked the same. With
-which interval: 95 %, of the mean over seeds by Student's t (`over_seeds`), of the difference by Student's t over what
-seeds and items vary by (`difference_over_seeds`).
+by seed where all arms have the same two seeds or more, and always by item, since all runs were asked the same. With
+which interval: 95 %, over what items and seeds vary by (`score_over_seeds`, `difference_over_seeds`); what seeds vary
+by is learnt from all arms together. What follows from it: decision.py.
 """
 
 import json
 import math
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from remix_cli.errors import ArtefactError
-from remix_cli.evaluation.evaluated import Evaluated, comparable_measures, load_evaluated, scores_in_common
-from remix_cli.evaluation.report import TaskResult
-from remix_cli.evaluation.score_tables import number
-from remix_cli.evaluation.statistics import Score, difference_over_seeds, over_seeds, seeds_to_settle
+from remix_cli.evaluation.evaluated import Evaluated, load_evaluated
+from remix_cli.evaluation.statistics import Score
 from remix_cli.folders import holds_runs
 from remix_cli.recipe.sweep_grammar import Setting, describe
 from remix_cli.stored_json import Document, check_kinds, read_fields
+from remix_cli.sweep.decision import Decision, decide
+from remix_cli.sweep.differences import ArmsRuns
 from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, read_record
 
 
@@ -44,11 +43,14 @@ class ArmReport:
     scores: dict[str, Score]  # `<task> <score>` -> over seeds
     differences: dict[str, Score]  # from the first arm, over seeds and items, paired by seed where both have them
     verdicts: dict[str, str]  # what each difference says, in words
+    beyond: dict[str, float] = field(default_factory=dict)  # keys at an edge, each with a value to try past it
 
     def to_dict(self) -> Document:
         document = asdict(self)
+        if not self.beyond:
+            del document["beyond"]
         for score in document["scores"].values():
-            if not math.isfinite(score["low"]):  # of a single run; JSON has no infinity
+            if not math.isfinite(score["low"]):  # as single runs once had it; JSON has no infinity
                 score["low"] = score["high"] = None
         return document
 
@@ -69,20 +71,29 @@ class SweepReport:
     reference: str  # the arm that others are compared with
     arms: list[ArmReport]
     skipped: list[str]  # what is not in the rows, and why
+    decision: Decision | None = None  # None where no score is common to all; the first reports lack it
+    rows: dict[str, str] = field(default_factory=dict)  # what each task's rows are called, likewise
 
     def to_dict(self) -> Document:
-        return {
+        document = {
             "metric": self.metric,
             "seeds": self.seeds,
             "reference": self.reference,
             "arms": [arm.to_dict() for arm in self.arms],
             "skipped": self.skipped,
         }
+        if self.decision is not None:
+            document["decision"] = self.decision.to_dict()
+        if self.rows:
+            document["rows"] = self.rows
+        return document
 
     @classmethod
     def from_dict(cls, document: Any) -> "SweepReport":
         found = dict(check_kinds(document, {"arms": list}))
         found["arms"] = [ArmReport.from_dict(arm) for arm in found["arms"]]
+        if "decision" in found:
+            found["decision"] = Decision.from_dict(found["decision"])
         return read_fields(cls, found)
 
 
@@ -109,23 +120,18 @@ def sweep_report(folder: Path) -> SweepReport:
     if not runs_of:
         raise ArtefactError(f"{folder}: no arm of this sweep has a finished run; see the logs beside the run folders")
     reference = next(iter(runs_of))
+    runs = ArmsRuns(runs_of)
+    arms = [_arm_report(name, record.arms[name], runs, reference) for name in runs_of]
+    decision = decide(record.metric, {arm.arm: arm.scores for arm in arms}, runs)
     skipped = [f"{name}: no finished run" for name in record.arms if name not in runs_of]
-    arms = []
-    for name, runs in runs_of.items():
-        others = [] if name == reference else runs_of[reference]
-        arms.append(_arm_report(name, record.arms[name], runs, others, skipped))
-    return SweepReport(record.metric, record.seeds, reference, arms, list(dict.fromkeys(skipped)))
+    skipped += list(dict.fromkeys(runs.skipped))
+    rows = {result.task: result.rows for result in runs_of[reference][0].report.results if result.rows is not None}
+    return SweepReport(record.metric, record.seeds, reference, arms, skipped, decision, rows)
 
 
-def _arm_report(
-    name: str, arm: ArmRecord, runs: list[Evaluated], reference: list[Evaluated], skipped: list[str]
-) -> ArmReport:
-    """`reference`: the runs of the first arm, none if this is it. A line for each task left out goes to `skipped`."""
-    scores = _scores_over_seeds(name, runs, skipped)
-    differences: dict[str, Score] = {}
-    verdicts: dict[str, str] = {}
-    if reference:
-        differences, verdicts = differences_from(name, runs, reference, skipped)
+def _arm_report(name: str, arm: ArmRecord, arms: ArmsRuns, reference: str) -> ArmReport:
+    runs = arms.runs_of[name]
+    differences = {} if name == reference else arms.differences(name, reference)
     costs = [run.costs for run in runs]
     trained, active = costs[0].trained_parameters, costs[0].active_parameters
     if trained is None or active is None:
@@ -142,92 +148,11 @@ def _arm_report(
         validation=_value_of_chosen(arm),
         edges=edges(arm.searched, arm.chosen),
         held_out_rows=_held_out_rows(runs[0]),
-        scores=scores,
-        differences=differences,
-        verdicts=verdicts,
+        scores=arms.scores(name),
+        differences={key: difference.found.score for key, difference in differences.items()},
+        verdicts={key: difference.in_words() for key, difference in differences.items()},
+        beyond=beyond(arm.searched, arm.chosen),
     )
-
-
-def _scores_over_seeds(name: str, runs: list[Evaluated], skipped: list[str]) -> dict[str, Score]:
-    """`<task> <score>` -> its mean over the arm's runs."""
-    scores = {}
-    for first in runs[0].report.results:
-        task = first.task
-        results = [run.result(task) for run in runs]
-        why = _why_not([first], results)
-        if why:
-            skipped.append(f"{task}: the runs of {name} were not asked the same ({why}); no mean")
-            continue
-        present = _present(results)
-        for score in scores_in_common(present):
-            values = [result.scores[score].value for result in present]
-            scores[f"{task} {score}"] = over_seeds(values, first.scores[score].share)
-    return scores
-
-
-def differences_from(
-    name: str, runs: list[Evaluated], reference: list[Evaluated], skipped: list[str]
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """`<task> <score>` -> how far the arm's runs are from the reference's, and the same in words.
-
-    A line for each task that they were not asked alike goes to `skipped`.
-    """
-    paired = _with_shared_seeds(reference, runs)
-    is_paired = len(paired) > 1
-    ours, theirs = runs, reference
-    if is_paired:
-        theirs, ours = [pair[0] for pair in paired], [pair[1] for pair in paired]
-    differences = {}
-    verdicts = {}
-    for first in runs[0].report.results:
-        task = first.task
-        of_reference = [run.result(task) for run in reference]
-        of_runs = [run.result(task) for run in runs]
-        why = _why_not(of_reference, of_runs)
-        if why:
-            skipped.append(f"{task}: {name} was not asked what the first arm was ({why}); no difference")
-            continue
-        for score in scores_in_common([first, *_present(of_reference), *_present(of_runs)]):
-            one = np.stack([run.parts(task, score) for run in theirs])  # (seeds, 2, S)
-            two = np.stack([run.parts(task, score) for run in ours])
-            difference = difference_over_seeds(one, two, first.scores[score].share, paired=is_paired)
-            low_is_better = comparable_measures(first)[score].lower_is_better
-            differences[f"{task} {score}"] = difference
-            verdicts[f"{task} {score}"] = verdict(difference, low_is_better, len(two), is_paired)
-    return differences, verdicts
-
-
-def _why_not(some: list[TaskResult | None], others: list[TaskResult | None]) -> str:
-    """Why results of a task do not compare, each of `some` with each of `others`; empty if all do."""
-    for one in some:
-        for other in others:
-            if one is None or other is None:
-                return "not scored in every run"
-            different = one.protocol.asked.differences(other.protocol.asked)
-            if different:
-                return different
-    return ""
-
-
-def _present(results: list[TaskResult | None]) -> list[TaskResult]:
-    return [result for result in results if result is not None]
-
-
-def _with_shared_seeds(reference: list[Evaluated], runs: list[Evaluated]) -> list[tuple[Evaluated, Evaluated]]:
-    """The runs of both arms that have their seed in common, seed by seed."""
-    by_seed = {_seed(run): run for run in runs}
-    pairs = []
-    for run in reference:
-        seed = _seed(run)
-        if seed is not None and seed in by_seed:
-            pairs.append((run, by_seed[seed]))
-    return pairs
-
-
-def _seed(run: Evaluated) -> int | None:
-    """From the run folder's name, which the sweep gave it."""
-    found = re.search(r"seed(\d+)$", run.run.path.name)
-    return int(found[1]) if found else None
 
 
 def _mean(values: list[float | None] | list[int | None]) -> float:
@@ -256,28 +181,34 @@ def _held_out_rows(run: Evaluated) -> int | None:
 
 def edges(searched: list[SearchedPoint], chosen: Setting | None) -> list[str]:
     """Settings of the best point that lie at the end of what was tried, so that the best may lie beyond."""
-    found = []
+    return [describe({key: (chosen or {})[key]}) for key in beyond(searched, chosen)]
+
+
+def beyond(searched: list[SearchedPoint], chosen: Setting | None) -> dict[str, float]:
+    """Those settings by key, each with a value to try: as far off as the neighbour on the other side, as factors go.
+
+    Where the next value diverged, what lies in the middle.
+    """
+    found: dict[str, float] = {}
     for key, value in (chosen or {}).items():
-        tried = [point.setting.get(key) for point in searched if point.value is not None]
-        numbers = [one for one in tried if isinstance(one, int | float) and not isinstance(one, bool)]
-        if len(set(numbers)) > 1 and value in (min(numbers), max(numbers)):
-            found.append(describe({key: value}))
+        tried = _numbers(searched, key)
+        good = _numbers([point for point in searched if point.value is not None], key)
+        if len(good) < 2 or value not in (good[0], good[-1]):
+            continue
+        is_largest = value == good[-1]
+        near = good[-2] if is_largest else good[1]
+        past = [one for one in tried if (one > value if is_largest else one < value)]
+        if value <= 0 or near <= 0:  # factors make no sense
+            next_one = 2 * value - near
+        elif past:
+            next_one = math.sqrt(value * (past[0] if is_largest else past[-1]))
+        else:
+            next_one = value * value / near
+        found[key] = round(next_one) if isinstance(value, int) else float(f"{next_one:.3g}")
     return found
 
 
-def verdict(difference: Score, low_is_better: bool, seeds: int, paired: bool) -> str:
-    """`better by 0.0120 (0.0060 to 0.0180)`, or that nothing is clear and what would settle it."""
-    unit = " points" if difference.share else ""
-    size = number(abs(difference.value), difference.share) + unit
-    if difference.low <= 0 <= difference.high:
-        if seeds < 2:
-            return "no clear difference under one seed; sweep.seeds: [0, 1, 2] or more says what training varies by"
-        more = seeds_to_settle(difference, seeds) if paired else None
-        if more is None:
-            return "no clear difference"
-        return f"no clear difference; about {more} seeds would settle {size}"
-    is_better = (difference.value < 0) == low_is_better
-    least, most = sorted([abs(difference.low), abs(difference.high)])
-    interval = f"{number(least, difference.share)} to {number(most, difference.share)}"
-    about = "" if seeds > 1 else ", under one seed"
-    return f"{'better' if is_better else 'worse'} by {size} ({interval}{about})"
+def _numbers(points: list[SearchedPoint], key: str) -> list[float]:
+    """What the points have at `key`, ascending, each once."""
+    values = [point.setting.get(key) for point in points]
+    return sorted({one for one in values if isinstance(one, int | float) and not isinstance(one, bool)})

@@ -3,6 +3,7 @@
 1. Every point of every arm is trained under the first seed.
 2. As soon as an arm's points are all there, the best by the metric on held-out rows is trained under all seeds.
 3. Those runs, and no others, are scored on the recipe's tasks.
+With a number of hours the seeds are not given: once all arms are chosen, as many follow as fit into what is left.
 
 What runs out of memory beside other runs is tried again alone, at the end. An arm of which a setting failed for
 another reason than divergence is not chosen from: the settings would not have been compared.
@@ -12,34 +13,45 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from remix_cli.errors import ArtefactError, DivergedError, FailedRuns, Interrupted, RecipeError
 from remix_cli.evaluation.evaluator import check_code
 from remix_cli.recipe import Recipe, load_recipe
+from remix_cli.recipe.obvious import consecutive
 from remix_cli.recipe.schema import cost
 from remix_cli.recipe.sweep_grammar import Point, Sweep, describe
 from remix_cli.runs import RunFolder
 from remix_cli.storage import lock_folder, write_json
+from remix_cli.sweep.forecast import Awaited, Forecast, in_words, last_logged
+from remix_cli.sweep.outcome import write_spelt_out
+from remix_cli.sweep.pool import Asked, Pool, Work
 from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, SweepRecord, read_record
-from remix_cli.sweep.work import Cause, Failure, is_scored, report_file, score_run, set_up, train_run
+from remix_cli.sweep.size import run_sizes
+from remix_cli.sweep.work import (
+    Cause,
+    Ended,
+    Failure,
+    is_scored,
+    report_file,
+    score_run,
+    train_run,
+)
 from remix_cli.tasks.base import Settings
 from remix_cli.train.checkpoints import rows_of_last
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import check_same_recipe
+from remix_cli.train.run_size import RunSize
 from remix_cli.train.told_formats import tell_formats
 
 Say = Callable[[str], None]
-Work = Callable[[Recipe], Failure | None]  # what went wrong
-Then = Callable[[Failure | None], None]
+MOST_SEEDS = 10  # that a number of hours is filled with
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Job:
 
     work: Work
     recipe: Recipe
-    then: Then
+    then: Callable[[Failure | None, float], None]  # with the seconds that it took
 
 
 @dataclass
@@ -63,8 +75,18 @@ class _Arm:
     sound: bool = True  # no run failed but for divergence
 
 
-def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) -> Path:
+def run_sweep(
+    sweep: Sweep,
+    processes: int,
+    say: Say,
+    allow_code: bool = False,
+    hours: float | None = None,
+    show: Say = lambda _: None,
+) -> Path:
     """Carry it out and return the path of its `sweep.json`. `allow_code`: see `remix eval`.
+
+    `hours`: more seeds than the sweep's follow as long as they fit into so many. `say` gets a line for each run that
+    has ended, `show` every few seconds one that stands for the last.
 
     Raises RecipeError, BusyError, Interrupted, and RemixError at the end if a run failed for another reason than
     divergence, which makes a setting the worst of its arm; ArtefactError if an earlier `sweep.json` is damaged.
@@ -74,7 +96,9 @@ def run_sweep(sweep: Sweep, processes: int, say: Say, allow_code: bool = False) 
     with lock_folder(sweep.folder):
         if os.path.lexists(sweep.folder / FILE):
             read_record(sweep.folder / FILE)  # its other arms would be lost
-        done = _Sweep(sweep, say, allow_code).run(processes)
+        write_spelt_out(sweep)
+        sizes = say_sizes(sweep, say)
+        done = _Sweep(sweep, sizes, processes, say, show, allow_code).run(hours)
         record = done.record()
         known = _other_arms(sweep, say) | record.arms
         arms = {name: known[name] for name in sweep.arms if name in known}
@@ -175,52 +199,149 @@ def _check_folder(sweep: Sweep) -> None:
         raise RecipeError(f"output_dir: {sweep.folder} holds a single run; choose another folder for the sweep")
 
 
+def say_sizes(sweep: Sweep, say: Say) -> dict[Path, RunSize]:
+    """Read the rows, and say how large the runs are. Raises DataError."""
+    sizes = run_sizes(point for points in sweep.points.values() for point in points)
+    by_tokens = sorted(sizes.values(), key=lambda size: size.tokens)
+    least, most = by_tokens[0], by_tokens[-1]
+    more = f" to {most.describe()}" if most.tokens > least.tokens else ""
+    say(f"each run: {least.describe()}{more}")
+    return sizes
+
+
 class _Sweep:
-    def __init__(self, sweep: Sweep, say: Say, allow_code: bool):
-        self.sweep, self.say, self.allow_code = sweep, say, allow_code
+    def __init__(self, sweep: Sweep, sizes: dict[Path, RunSize], processes: int, say: Say, show: Say, allow_code: bool):
+        self.sweep, self.processes, self.say, self.show, self.allow_code = sweep, processes, say, show, allow_code
+        self.sizes = sizes  # of the points under the first seed; the others' are the same
         self.arms = {name: _Arm(name, points) for name, points in sweep.points.items()}
+        self.forecast = Forecast(processes)
+        self.has_forecast = False  # has it been said how long this takes?
         self.errors: dict[Path, str] = {}
         self.failures: dict[str, Failure] = {}  # by run folder, or arm
         self.again: list[Job] = []  # for want of memory
         self.count = 0
+        self.total = 0
         self.rows: dict[str, tuple[Path, tuple[str, str | None]]] = {}  # by what the recipe says of them
 
-    def run(self, processes: int) -> "_Sweep":
+    def run(self, hours: float | None) -> "_Sweep":
+        begun = time.monotonic()
         todo = []
         for arm in self.arms.values():
             for point in arm.points:
-                arm.waiting += 1
-                todo.append(Job(train_run, point.recipe, functools.partial(self._trained, arm, point)))
+                todo.append(self._job(arm, point))
+            for seed in self._seeds(arm.points[0])[1:]:
+                self._await_seed(arm, seed)
+            self.forecast.scorings[arm.name] += len(self._seeds(arm.points[0]))
         try:
-            self._do(todo, processes)
-            if self.again:
-                self.say(f"     {len(self.again)} runs lacked memory; now one at a time")
-                todo, self.again = self.again, []
-                self._do(todo, 1)
+            self._do(todo)
+            if hours is not None:
+                self._do(self._more_seeds(3600 * hours - (time.monotonic() - begun)))
         except KeyboardInterrupt as error:
-            number = error.number if isinstance(error, _Asked) else signal.SIGINT
+            number = error.number if isinstance(error, Asked) else signal.SIGINT
             raise Interrupted(number, "interrupted; the same command goes on where every run was stopped") from None
         return self
 
-    def _do(self, jobs: list[Job], processes: int) -> None:
-        """These jobs and those that follow from them."""
-        with _Pool(processes) as pool:
+    def _more_seeds(self, left: float) -> list[Job]:
+        """Runs of all chosen arms under as many further seeds as fit into `left` seconds; those that are done do."""
+        chosen = [arm for arm in self.arms.values() if arm.chosen is not None and arm.chosen.recipe.method.trains]
+        first = self.sweep.seeds[0]
+        seeds = [first]
+        for seed in consecutive(first + 1, MOST_SEEDS - 1):
+            cost_of_seed = sum(self._seconds_under(arm, seed) for arm in chosen) / self.processes
+            if cost_of_seed > left:
+                break
+            left -= cost_of_seed
+            seeds.append(seed)
+        self.sweep = replace(self.sweep, seeds=seeds)
+        self.say(f"     seeds that fit: {', '.join(map(str, seeds))}")
+        jobs = []
+        for arm in chosen:
+            self.forecast.scorings[arm.name] += len(seeds) - 1
+            jobs += self._jobs_under_other_seeds(arm)
+        return jobs
+
+    def _seconds_under(self, arm: _Arm, seed: int) -> float:
+        """That the chosen setting of the arm will take; 0 if that is done."""
+        assert arm.chosen is not None
+        if _is_complete(self.sweep.under(arm.chosen, seed)):
+            return 0.0
+        seconds = self.forecast.seconds_of_run(arm.name, self.sizes[arm.chosen.folder])
+        return (seconds or 0.0) + self.forecast.seconds_of_scoring(arm.name)
+
+    def _job(self, arm: _Arm, point: Point, setting: Point | None = None) -> Job:
+        """Train the point; `setting`: the same under the first seed, if it has another."""
+        size = self.sizes[(setting or point).folder]
+        self.total += 1
+        if _is_complete(point):
+            self.forecast.ran(arm.name, size, _seconds_of_summary(point))
+        else:
+            self.forecast.awaited[point.folder] = Awaited(arm.name, size, point.folder)
+        arm.waiting += 1
+        return Job(train_run, point.recipe, functools.partial(self._trained, arm, point))
+
+    def _await_seed(self, arm: _Arm, seed: int) -> None:
+        """A run whose setting is not chosen yet is expected to be as large as any."""
+        largest = max((self.sizes[point.folder] for point in arm.points), key=lambda size: size.work)
+        self.total += 1
+        self.forecast.awaited[arm.name, seed] = Awaited(arm.name, largest)
+
+    def _jobs_under_other_seeds(self, arm: _Arm) -> list[Job]:
+        assert arm.chosen is not None
+        jobs = []
+        for seed in self._seeds(arm.chosen)[1:]:
+            if self.forecast.awaited.pop((arm.name, seed), None) is not None:
+                self.total -= 1  # it is counted as what it turned out to be
+            jobs.append(self._job(arm, self.sweep.under(arm.chosen, seed), arm.chosen))
+        return jobs
+
+    def _do(self, jobs: list[Job]) -> None:
+        """These jobs and those that follow from them; what lacked memory again, by itself."""
+        self._at_once(jobs, self.processes)
+        if self.again:
+            self.say(f"     {len(self.again)} runs lacked memory; now one at a time")
+            jobs, self.again = self.again, []
+            self.forecast.processes = 1
+            self._at_once(jobs, 1)
+
+    def _at_once(self, jobs: list[Job], processes: int) -> None:
+        if not jobs:
+            return
+        with Pool(processes) as pool:
             self.pool = pool
             for job in jobs:
                 self._submit(job)
-            pool.until_idle()
+            pool.until_idle(self._look)
 
     def _submit(self, job: Job) -> None:
-        def done(problem: Failure | None) -> None:
+        def done(ended: Ended) -> None:
+            problem = ended.failure
             lacked_memory = problem is not None and problem.cause is Cause.NO_MEMORY
             if lacked_memory and self.pool.processes > 1:
                 self.again.append(job)
             else:
-                job.then(problem)
+                job.then(problem, ended.seconds)
 
         self.pool.submit(job.work, job.recipe, done)
 
-    def _trained(self, arm: _Arm, point: Point, problem: Failure | None) -> None:
+    def _look(self) -> None:
+        """Every few seconds: how far the runs in hand are, and as soon as that is known, how long all will take."""
+        left = self.forecast.seconds_left()
+        if left is None:
+            return
+        if not self.has_forecast:
+            self.has_forecast = True
+            self.say(f"     about {_until(left)}")
+        self.show(f"{self.count}/{self.total} runs{self._in_hand()}; {in_words(left)} left")
+
+    def _in_hand(self) -> str:
+        parts = []
+        for run in self.forecast.awaited.values():
+            logged = last_logged(run.folder) if run.folder else None
+            if run.folder and logged and logged.step < run.size.steps:
+                parts.append(f"{run.folder.relative_to(self.sweep.folder)} {logged.step}/{run.size.steps}")
+        return f"; {', '.join(parts[: self.processes])}" if parts else ""
+
+    def _trained(self, arm: _Arm, point: Point, problem: Failure | None, seconds: float) -> None:
         arm.waiting -= 1
         self.count += 1
         value = math.inf
@@ -231,7 +352,11 @@ class _Sweep:
                 problem = Failure(f"metrics.jsonl: {error}", ArtefactError.exit_code)
         if problem is None:
             problem = self._other_rows(point)
+        awaited = self.forecast.awaited.pop(point.folder, None)
         if problem is None:
+            if awaited is not None:
+                seconds = max(seconds, _seconds_of_summary(point))  # that of earlier parts, too
+                self.forecast.ran(arm.name, awaited.size, seconds)
             shown = f"{self.sweep.metric} {abs(value):.4f}"
         else:
             value = math.inf
@@ -241,11 +366,41 @@ class _Sweep:
                 arm.sound = False
                 self.failures[str(point.folder)] = problem
         arm.values[point.folder] = value
-        self.say(f"{self.count:>4} trained  {_name(arm, point)}: {shown}")
-        if arm.chosen is None and arm.waiting == 0:
-            self._choose(arm)
-        elif arm.chosen is not None and problem is None:
-            self._score(point)
+        following = self._follow(arm, point, problem)
+        took = f", {in_words(seconds)}" if awaited is not None else ""
+        self.say(f"{self.count:>4}/{self.total} trained  {_name(arm, point)}: {shown}{took}{self._left()}")
+        for job in following:
+            self._submit(job)
+
+    def _left(self) -> str:
+        left = self.forecast.seconds_left()
+        if not left:
+            return ""
+        self.has_forecast = True
+        return f"; {_until(left)}"
+
+    def _follow(self, arm: _Arm, point: Point, problem: Failure | None) -> list[Job]:
+        """What is to be done now that the point is trained."""
+        if arm.chosen is not None:
+            return [self._scoring(point)] if problem is None else self._no_scoring(arm, 1)
+        if arm.waiting:
+            return []
+        self._choose(arm)
+        if arm.chosen is None:
+            return self._no_arm(arm)
+        return [self._scoring(arm.chosen), *self._jobs_under_other_seeds(arm)]
+
+    def _no_scoring(self, arm: _Arm, count: int) -> list[Job]:
+        self.forecast.scorings[arm.name] -= count
+        return []
+
+    def _no_arm(self, arm: _Arm) -> list[Job]:
+        """Nothing is chosen from it: what was expected to follow does not."""
+        seeds = self._seeds(arm.points[0])
+        for seed in seeds[1:]:
+            self.forecast.awaited.pop((arm.name, seed), None)
+            self.total -= 1
+        return self._no_scoring(arm, len(seeds))
 
     def _other_rows(self, point: Point) -> Failure | None:
         """Was the run trained on other rows than those before it whose recipes name the same?"""
@@ -268,26 +423,24 @@ class _Sweep:
             self.failures[f"sweep.arms.{arm.name}"] = Failure(line, DivergedError.exit_code)
             return
         arm.chosen = best
-        self._score(best)
-        for seed in self._seeds(best)[1:]:
-            point = self.sweep.under(best, seed)
-            arm.waiting += 1
-            self._submit(Job(train_run, point.recipe, functools.partial(self._trained, arm, point)))
 
     def _seeds(self, point: Point) -> list[int]:
         """Without training nothing depends on a seed."""
         return self.sweep.seeds if point.recipe.method.trains else self.sweep.seeds[:1]
 
-    def _score(self, point: Point) -> None:
+    def _scoring(self, point: Point) -> Job:
         work = functools.partial(score_run, allow_code=self.allow_code)
-        self._submit(Job(work, point.recipe, functools.partial(self._scored, point)))
+        return Job(work, point.recipe, functools.partial(self._scored, point, is_scored(point.recipe)))
 
-    def _scored(self, point: Point, problem: Failure | None) -> None:
+    def _scored(self, point: Point, was_scored: bool, problem: Failure | None, seconds: float) -> None:
         said = ""
+        self.forecast.scorings[point.arm] -= 1
         if problem is not None:
             self.failures[str(point.folder)] = problem
             said = f": {problem.line}"
-        self.say(f"     scored   {point.arm}, seed {point.seed}{said}")
+        elif not was_scored:
+            self.forecast.scored(point.arm, seconds)
+        self.say(f"{'':>{4 + len(str(self.total))}} scored   {point.arm}, seed {point.seed}{said}")
 
     def record(self) -> SweepRecord:
         """Of the arms that were run."""
@@ -318,6 +471,28 @@ def _name(arm: _Arm, point: Point) -> str:
     return f"{arm.name} ({setting}), seed {point.seed}" if setting else f"{arm.name}, seed {point.seed}"
 
 
+def _is_complete(point: Point) -> bool:
+    return RunFolder(point.folder).summary.is_file()
+
+
+def _seconds_of_summary(point: Point) -> float:
+    """Of training, over all its parts; 0 if the run does not say."""
+    try:
+        return float(RunFolder(point.folder).read_summary()["seconds"])
+    except ArtefactError:
+        return 0.0
+
+
+def _until(seconds: float) -> str:
+    """How long, and until when if that is worth saying."""
+    said = f"{in_words(seconds)} left"
+    if seconds < 300:
+        return said
+    end = datetime.now() + timedelta(seconds=seconds)
+    day = "" if end.date() == datetime.now().date() else f"{end:%A} "
+    return f"{said}, until {day}{end:%H:%M}"
+
+
 def _finite(value: float | None, metric: str, point: Point) -> float | None:
     """The metric itself from its cost, which is its own inverse; None if there is none."""
     if value is None or not math.isfinite(value):
@@ -333,81 +508,3 @@ def _cost(metric: str, point: Point) -> float:
     if math.isnan(value):
         raise ValueError(f"no {metric} was measured; are there held-out rows?")
     return cost(metric, value, point.recipe.eval.tasks)
-
-
-class _Pool:
-    """Worker processes, each with a GPU in turn; what a job returns goes to its callback, in this process."""
-
-    def __init__(self, processes: int):
-        self.processes = processes
-        context = multiprocessing.get_context("spawn")
-        devices = context.Queue()
-        for device in _devices(processes):
-            devices.put(device)
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        self.ended = context.Event()
-        self.executor = ProcessPoolExecutor(processes, context, set_up, (devices, threads, self.ended))
-        self.pending: dict[Future, Then] = {}
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            self.stop()
-        self.executor.shutdown(cancel_futures=True)
-
-    def submit(self, job: Work, recipe: Recipe, then: Then) -> None:
-        self.pending[self.executor.submit(job, recipe)] = then
-
-    def until_idle(self) -> None:
-        heeded = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-        before = {s: signal.signal(s, _interrupt) for s in heeded}
-        try:
-            while self.pending:
-                for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
-                    then = self.pending.pop(future)
-                    try:
-                        then(future.result())
-                    except Interrupted as error:  # the signal went to the worker, too, which was quicker
-                        raise _Asked(error.signal_number) from None
-                    except BrokenProcessPool:
-                        line = "a worker process was killed, perhaps for want of memory; the same command goes on"
-                        raise FailedRuns(2, line) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def stop(self) -> None:
-        """Ask the runs in hand to save and end; those that wait in a worker's queue are not begun."""
-        self.ended.set()
-        for future in self.pending:
-            future.cancel()
-        for process in multiprocessing.active_children():
-            process.terminate()
-
-
-class _Asked(KeyboardInterrupt):
-    """Another signal than that of Ctrl-C, with the same consequences."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
-
-def _interrupt(number: int, _: Any) -> None:
-    raise _Asked(number)
-
-
-def _devices(processes: int) -> list[str | None]:
-    """Which GPU each process gets, in turn; None where there is no choice."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name for name in visible.split(",") if name]
-    else:
-        import torch
-
-        names = [str(i) for i in range(torch.cuda.device_count())]
-    if len(names) < 2:
-        return [None] * processes
-    return [names[i % len(names)] for i in range(processes)]

@@ -9,6 +9,8 @@ from remix_cli.evaluation.score_tables import number, plain_table, with_unit
 from remix_cli.evaluation.statistics import Score, too_few
 from remix_cli.sweep.report import ArmReport, SweepReport
 
+HELD_OUT = "held out"  # as evaluations call the recipe's own held-out rows
+
 
 def sweep_tables(report: SweepReport) -> list[Table]:
     """What each arm is and costs; then its scores, and how far they are from the first arm's."""
@@ -27,7 +29,8 @@ def sweep_tables(report: SweepReport) -> list[Table]:
         )
     tables = [costs]
     for name in _names([arm.scores for arm in report.arms]):
-        table = plain_table(f"{name}: mean over seeds, and difference from {report.reference} (95 % intervals)")
+        title = _with_rows(name, report)
+        table = plain_table(f"{title}: mean over seeds, and difference from {report.reference} (95 % intervals)")
         for column in ("arm", "runs", "score", "interval", "difference", "interval"):
             table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
         for arm in report.arms:
@@ -38,19 +41,59 @@ def sweep_tables(report: SweepReport) -> list[Table]:
 
 
 def sweep_notes(report: SweepReport) -> list[str]:
-    """The verdicts in words, and what to mind about them."""
-    lines = []
+    """The verdict in words: by the score that decides, then by the others; what it rests on, and what to mind."""
+    lines = _decision(report) if report.decision and len(report.arms) > 1 else []
     for name in _names([arm.verdicts for arm in report.arms]):
-        lines.append(f"{name}, against {report.reference}:")
+        if report.decision and name == report.decision.score:
+            continue
+        lines.append(f"{_with_rows(name, report)}, against {report.reference}:")
         lines += [f"  {arm.arm}: {arm.verdicts[name]}" for arm in report.arms if name in arm.verdicts]
-    for arm in report.arms:
-        if arm.edges:
-            lines.append(f"{arm.arm}: the best {', '.join(arm.edges)} lies at an edge of what was tried; try beyond it")
     known = [arm.held_out_rows for arm in report.arms if arm.held_out_rows is not None]
     if known:
         few = too_few(known[0])
         lines.append(f"settings chosen by {known[0]} held-out rows" + (f": {few}" if few else ""))
+    for arm in report.arms:
+        if arm.edges:
+            advice = ", ".join(f"{value:g} in {key}" for key, value in arm.beyond.items())
+            lines.append(f"{arm.arm}: the best {', '.join(arm.edges)} lies at an edge of what was tried; try {advice}")
     return lines
+
+
+def _decision(report: SweepReport) -> list[str]:
+    decision = report.decision
+    assert decision is not None
+    scored = next(arm for arm in report.arms if arm.arm == decision.best).scores[decision.score]
+    title = _with_rows(decision.score, report)
+    lines = [f"{decision.best} is best by {title}: {with_unit(scored.value, scored.share)} ({_interval(scored)})"]
+    lines += [f"  {arm}: {words}" for arm, words in decision.against.items()]
+    if decision.take != decision.best:
+        lines.append(f"take {decision.take}: nothing separates it from the best, and it is the first of those listed")
+    elif len(decision.level) > 1:
+        others = ", ".join(arm for arm in decision.level if arm != decision.take)
+        lines.append(f"take {decision.take}, though nothing separates {others} from it")
+    else:
+        lines.append(f"take {decision.take}: it is clearly ahead of all others")
+    return [*lines, _rests_on(report)]
+
+
+def _rests_on(report: SweepReport) -> str:
+    decision = report.decision
+    assert decision is not None
+    differences = [arm.differences[decision.score] for arm in report.arms if decision.score in arm.differences]
+    rows = f"{differences[0].count:,} scored rows, " if differences else ""
+    runs = [arm.runs for arm in report.arms]
+    seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    tokens = max(arm.train_tokens for arm in report.arms)
+    said = f"this rests on {rows}{seeds} {'seed' if seeds == '1' else 'seeds'}, {tokens:,.0f} tokens of training each"
+    if report.rows.get(decision.score.partition(" ")[0]) == HELD_OUT:
+        said += "; the same rows chose the settings, so give eval.tasks rows of their own for a final figure"
+    return said
+
+
+def _with_rows(name: str, report: SweepReport) -> str:
+    """`nll loss` of which rows: `nll loss (test.jsonl)`."""
+    rows = report.rows.get(name.partition(" ")[0])
+    return f"{name} ({rows})" if rows else name
 
 
 def _names(of_arms: Sequence[Mapping[str, object]]) -> list[str]:

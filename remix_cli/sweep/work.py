@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing import connection
@@ -43,6 +44,20 @@ class Failure:
     line: str
     exit_code: int
     cause: Cause = Cause.OTHER
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended, and after how long."""
+
+    failure: Failure | None
+    seconds: float
+
+
+def timed(work: Callable[[Recipe], Failure | None], recipe: Recipe) -> Ended:
+    begun = time.monotonic()
+    failure = work(recipe)
+    return Ended(failure, time.monotonic() - begun)
 
 
 def set_up(devices: Any, threads: int, ended: Any) -> None:

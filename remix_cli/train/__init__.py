@@ -8,6 +8,8 @@ resume.py       may this run go on from what another process left?
 shard.py        the base model shared out over the processes
 begin.py        what a run begins from: adapter.init_from
 trainer.py      the run: steps, held-out loss, checkpoints, signals
+rate_range.py   a short run whose learning rate grows, to suggest one
+run_size.py     how large a run will be
 cluster_prompts.py  the prompts' clusters, found before the first step
 micro_batch.py  a recipe's words to the library's step; the gradients of one micro-batch
 step_graphs.py  the same by CUDA graph

@@ -13,8 +13,9 @@ from remix_cli.evaluation.evaluated import Evaluated, TrainingCosts
 from remix_cli.evaluation.report import Report, TaskResult
 from remix_cli.evaluation.statistics import Score
 from remix_cli.sweep import work
+from remix_cli.sweep.differences import ArmsRuns
 from remix_cli.sweep.record import SweepRecord
-from remix_cli.sweep.report import SweepReport, differences_from
+from remix_cli.sweep.report import SweepReport
 from remix_cli.tasks.registry import TASKS
 from remix_cli.terminal import Console
 
@@ -57,8 +58,8 @@ def test_better_is_what_the_task_declares_to_be(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setitem(TASKS, "terse", "own_task:Terse")
     few, many = ([run_with(words + seed / 100, seed) for seed in (0, 1)] for words in (2.0, 5.0))
-    _, verdicts = differences_from("few", few, many, [])
-    assert verdicts["terse words"].startswith("better by 3.0000 ")
+    found = ArmsRuns({"many": many, "few": few}).differences("few", "many")
+    assert found["terse words"].in_words().startswith("better by 3.0000 ")
 
 
 FAILURES = [

@@ -7,17 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from helpers.common import ROOT
 from helpers.tiny import recipe_text, write_recipe, write_rows
+from helpers.workers import in_this_process
 
 from remix_cli import errors
 from remix_cli.errors import RecipeError
-from remix_cli.evaluation.statistics import difference_over_seeds, over_seeds, student
 from remix_cli.recipe.sweep_grammar import describe, load_sweep
 from remix_cli.runs import RunFolder
 from remix_cli.sweep import runner as sweep_run
@@ -191,7 +190,8 @@ def test_train_points_to_sweep_and_the_reverse_is_one_run(stage, tmp_path, verb)
     _, err = verb("train", path, expect=2)
     assert "it is for `remix sweep`" in err
     out, _ = verb("sweep", path, "--dry-run")
-    assert "1 arms, 1 runs to search" in out
+    assert "1 arms: run\n1 runs to search\n" in out
+    assert "each run: 4 steps of 4 rows, 176 tokens\n" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -199,33 +199,6 @@ def test_a_metric_that_no_run_measures_is_refused_by_a_dry_run_too(stage, tmp_pa
     path = sweep_file(stage, tmp_path, {"metric": "nll/los"})
     _, err = verb("sweep", path, "--dry-run", expect=2)
     assert "sweep.metric: nll/los is not measured on held-out rows while training; use eval_loss" in err
-
-
-def in_this_process(monkeypatch):
-    """Jobs run when they are submitted, and what they do is noted."""
-    ran = []
-
-    class Pool:
-        def __init__(self, processes):
-            self.processes, self.queue = processes, []
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, job, recipe, then):
-            self.queue.append((job, recipe, then))
-
-        def until_idle(self):
-            while self.queue:
-                job, recipe, then = self.queue.pop(0)
-                ran.append((getattr(job, "func", job).__name__, Path(recipe.output_dir)))
-                then(job(recipe))
-
-    monkeypatch.setattr(sweep_run, "_Pool", Pool)
-    return ran
 
 
 def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_path, verb, monkeypatch):
@@ -249,7 +222,7 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     lost = {tmp_path / "out" / one["run"] for arm in document["arms"].values() for one in arm["searched"]} - set(scored)
     assert len(lost) == 1
     assert not any(RunFolder(folder).evaluations.exists() for folder in lost)
-    assert "nll loss: mean over seeds, and difference from LoRA" in out
+    assert "nll loss (test.jsonl): mean over seeds, and difference from LoRA" in out
     # the figures of the table, from the runs themselves
     report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
     for arm in report["arms"]:
@@ -493,39 +466,6 @@ def test_workers_end_with_a_parent_that_is_killed(two_workers, tmp_path):
         steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
         kept = [int(p.name[5:]) for p in metrics.parent.glob("checkpoints/step-*")]
         assert max(kept, default=0) == steps[-1]
-
-
-def test_intervals_over_seeds():
-    score = over_seeds([1.0, 2.0, 3.0], share=False)
-    assert (score.value, score.count) == (2.0, 3)
-    assert score.high - score.value == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert over_seeds([1.0], share=True).high == float("inf")
-    assert student(16) == pytest.approx(2.120, abs=0.015)
-    assert student(60) == pytest.approx(2.000, abs=0.005)
-
-
-def runs_of(random, seeds, items, spread):
-    """Scores of runs without a true difference: what an item is like, for everyone, and what a seed does to a run."""
-    made = items + spread * random.standard_normal((seeds, 1)) + 0.02 * random.standard_normal((seeds, len(items)))
-    return np.stack([made, np.ones_like(made)], 1)
-
-
-def test_the_difference_over_seeds_covers_as_often_as_it_says():
-    """200 pairs of equal arms: items in common, seeds apart, three of each."""
-    random = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        items = random.random(50)
-        first, second = (runs_of(random, 3, items, 0.05) for _ in range(2))
-        found = difference_over_seeds(first, second, share=False)
-        hits += found.low <= 0 <= found.high
-    assert 0.91 <= hits / 200 <= 0.995
-    better = first.copy()
-    better[:, 0] -= 0.05
-    found = difference_over_seeds(first, better, share=False)
-    assert found.value == pytest.approx(-0.05)
-    single = difference_over_seeds(first[:1], better[:1], share=False)  # items in common cancel, and are all there is
-    assert single.high - single.low < 1e-6
 
 
 def test_budget_meets_its_target_for_every_method(stage, tmp_path, verb):

@@ -1,0 +1,85 @@
+"""From a plain recipe to a decision in one command, going on, and what lies in the folder afterwards."""
+
+import json
+
+import pytest
+import yaml
+from helpers.tiny import recipe_text, write_recipe
+from helpers.workers import in_this_process
+
+from remix_cli.recipe import load_recipe
+from remix_cli.sweep import forecast
+
+
+@pytest.fixture
+def plain(stage, tmp_path):
+    """Two arms: every LoRA of the pool is always active."""
+    model, rows, _ = stage
+    recipe = recipe_text(model, rows, tmp_path / "run") | {"router": {}}
+    recipe["adapter"] = {"pool_size": 2, "active": 2, "rank": 2}
+    recipe["train"] = {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 0.02, "logging_steps": 1}
+    return write_recipe(tmp_path / "recipe.yaml", recipe)
+
+
+def test_one_command_leads_from_a_recipe_to_a_decision(plain, tmp_path, verb, monkeypatch):
+    ran = in_this_process(monkeypatch)
+    out, _ = verb("sweep", plain, "--seeds", "2")
+    folder = tmp_path / "run-sweep"
+    lines = out.splitlines()
+    assert lines[:2] == [
+        "2 arms: rsLoRA-r4, pool",
+        "6 runs to search, then 2 more: the best of each arm under seeds 1",
+    ]
+    assert "each run: 2 steps of 8 rows, 176 tokens" in lines
+    trained = [line for line in lines if "/8 trained  " in line]
+    assert [line[:6] for line in trained] == [f"{number:>4}/8" for number in range(1, 9)]
+    assert all(line.endswith(" s left") for line in trained[:-1])
+    decided = out[out.index("is best by nll loss (held out): ") :]
+    assert (
+        "this rests on 8 scored rows, 2 seeds, 176 tokens of training each; the same rows chose the settings" in decided
+    )
+    assert f"remix train {folder}/best.yaml" in decided
+    # the recipe to take is a recipe, and the run that it stands for is there
+    best = load_recipe(folder / "best.yaml")
+    report = json.loads(verb("compare", folder, "--json")[0])
+    taken = next(arm for arm in report["arms"] if arm["arm"] == report["decision"]["take"])
+    assert f"learning_rate={best.train.learning_rate:g}" == taken["setting"]
+    run = load_recipe(folder / taken["arm"] / f"{taken['setting']}-seed0" / "recipe.yaml", stored=True)
+    assert run == best.model_copy(update={"output_dir": run.output_dir})
+    # what was written out is the same sweep, in which everything is done
+    again, _ = verb("sweep", folder / "sweep.yaml")
+    assert (
+        again[again.index("Arms at their best") : again.index("remix export")]
+        == (out[out.index("Arms at their best") : out.index("remix export")])
+    )
+    # more seeds: of those that are there none is trained again
+    ran.clear()
+    out, _ = verb("sweep", plain, "--seeds", "3")
+    assert {path.name[-5:] for job, path in ran if job == "score_run"} == {"seed0", "seed1", "seed2"}
+    assert "3 seeds" in out
+    assert yaml.safe_load((folder / "sweep.yaml").read_text())["sweep"]["seeds"] == [0, 1]  # it may be someone's by now
+
+
+def test_hours_hold_as_many_seeds_as_fit(plain, tmp_path, verb, monkeypatch):
+    in_this_process(monkeypatch)
+    seconds = iter([360.0] * 100)
+    monkeypatch.setattr(forecast.Forecast, "seconds_of_run", lambda *_: next(seconds))
+    monkeypatch.setattr(forecast.Forecast, "seconds_of_scoring", lambda *_: 180.0)
+    out, _ = verb("sweep", plain, "--hours", "0.7")  # a seed of both arms takes 18 minutes
+    assert "6 runs to search, then the best of each arm under as many seeds as 0.7 hours hold" in out
+    assert "seeds that fit: 0, 1, 2\n" in out
+    assert json.loads((tmp_path / "run-sweep" / "sweep.json").read_text())["seeds"] == [0, 1, 2]
+    _, err = verb("sweep", plain, "--hours", "1", "--seeds", "2", expect=2)
+    assert "--seeds, --hours: one says how many seeds" in err
+
+
+def test_a_dry_run_says_how_large_the_runs_are(plain, tmp_path, verb):
+    out, _ = verb("sweep", plain, "--dry-run")
+    assert "then 4 more: the best of each arm under seeds 1, 2" in out
+    assert out.count("learning_rate=") == 2 * 6
+    assert out.endswith(
+        "each run: 2 steps of 8 rows, 176 tokens\nhow long they take is measured over the first steps\n"
+    )
+    assert not (tmp_path / "run-sweep").exists()
+    out, _ = verb("sweep", plain, "--dry-run", "model.name_or_path=nowhere/at-all")
+    assert "how large they are is not known: " in out
