@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from remix_cli.core.description import CONFIG_FILE, check_shapes, read_description, read_shapes
+from remix_cli.core.lora_folder import PEFT_CONFIG, is_peft, read_peft_config
 from remix_cli.errors import ArtefactError
 from remix_cli.methods.registry import METHODS, method_named
 from remix_cli.recipe import Recipe, Source, Task, load_recipe
@@ -17,6 +18,7 @@ from remix_cli.recipe.schema import Model
 from remix_cli.storage import read_whole, write_text
 from remix_cli.stored_json import Damaged, Kinds, check_kinds, read_object
 
+DTYPES = get_args(Model.model_fields["dtype"].annotation)
 # what an adapter and its recipe must agree on
 OF_BOTH = ("method", "pool", "pool_size", "active", "rank", "level", "settings")
 BegunWith = dict[str, Any]  # by dotted key of the recipe; a resumed run may say otherwise
@@ -86,10 +88,23 @@ class RunFolder:
         """A model in the hub's format, exported or anyone's, and no run of ours."""
         return os.path.isfile(self.path / "config.json") and not os.path.isfile(self.recipe)
 
+    @property
+    def is_peft(self) -> bool:
+        """A PEFT adapter, exported or anyone's."""
+        return is_peft(self.path) and not os.path.isfile(self.recipe)
+
+    @property
+    def is_run(self) -> bool:
+        """Or claims to be one: neither of the others."""
+        return not self.is_model and not self.is_peft
+
     def check(self) -> None:
         """Raises ArtefactError if this is no run folder."""
-        if self.is_model:
-            raise ArtefactError(f"{self.path}: a model, not a run; give the output_dir of a `remix train`")
+        if not self.is_run:
+            what = "a model" if self.is_model else "a PEFT adapter"
+            raise ArtefactError(f"{self.path}: {what}, not a run; give the output_dir of a `remix train`")
+        if os.path.isfile(self.path / CONFIG_FILE):
+            raise ArtefactError(f"{self.path}: the adapter of a run; give that run's folder, with --best for best/")
         if not os.path.isfile(self.recipe):
             raise ArtefactError(
                 f"{self.path}: not a run folder (no recipe.yaml); give the output_dir of a `remix train`"
@@ -149,15 +164,12 @@ class RunFolder:
     def load_recipe(self) -> Recipe:
         """The run's own recipe, its files found from any working directory, also when the folder was moved.
 
-        For a model folder a recipe that says no more than where it is. Raises ArtefactError.
+        For a model or PEFT folder a recipe that says no more than which model it is. Raises ArtefactError.
         """
-        if self.is_model:
-            found = self.model_config()
-            dtype = found.get("dtype") or found.get("torch_dtype")
-            known = get_args(Model.model_fields["dtype"].annotation)
-            model = {"name_or_path": str(self.path), "dtype": dtype if dtype in known else "float32"}
-            data = {"train": [{"path": "rows.jsonl"}]}
-            return Recipe.model_validate({"model": model, "data": data, "output_dir": str(self.path)})
+        if not self.is_run:
+            model = _described_model(self.path if self.is_model else base_of_peft(self.path))
+            values = {"model": model, "adapter": {"method": "none"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+            return Recipe.model_validate(values | {"output_dir": str(self.path)})
         self.check()
         recipe = load_recipe(self.recipe, stored=True)
         return _located(recipe, self._origins(recipe.output_dir))
@@ -182,6 +194,41 @@ class RunFolder:
         if not Path(output_dir).is_absolute() and here.parts[-len(below) :] == below:
             origins.append(Path(*here.parts[: -len(below)]))
         return [*origins, Path.cwd()]
+
+
+def _described_model(place: Path) -> dict[str, Any]:
+    """The `model` group for a model folder, in the type of its weights; or for a hub id."""
+    model: dict[str, Any] = {"name_or_path": str(place)}
+    if (place / "config.json").is_file():
+        found = read_object(place / "config.json")
+        dtype = found.get("dtype") or found.get("torch_dtype")
+        model["dtype"] = dtype if dtype in DTYPES else "float32"
+    return model
+
+
+def base_of_peft(folder: Path) -> Path:
+    """The base model that a PEFT folder names, from here or from beside the folder. Raises ArtefactError."""
+    named = read_peft_config(folder).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise ArtefactError(f"{folder / PEFT_CONFIG}: base_model_name_or_path: names no model; write its path there")
+    place = next((p for p in (Path(named), folder / named) if p.exists()), None)
+    if place is None and Model(name_or_path=named).is_local:
+        raise ArtefactError(
+            f"{folder / PEFT_CONFIG}: base_model_name_or_path: {named} is not on this machine; write there where the "
+            "base model lies now"
+        )
+    return place or Path(named)
+
+
+def check_subject(path: Path, *, best: bool = False) -> RunFolder:
+    """The folder of whatever can be asked something: a finished run, a model, a PEFT adapter. Raises ArtefactError."""
+    folder = RunFolder(path)
+    if folder.is_run:
+        return check_run(path, best=best)
+    if best:
+        raise ArtefactError(f"{path}: --best is of a run, which has two adapters; leave it out")
+    folder.load_recipe()
+    return folder
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -242,9 +289,10 @@ def check_run(path: Path, *, best: bool = False) -> RunFolder:
                 f"{where}: no evaluation beat the base model, so there is no best adapter; leave out --best"
             )
         raise ArtefactError(f"{where}: no adapter yet; finish the run with `remix train {folder.recipe} --resume`")
+    recipe = folder.load_recipe()
     read_whole(where, _check_sizes)
     read_whole(where, lambda place: _check_own(folder, place))
-    found, said = read_description(where).config, folder.load_recipe().adapter_config()
+    found, said = read_description(where).config, recipe.adapter_config()
     other = [key for key in OF_BOTH if getattr(found, key) != getattr(said, key)]
     if other:
         one, two = (", ".join(f"{key} {getattr(config, key)}" for key in other) for config in (found, said))

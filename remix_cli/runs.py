@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from remix_cli.core.lora_folder import PEFT_WEIGHTS
 from remix_cli.core.patch import Adapter
 from remix_cli.core.store import BaseIdentity, StoredAdapter, TrainedOn, load_stored
 from remix_cli.data.encode import Encoder, load_examples
@@ -18,8 +19,9 @@ from remix_cli.folders import BegunWith, RunFolder, check_run
 from remix_cli.methods.apply import apply_method, unadapted
 from remix_cli.models import identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe
+from remix_cli.storage import sha256
 
-__all__ = ["BegunWith", "LoadedRun", "RunFolder", "Subject", "load_model_folder", "load_run"]
+__all__ = ["BegunWith", "LoadedRun", "RunFolder", "Subject", "load_model_folder", "load_run", "load_subject"]
 
 
 @dataclass
@@ -108,6 +110,32 @@ def load_model_folder(path: Path, *, trust_code: bool = False, device: torch.dev
     return LoadedRun(recipe, model, tokenizer, adapter, encoder, folder, "model", stored, identity)
 
 
+def load_peft_folder(path: Path, *, device: torch.device | None = None) -> LoadedRun:
+    """A PEFT adapter on the base model that it names, to be asked like a run. Raises ArtefactError, RecipeError."""
+    from remix_cli.methods.peft_given import GivenPeft
+
+    folder = RunFolder(path)
+    recipe = folder.load_recipe()
+    model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    own = recipe.model.model_copy(update={"name_or_path": str(path)})
+    tokenizer = load_tokenizer(own if (path / "tokenizer_config.json").is_file() else recipe.model)
+    identity = identify(recipe.model, model, tokenizer)
+    adapter = GivenPeft(model, path)
+    stored = StoredAdapter(adapter.config, identity, {}, sha256(path / PEFT_WEIGHTS), TrainedOn())
+    encoder = Encoder.of(tokenizer, recipe.data)
+    return LoadedRun(recipe, adapter.model, tokenizer, adapter, encoder, folder, "adapter", stored, identity)
+
+
+def load_subject(path: Path, *, best: bool = False, any_base: bool = False, trust_code: bool = False) -> LoadedRun:
+    """Whatever can be asked something: a run, a model in the hub's format, a PEFT adapter. Raises as those do."""
+    folder = RunFolder(path)
+    if folder.is_model:
+        return load_model_folder(path, trust_code=trust_code)
+    if folder.is_peft:
+        return load_peft_folder(path)
+    return load_run(path, best=best, any_base=any_base)
+
+
 def load_run(
     path: Path, *, best: bool = False, any_base: bool = False, device: torch.device | None = None
 ) -> LoadedRun:
@@ -119,6 +147,12 @@ def load_run(
     folder = check_run(path, best=best)
     where = folder.best if best else folder.adapter
     recipe = folder.load_recipe()
+    base = recipe.model
+    if base.is_local and not Path(base.name_or_path).exists():
+        raise ArtefactError(
+            f"{folder.recipe}: model.name_or_path: {base.name_or_path} is not on this machine; put the base model "
+            "there, or write there where it lies now"
+        )
     stored = load_stored(where)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(recipe.model, device)

@@ -234,7 +234,7 @@ def test_a_models_config_that_is_damaged(verb, stage, tmp_path):
         damage(model / "config.json", how)
         ask = ["--task", "nll", "--data", stage[1]]
         assert "config.json" in verb("eval", model, *ask, expect=5)[1]
-    _, err = verb("generate", stage[0], "x", expect=5)
+    _, err = verb("route-stats", stage[0], expect=5)
     assert "a model, not a run" in err
 
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "data": {"recipe"},
     "cross_entropy": set(),
     "models": {"core", "recipe", "data", "cross_entropy"},
-    "folders": {"core.description", "recipe", "methods.registry"},
+    "folders": {"core.description", "core.lora_folder", "recipe", "methods.registry"},
     "runs": {"core", "recipe", "methods", "data", "models", "folders"},
     "diagnostics": {"core", "recipe", "data", "models", "runs"},
     "sandbox": set(),

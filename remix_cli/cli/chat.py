@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from remix_cli.cli.answers import router_named, show_routing, typed, write
-from remix_cli.cli.common import AnyBase, Best, MaxNewTokens, RunPath, Temperature, TopP, check_top_p
+from remix_cli.cli.common import AnyBase, Best, MaxNewTokens, RunPath, Temperature, TopP, TrustCode, check_top_p
 from remix_cli.errors import DataError, RecipeError
 from remix_cli.terminal import Console
 
@@ -36,23 +36,24 @@ def chat(
     block: Annotated[int | None, typer.Option(min=0, help="The router of /routing; by default the middle.")] = None,
     best: Best = False,
     any_base: AnyBase = False,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Talk to a run: it remembers the conversation; /help lists what else can be typed.
+    """Talk to a run, a model or a PEFT folder: it remembers the conversation; /help lists what else can be typed.
 
     Lines piped in are one turn each.
     """
-    from remix_cli.folders import check_run
+    from remix_cli.folders import check_subject
 
-    folder = check_run(run, best=best)
+    folder = check_subject(run, best=best)
     check_top_p(top_p, temperature)
     routed = folder.load_recipe().adapter_config().routed
     if block is not None and not routed:
         raise RecipeError("--block: there is no router here")
     from remix_cli.evaluation.converse import NO_TEMPLATE, Conversation
     from remix_cli.evaluation.generate import Decoding
-    from remix_cli.runs import load_run
+    from remix_cli.runs import load_subject
 
-    loaded = load_run(run, best=best, any_base=any_base)
+    loaded = load_subject(run, best=best, any_base=any_base, trust_code=trust_code)
     router = router_named(loaded, block) if routed else None
     decoding = Decoding(max_new_tokens, temperature, top_p=top_p)
     conversation = Conversation(loaded, decoding, system, seed=seed)

@@ -48,6 +48,9 @@ Best = Annotated[bool, typer.Option("--best", help="Use the best adapter, not th
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Use the adapter even if base model or tokenizer have changed.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that a model folder brings along.")
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run programs the model writes, confined (humaneval).")
 ]

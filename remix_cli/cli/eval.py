@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from remix_cli.cli.common import AllowCode, AnyBase, Bars, Best, Json, Limit, RunPath
+from remix_cli.cli.common import AllowCode, AnyBase, Bars, Best, Json, Limit, RunPath, TrustCode
 from remix_cli.tasks.registry import TASKS
 from remix_cli.terminal import Console
 
@@ -39,21 +39,18 @@ def evaluate(
         str | None, typer.Option(help="top, or sample as in training (the paper's ablation); by default the recipe's.")
     ] = None,
     allow_code: AllowCode = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that a model folder brings along.")
-    ] = False,
+    trust_code: TrustCode = False,
     best: Best = False,
     any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
-    """Score a run, or a model folder: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
+    """Score a run, a model folder or a PEFT folder: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
 
     Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
     """
-    from remix_cli.folders import RunFolder, check_run
+    from remix_cli.folders import RunFolder, check_subject
 
-    if not RunFolder(run).is_model:
-        check_run(run, best=best)
+    check_subject(run, best=best and RunFolder(run).is_run)
     from remix_cli.evaluation.score_folder import Flags, score_folder
 
     flags = Flags(

@@ -40,7 +40,8 @@ def export(
 
     hf: the routed model as it is, for stock transformers (trust_remote_code). merged, peft-merged: ONE LoRA in place of
     the pool, in the weights or as a PEFT folder: an approximation, priced on held-out rows. peft-experts: every LoRA of
-    the pool as a PEFT folder, and the router beside them. peft: one LoRA, or what PEFT computed.
+    the pool as a PEFT folder, and the router beside them. peft: one LoRA, or what PEFT computed. A run of one LoRA is
+    merged exactly.
     """
     from remix_cli.folders import check_run
 

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from remix_cli.cli.answers import router_named, show_routing, typed, write
-from remix_cli.cli.common import AnyBase, Bars, Best, MaxNewTokens, RunPath, Temperature, TopP, check_top_p
+from remix_cli.cli.common import (
+    AnyBase,
+    Bars,
+    Best,
+    MaxNewTokens,
+    RunPath,
+    Temperature,
+    TopP,
+    TrustCode,
+    check_top_p,
+)
 from remix_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,14 +50,15 @@ def generate(
     ] = None,
     best: Best = False,
     any_base: AnyBase = False,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Try prompts: each is a user's turn in the run's chat template; answers appear as they are written.
+    """Try prompts on a run, a model folder or a PEFT folder; answers appear as they are written.
 
-    Those of a --file are answered several at once, and printed in its order.
+    Each is a turn of the user. Those of a --file are answered several at once, and printed in its order.
     """
-    from remix_cli.folders import check_run
+    from remix_cli.folders import check_subject
 
-    folder = check_run(run, best=best)
+    folder = check_subject(run, best=best)
     if block is not None and not show:
         raise RecipeError("--block: says which router --show-routing shows; add that flag, or leave this one out")
     if file is not None and (prompts or show):
@@ -65,9 +76,9 @@ def generate(
         given = prompts_in(file, recipe.data.train[0])
     from remix_cli.evaluation.converse import answer
     from remix_cli.evaluation.generate import Decoding
-    from remix_cli.runs import load_run
+    from remix_cli.runs import load_subject
 
-    loaded = load_run(run, best=best, any_base=any_base)
+    loaded = load_subject(run, best=best, any_base=any_base, trust_code=trust_code)
     router = router_named(loaded, block) if show else ""
     decoding = Decoding(max_new_tokens, temperature, seed=seed, top_p=top_p)
     if given is not None:

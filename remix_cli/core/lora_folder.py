@@ -10,6 +10,7 @@ the pool adds the sum of all LoRAs, as PEFT does with all of them active.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class LoraFolder:
 
 
 def is_peft(folder: Path) -> bool:
-    return (folder / PEFT_CONFIG).is_file()
+    return os.path.isfile(folder / PEFT_CONFIG)
 
 
 def read_lora(folder: Path) -> LoraFolder:

@@ -13,7 +13,7 @@ from remix_cli.evaluation.request import (
     requested_tasks,
 )
 from remix_cli.folders import RunFolder
-from remix_cli.runs import load_model_folder, load_run
+from remix_cli.runs import load_subject
 from remix_cli.tasks.base import Settings
 
 
@@ -62,17 +62,15 @@ def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluatio
     tasks = requested_tasks(recipe, flags.task, flags.data, changes, flags.shots_from, flags.data_format)
     many = requested_active(flags.active, recipe.adapter_config(), sampled)
     check_code(tasks, settings)
-    if folder.is_model:
-        loaded = load_model_folder(path, trust_code=flags.trust_code)
-    else:
-        loaded = load_run(path, best=flags.best, any_base=flags.any_base)
+    loaded = load_subject(path, best=flags.best, any_base=flags.any_base, trust_code=flags.trust_code)
     return [evaluate(loaded, tasks, replace(settings, active=active), progress) for active in many]
 
 
 def _check_subject(folder: RunFolder, flags: Flags) -> None:
-    """Raises RecipeError for flags that do not go with what is scored: a run, its base alone, or a model folder."""
-    if folder.is_model and not (flags.task and (flags.data or all_bring_rows(flags.task))):
-        raise RecipeError(f"{folder.path}: a model, not a run: say what to score with --task and --data")
+    """Raises RecipeError for flags that do not go with what is scored: a run, its base alone, another folder."""
+    if not folder.is_run and not (flags.task and (flags.data or all_bring_rows(flags.task))):
+        what = "a model" if folder.is_model else "a PEFT adapter"
+        raise RecipeError(f"{folder.path}: {what}, not a run: say what to score with --task and --data")
     of_adapter: dict[str, object] = {
         "--active": flags.active,
         "--selection sample": flags.selection == "sample",
@@ -80,10 +78,11 @@ def _check_subject(folder: RunFolder, flags: Flags) -> None:
     }
     if flags.base:
         refuse_flags_of_an_adapter(of_adapter, "--base takes it away; leave one of them out")
-    if folder.is_model:
+    if not folder.is_run:
         of_adapter["--any-base"] = flags.any_base
-        refuse_flags_of_an_adapter(of_adapter, "a model folder has none; leave it out")
-    elif flags.trust_code:
+        none = "a model folder has none" if folder.is_model else "this one is PEFT's, and has no choice of LoRAs"
+        refuse_flags_of_an_adapter(of_adapter, f"{none}; leave it out")
+    if flags.trust_code and not folder.is_model:
         raise RecipeError(
             "--trust-remote-code: is for a model folder; whether a run's base model may run its code is "
             f"model.trust_remote_code in {folder.recipe}"

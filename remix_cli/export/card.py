@@ -40,6 +40,9 @@ LoRAs anew for every token; this one applies their best fixed combination. What 
     "peft": f"The adapter as trained, in PEFT's format.\n{PEFT}",
     "selected": SELECTED,
     "peft-selected": SELECTED + PEFT,
+    "merged-exactly": """An ordinary checkpoint with the LoRA merged into its weights: the model as trained, to the
+rounding of its type. It can be converted and served like any other model of its architecture.
+""",
     "merged": """An APPROXIMATION: an ordinary checkpoint with one LoRA merged into its weights in place of the routed
 pool. The trained model chooses its LoRAs anew for every token; this one applies their best fixed combination. What
 that costs is measured below. It can be converted and served like any other model of its architecture.

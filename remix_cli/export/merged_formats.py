@@ -1,7 +1,7 @@
 """`--format peft-merged` and `--format merged`: one LoRA in place of the pool, by itself or in the weights.
 
 Both are approximations of a routed model, and say what they cost: nearest_lora.py fits, and prices on held-out rows.
-For one selection of a run that routes by sequence they are exact: selected.py.
+For one selection of a run that routes by sequence they are exact (selected.py), and so is merging what is one LoRA.
 """
 
 from pathlib import Path
@@ -46,6 +46,17 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
         cost = price(run.model, run.adapter, merged, held_out)
     _publish(run, target, merged, "merged" if into_weights else "peft-merged", rank, cost)
     return cost
+
+
+def export_one_lora(run: LoadedRun, target: Path) -> None:
+    """Write a run of one LoRA merged into the weights, exactly. Raises as above."""
+    check_pool(run, "merged")
+    scale = run.stored.config.scale
+    merged = {
+        name: Merged(linear.lora_A.detach(), linear.lora_B.detach() * scale)
+        for name, linear in run.adapter.linears.items()
+    }
+    _publish(run, target, merged, "merged-exactly", run.stored.config.rank, {})
 
 
 def export_selection(run: LoadedRun, target: Path, selection: Selection, *, into_weights: bool) -> None:

@@ -41,6 +41,13 @@ class Request:
         if self.output.exists() or self.output.is_symlink():
             raise RecipeError(f"--output: {self.output} exists; choose a new folder")
 
+    def refuse_fitting(self, method: str) -> None:
+        """Raises RecipeError for flags that say how one LoRA is to stand for several, where there is one."""
+        given = {"--rank": self.rank, "--rows": self.rows, "--prompt": self.prompt, "--selection": self.selection}
+        for flag, value in given.items():
+            if value is not None:
+                raise RecipeError(f"{flag}: {method} is one LoRA, which is merged as it is; leave it out")
+
     def _unread(self) -> dict[str, str]:
         """Flags that were given and are not read, each with what reads it."""
         found = {}

@@ -11,4 +11,4 @@ class Lora(Pooled):
     learning_rate = 3e-3
     constants: ClassVar = {"omega": "lora"}
     pool = POOLS["lora"]
-    exports = ("peft",)
+    exports = ("peft", "merged")

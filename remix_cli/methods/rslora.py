@@ -10,4 +10,4 @@ class RsLora(Pooled):
     summary = "one LoRA, scaled by 2/sqrt(r) (arXiv 2312.03732)"
     constants: ClassVar = {"omega": "rslora"}
     pool = POOLS["rslora"]
-    exports = ("peft",)
+    exports = ("peft", "merged")

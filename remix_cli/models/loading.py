@@ -103,7 +103,7 @@ def _where(model: Model) -> dict[str, Any]:
 def loading(model: Model, load: Callable[[], Any]) -> Any:
     """What `load` returns. Raises RecipeError for a folder that is not there, and for whatever a library refuses."""
     name = model.name_or_path
-    if _names_a_place(name) and not Path(name).exists():
+    if model.is_local and not Path(name).exists():
         hint = "; `make model` fetches the demo model" if "SmolLM2-135M-Instruct" in name else ""
         raise RecipeError(f"model.name_or_path: {name}: no such folder or file{hint}")
     try:
@@ -116,6 +116,3 @@ def loading(model: Model, load: Callable[[], Any]) -> Any:
         raise RecipeError(f"model.name_or_path: {name}: cannot be loaded: {reason}") from None
 
 
-def _names_a_place(name: str) -> bool:
-    """A folder or file of this machine, and no hub id."""
-    return name.startswith((".", "/", "~", "models/")) or name.endswith(".gguf") or name.count("/") > 1

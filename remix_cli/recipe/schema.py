@@ -81,6 +81,12 @@ class Model(Strict):
             return None
         return f"{self.dtype}, for this CPU computes slowly in bfloat16; model.dtype says otherwise"
 
+    @property
+    def is_local(self) -> bool:
+        """A folder or file of this machine, and no hub id."""
+        name = self.name_or_path
+        return name.startswith((".", "/", "~", "models/")) or name.endswith(".gguf") or name.count("/") > 1
+
 
 def _names(value: Any) -> Any:
     return [value] if value == ALL_LINEAR else value

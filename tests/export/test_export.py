@@ -403,3 +403,80 @@ def test_a_run_and_its_exported_folder_score_the_same(verb, trained, stage, tmp_
             assert one.get("nats", 0.0) == pytest.approx(two.get("nats", 0.0), rel=1e-5)
     _, err = verb("eval", folder, "--data-format", "gsm8k", expect=2)
     assert "with --data" in err
+
+
+@pytest.fixture(scope="module")
+def one_lora(stage, tmp_path_factory):
+    from rich.console import Console
+
+    from remix_cli.recipe import load_recipe
+    from remix_cli.train.trainer import train
+
+    folder = tmp_path_factory.mktemp("plain")
+    recipe = recipe_text(*stage[:2], folder / "run") | {"adapter": {"method": "rslora", "rank": 3}}
+    train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)), Console(quiet=True))
+    return folder / "run"
+
+
+@pytest.fixture
+def plain(one_lora, tmp_path):
+    return shutil.copytree(one_lora, tmp_path / "run")
+
+
+def test_a_run_of_one_lora_merges_exactly(plain, tmp_path, verb):
+    out, _ = verb("export", plain, "-o", tmp_path / "merged", "--format", "merged")
+    assert "exact: the LoRA is in the weights" in out
+    assert "the model as trained" in " ".join((tmp_path / "merged" / "README.md").read_text().split())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    run = load_run(plain)
+    ids = torch.tensor([[5, 9, 11, 40]])
+    with torch.no_grad():
+        logits = merged(input_ids=ids).logits
+        assert close(logits, run.model(input_ids=ids).logits, 1e-6)
+        with run.adapter.disabled():
+            assert not close(logits, run.model(input_ids=ids).logits, 1e-3)
+    _, err = verb("export", plain, "-o", tmp_path / "b", "--format", "merged", "--rank", "2", expect=2)
+    assert "--rank: rslora is one LoRA, which is merged as it is; leave it out" in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_its_peft_folder_and_its_merged_folder_answer_and_score_alike(plain, stage, tmp_path, verb):
+    asked = ("--task", "nll", "--data", stage[1], "--data-format", "gsm8k")
+    for form in ("peft", "merged"):
+        verb("export", plain, "-o", tmp_path / form, "--format", form)
+    said, scores = [], []
+    for folder in (plain, tmp_path / "peft", tmp_path / "merged"):
+        out, _ = verb("generate", folder, "w1 w2 w7 ?", "--max-new-tokens", "6")
+        said.append(out)
+        found, _ = verb("eval", folder, *asked, "--json")
+        scores.append(json.loads(found)["results"][0]["scores"]["loss"])
+    assert said[0] == said[1] == said[2]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
+    bases = [json.loads(verb("eval", folder, *asked, "--base", "--json")[0]) for folder in (plain, tmp_path / "peft")]
+    assert bases[0]["results"][0]["scores"] == bases[1]["results"][0]["scores"]
+    assert bases[0]["results"][0]["scores"]["loss"] > scores[0] * 1.001
+
+
+def test_folders_that_are_no_run_are_told_by_what_they_lack(plain, stage, tmp_path, verb):
+    verb("export", plain, "-o", tmp_path / "peft", "--format", "peft")
+    _, err = verb("eval", plain / "adapter", "--task", "nll", "--data", stage[1], expect=5)
+    assert "the adapter of a run; give that run's folder" in err
+    _, err = verb("eval", tmp_path / "peft", expect=2)
+    assert "a PEFT adapter, not a run: say what to score with --task and --data" in err
+    _, err = verb("export", tmp_path / "peft", "-o", tmp_path / "b", expect=5)
+    assert "a PEFT adapter, not a run" in err
+    file = tmp_path / "peft" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"base_model_name_or_path": "/gone/model"}))
+    _, err = verb("generate", tmp_path / "peft", "w1", expect=5)
+    assert "base_model_name_or_path: /gone/model is not on this machine; write there where" in err
+    file.write_text(json.dumps(said | {"target_modules": ["no_such"]}))
+    _, err = verb("generate", tmp_path / "peft", "w1", expect=5)
+    assert "PEFT cannot put this adapter on its base model" in err
+    (tmp_path / "peft" / "adapter_model.safetensors").unlink()
+    _, err = verb("generate", tmp_path / "peft", "w1", expect=5)
+    assert "pickled weights (.bin) are not read" in err
+    recipe = plain / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(stage[0]), "/gone/model"))
+    _, err = verb("generate", plain, "w1", expect=5)
+    assert f"{recipe}: model.name_or_path: /gone/model is not on this machine" in err
