@@ -31,7 +31,7 @@ class Batch:
     targets: Tensor  # (S,) token ids; targets[j] follows position positions[j]
     rows: Tensor  # (B,) row ids, unique within the step over all ranks
     first_row: int = 0  # rows[0], known without asking the device
-    real: Tensor | None = None  # (S,) float32, 0 where a target only fills up; None: all are real
+    weights: Tensor | None = None  # (S,) float32, of the targets' losses; 0 where one only fills up; None: all are 1
 
     def to(self, device: torch.device) -> "Batch":
         return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
@@ -58,6 +58,7 @@ class Batch:
         count = len(positions)
         wanted = min(_up(count, TARGETS), b * length)
         filler = free.nonzero().flatten()[: wanted - count]
+        weights = torch.ones(count) if self.weights is None else self.weights
         return replace(
             self,
             input_ids=F.pad(self.input_ids, more),
@@ -65,7 +66,7 @@ class Batch:
             prompt=F.pad(self.prompt, more),
             positions=torch.cat([positions, filler]),
             targets=torch.cat([self.targets, self.targets.new_zeros(len(filler))]),
-            real=torch.cat([torch.ones(count), torch.zeros(len(filler))]),
+            weights=torch.cat([weights, torch.zeros(len(filler))]),
         )
 
 
@@ -76,7 +77,7 @@ def _up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-TENSORS = ("input_ids", "mask", "prompt", "positions", "targets", "rows", "real")
+TENSORS = ("input_ids", "mask", "prompt", "positions", "targets", "rows", "weights")
 
 
 def rounded_up(length: int) -> int:
@@ -84,8 +85,11 @@ def rounded_up(length: int) -> int:
     return _up(length, 8)
 
 
-def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
-    """Pad on the right. Under a causal mask no real position can see the padding, so none needs masking."""
+def collate(rows: list[EncodedRow], first_row: int = 0, *, weighted: bool = False) -> Batch:
+    """Pad on the right. Under a causal mask no real position can see the padding, so none needs masking.
+
+    `weighted`: with the rows' weights, as training sees them.
+    """
     length = max(len(row.input_ids) for row in rows)
     length = rounded_up(length)
     ids = np.zeros((len(rows), length), dtype=np.int64)
@@ -101,6 +105,10 @@ def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
         following[i, : t - 1] = row.input_ids[1:]
         wanted[i, : t - 1] = row.supervised[1:]
     positions = np.flatnonzero(wanted)
+    weights = None
+    if weighted and any(row.weight != 1 for row in rows):
+        of_rows = np.array([row.weight for row in rows], dtype=np.float32)
+        weights = torch.from_numpy(of_rows[positions // length])
     return Batch(
         input_ids=torch.from_numpy(ids),
         mask=torch.from_numpy(mask),
@@ -109,6 +117,7 @@ def collate(rows: list[EncodedRow], first_row: int = 0) -> Batch:
         targets=torch.from_numpy(following.reshape(-1)[positions]),
         rows=torch.arange(first_row, first_row + len(rows)),
         first_row=first_row,
+        weights=weights,
     )
 
 

@@ -224,6 +224,11 @@ class Encoded:
         return self.rows.target_counts
 
     @property
+    def weights(self) -> np.ndarray:
+        """What the token losses of each row are multiplied by in training."""
+        return self.rows.weights
+
+    @property
     def repeated(self) -> int:
         """Rows that say the same as an earlier one."""
         return len(self.rows) - len({_digest(row) for row in self.rows})

@@ -197,6 +197,8 @@ def _check_overlap(recipe: Recipe, trained_on: set[bytes], given: list[bytes]) -
 def _check_enough(recipe: Recipe, train: Encoded, each: list[Encoded]) -> None:
     """Raises DataError for a source that teaches nothing, and for fewer rows than clusters."""
     for encoded, source in zip(each, recipe.data.train, strict=True):
+        if encoded.left_out == encoded.read:
+            raise DataError(f"{source.named}: every row has weight 0, so there is nothing to learn")
         if not encoded.rows:
             raise DataError(
                 f"{source.named}: no row has a supervised token within data.max_length = {recipe.data.max_length}; "

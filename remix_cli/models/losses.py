@@ -10,10 +10,11 @@ from remix_cli.data.batches import Batch
 
 
 def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats at each logit's position, (B, T) float32, 0 where nothing is supervised."""
+    """Cross-entropy in nats at each logit's position, (B, T) float32, 0 where nothing is supervised; weighted, if the
+    batch is."""
     losses = token_losses(supervised_logits(model, batch), batch.targets)  # (S,)
-    if batch.real is not None:
-        losses = losses * batch.real
+    if batch.weights is not None:
+        losses = losses * batch.weights
     flat = losses.new_zeros(batch.input_ids.numel()).index_put((batch.positions,), losses)  # (B * T,)
     return flat.view(batch.input_ids.shape)
 

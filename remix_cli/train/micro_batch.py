@@ -58,10 +58,13 @@ def accumulate_batch(
     loss_scale: float = 1.0,
     dropout_seed: int | None = None,
 ) -> MicroResult:
-    """Add the gradients of one micro-batch, on the device already; see `core.step.accumulate_gradients`."""
+    """Add the gradients of one micro-batch, on the device already; see `core.step.accumulate_gradients`.
+
+    `targets_in_step`: the weights of all targets of the step added up, which is their number where all are 1.
+    """
     balance: float | Tensor = 0.0
     if router.balance and not adapter.config.samples:
-        targets = len(batch.targets) if batch.real is None else batch.real.sum()
+        targets = len(batch.targets) if batch.weights is None else batch.weights.sum()
         balance = router.balance * (targets / targets_in_step)  # this micro-batch's share of the step
     return accumulate_gradients(
         adapter,

@@ -1,4 +1,4 @@
-"""`remix validate`: what a run would do, without weights and without writing anything."""
+"""`remix validate`: what a run would do, without weights; writes nothing, but keeps many rows (data/cache.py)."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,6 +42,7 @@ class SourcePreview:
     repeated: int  # rows that say the same as an earlier one
     cut: int  # rows that lost their end
     dropped: int  # rows that lost everything supervised
+    left_out: int  # rows of weight 0
     row: list[tuple[str, bool]]  # a short one, in stretches that are supervised or not
 
     def to_dict(self) -> Document:
@@ -57,6 +58,8 @@ class SourcePreview:
             notes.append(f"{self.cut:,} cut")
         if self.dropped:
             notes.append(f"{self.dropped:,} dropped")
+        if self.left_out:
+            notes.append(f"{self.left_out:,} left out (weight 0)")
         return f"{self.name} ({self.format}): {', '.join(notes)}"
 
 
@@ -146,6 +149,7 @@ def _preview_source(source: Source, encoded: Encoded, tokenizer: Any) -> SourceP
         repeated=encoded.repeated,
         cut=encoded.truncated,
         dropped=encoded.dropped,
+        left_out=encoded.left_out,
         row=_pieces(tokenizer, short),
     )
 

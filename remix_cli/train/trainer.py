@@ -1,8 +1,10 @@
 """The training run: steps, held-out loss, checkpoints, signals.
 
 How it departs from a textbook loop: a step's gradient comes from M sampled passes (core/step.py); losses are
-divided by the step's supervised tokens over all micro-batches and ranks; router and LoRA gradients are
-clipped apart; data order and draws are functions of (seed, step), so a checkpoint holds no random state.
+multiplied by their rows' weights and divided by the step's supervised tokens over all micro-batches and ranks, each
+counted with its row's weight, so that weights compare rows and leave the learning rate alone (the routers' rewards are
+these losses, too); router and LoRA gradients are clipped apart; data order and draws are functions of (seed, step), so
+a checkpoint holds no random state.
 """
 
 import math
@@ -277,7 +279,7 @@ class Trainer:
     def _accumulate(self, step: int, rows: np.ndarray) -> StepSums:
         """Add up this rank's gradients of a step, micro-batch by micro-batch."""
         train_rows = self.setup.data.train
-        targets_in_step = int(train_rows.target_counts[rows].sum())
+        targets_in_step = float((train_rows.target_counts[rows] * train_rows.weights[rows]).sum())
         cuts = micro_batches(
             rows,
             train_rows.lengths,
@@ -289,7 +291,7 @@ class Trainer:
         results: list[MicroResult] = []
         tokens = 0
         for first_row, part, counts in cuts:
-            batch = collate([train_rows.rows[i] for i in part], first_row)
+            batch = collate([train_rows.rows[i] for i in part], first_row, weighted=True)
             targets = targets_in_step if counts else COUNTS_NOTHING
             result = self.setup.gradients.accumulate(batch, targets, (self.recipe.seed, step))
             if counts:

@@ -230,7 +230,7 @@ def _forge(folder):
         lambda folder: (folder / "manifest.json").write_text("{"),
     ],
 )
-def test_what_is_damaged_is_made_anew(folder, recipe, damage, from_disk):
+def test_M3_what_is_damaged_is_made_anew(folder, recipe, damage, from_disk):
     expected = told(load(recipe))
     (kept,) = folder.iterdir()
     damage(kept)
@@ -277,7 +277,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(folder, recipe, tmp_path, 
     assert list(folder.iterdir()) == []
 
 
-def test_processes_that_need_the_same_rows_encode_them_once(folder, recipe, tmp_path, monkeypatch):
+def test_M3_processes_that_need_the_same_rows_encode_them_once(folder, recipe, tmp_path, monkeypatch):
     def slowly(*arguments):
         with (tmp_path / "written").open("a") as file:
             file.write("once\n")
