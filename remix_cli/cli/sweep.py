@@ -102,7 +102,8 @@ def _say_how_many(plan: "Sweep", console: Console, hours: float | None) -> None:
     if hours is not None:
         lines[-1] += f", then the best of each arm under as many seeds as {hours:g} hours hold"
     elif more:
-        lines[-1] += f", then {more} more: the best of each arm under seeds {', '.join(map(str, plan.seeds[1:]))}"
+        under = "seed" if len(plan.seeds) == 2 else "seeds"
+        lines[-1] += f", then {more} more: the best of each arm under {under} {', '.join(map(str, plan.seeds[1:]))}"
     lines.append(f"folder: {plan.folder}; stop whenever you like, the same command goes on")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -69,8 +69,7 @@ def _pool(recipe: Recipe, given: dict[str, Any]) -> tuple[dict[str, int], bool]:
         return {key: getattr(adapter, key) for key in ("pool_size", "active", "rank")}, True
     settings = recipe.method.settings
     if "pool_size" in settings:
-        sizes = {key: given[key] for key in ("pool_size", "active") if key in given}
-        sizes = POOL | sizes
+        sizes = POOL | {key: given[key] for key in POOL if key in given}
         return sizes | {"active": min(sizes["active"], sizes["pool_size"]), "rank": adapter.rank}, False
     rank = adapter.rank // POOL["active"] if "rank" in settings else adapter.rank
     return POOL | {"rank": max(1, rank)}, False

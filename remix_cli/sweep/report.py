@@ -75,7 +75,7 @@ class SweepReport:
     rows: dict[str, str] = field(default_factory=dict)  # what each task's rows are called, likewise
 
     def to_dict(self) -> Document:
-        document = {
+        document: Document = {
             "metric": self.metric,
             "seeds": self.seeds,
             "reference": self.reference,

@@ -13,7 +13,7 @@ def run_sizes(points: Iterable[Point]) -> dict[Path, RunSize]:
     alike: dict[str, list[Point]] = {}
     for point in points:
         alike.setdefault(f"{point.recipe.model} {point.recipe.data}", []).append(point)
-    sizes = {}
+    sizes: dict[Path, RunSize] = {}
     for some in alike.values():
         try:
             found = sizes_of([point.recipe for point in some])

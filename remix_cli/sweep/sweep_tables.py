@@ -52,11 +52,18 @@ def sweep_notes(report: SweepReport) -> list[str]:
     if known:
         few = too_few(known[0])
         lines.append(f"settings chosen by {known[0]} held-out rows" + (f": {few}" if few else ""))
+    return lines + _at_edges(report)
+
+
+def _at_edges(report: SweepReport) -> list[str]:
+    """A line for all arms that are alike in this."""
+    arms: dict[str, list[str]] = {}
     for arm in report.arms:
         if arm.edges:
             advice = ", ".join(f"{value:g} in {key}" for key, value in arm.beyond.items())
-            lines.append(f"{arm.arm}: the best {', '.join(arm.edges)} lies at an edge of what was tried; try {advice}")
-    return lines
+            said = f"the best {', '.join(arm.edges)} lies at an edge of what was tried; try {advice}"
+            arms.setdefault(said, []).append(arm.arm)
+    return [f"{', '.join(names)}: {said}" for said, names in arms.items()]
 
 
 def _decision(report: SweepReport) -> list[str]:

@@ -109,8 +109,8 @@ def test_the_verdict_says_what_it_rests_on(arms):
         differences = {key: one.found.score for key, one in apart.items()}
         words = {key: one.in_words() for key, one in apart.items()}
         costs = (1, 1, 1.0, 5000.0, 1.0)
-        edge = (["learning_rate=0.01"], 20) if name == "pool" else ([], 20)
-        beyond_it = {"train.learning_rate": 0.03} if name == "pool" else {}
+        edge = ([], 20) if name == "LoRA" else (["learning_rate=0.01"], 20)
+        beyond_it = {} if name == "LoRA" else {"train.learning_rate": 0.03}
         reports.append(ArmReport(name, "", 3, *costs, 1.0, *edge, scores[name], differences, words, beyond_it))
     decision = decide("eval_loss", scores, arms)
     report = SweepReport("eval_loss", [0, 1, 2], "LoRA", reports, [], decision, {"nll": "held out"})
@@ -123,5 +123,5 @@ def test_the_verdict_says_what_it_rests_on(arms):
     )
     assert said[5].startswith("settings chosen by 20 held-out rows: 20 only")
     assert said[6] == (
-        "pool: the best learning_rate=0.01 lies at an edge of what was tried; try 0.03 in train.learning_rate"
+        "pool, soft: the best learning_rate=0.01 lies at an edge of what was tried; try 0.03 in train.learning_rate"
     )

@@ -28,7 +28,7 @@ def test_one_command_leads_from_a_recipe_to_a_decision(plain, tmp_path, verb, mo
     lines = out.splitlines()
     assert lines[:2] == [
         "2 arms: rsLoRA-r4, pool",
-        "6 runs to search, then 2 more: the best of each arm under seeds 1",
+        "6 runs to search, then 2 more: the best of each arm under seed 1",
     ]
     assert "each run: 2 steps of 8 rows, 176 tokens" in lines
     trained = [line for line in lines if "/8 trained  " in line]
