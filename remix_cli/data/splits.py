@@ -29,6 +29,7 @@ class TrainingData:
     overlap: int  # held-out conversations that are also trained on
     held_out: str  # digest_of the held-out conversations
     sources: list[Encoded]  # of `train`, one for each source
+    held_out_of: list[int]  # conversations cut from each source
 
     def total_steps(self, recipe: Recipe) -> int:
         by_epochs = int(np.ceil(self.plan.steps_per_epoch * recipe.train.num_train_epochs))
@@ -171,7 +172,7 @@ def load_data(recipe: Recipe, tokenizer: Any, world: int = 1) -> TrainingData:
         seed=recipe.seed,
     )
     also = overlap(trained_on, map(digest, held))
-    return TrainingData(train, encoder.encode_rows(held), plan, also, digest_of(held), each)
+    return TrainingData(train, encoder.encode_rows(held), plan, also, digest_of(held), each, list(map(len, out)))
 
 
 def _read_validation(recipe: Recipe) -> tuple[list[Conversations], list[bytes]]:

@@ -36,11 +36,11 @@ class Arc(Comparing):
     prompt = TEXT_PROMPT
 
     def load(self) -> None:
-        from remix_cli.data.sources import load_rows
+        from remix_cli.data.sources import iterate_rows, load_rows
         from remix_cli.data.splits import evenly
 
         source = self._source(self.task.source)
-        rows = evenly(load_rows(source), self.limit)
+        rows = evenly(list(iterate_rows(source)), self.limit)
         shot_source = self.task.shots_from
         solved = load_rows(shot_source)[: self.task.shots] if shot_source else []
         self.questions: list[Question] = []
@@ -49,15 +49,15 @@ class Arc(Comparing):
             shots = [read_question(row, self._source(shot_source)) for row in solved]
         except RowError as error:
             raise DataError(f"eval task arc: shots_from: {error}") from None
-        for number, row in enumerate(rows, start=1):
+        for row, origin in rows:
             try:
                 question = read_question(row, source)
                 letters = letter_rows(question, row, source, self.encoder, self.shots)
                 made.append([*letters, *text_rows(question, self.encoder, shots)])
             except RowError as error:
-                raise DataError(f"eval task arc: row {number}: {error}") from None
+                raise DataError(f"eval task arc: {origin}: {error}") from None
             self.questions.append(question)
-        self.data = rows
+        self.data = [row for row, _ in rows]
         self.compare(made)
 
     def _source(self, source: "Source | None") -> "Source":

@@ -29,7 +29,7 @@ class Choice(Comparing):
     }
 
     def load(self) -> None:
-        from remix_cli.data.sources import load_rows
+        from remix_cli.data.sources import iterate_rows
         from remix_cli.data.splits import evenly
 
         source = self.task.source
@@ -38,16 +38,17 @@ class Choice(Comparing):
                 "eval task choice: give it a source, options (the column of the options, or a list of columns) and "
                 "answer (the column that says which is right)"
             )
-        self.data = evenly(load_rows(source), self.limit)
+        self.data = []
         self.texts: list[list[str]] = []  # of the options
         self.right: list[int] = []
         made: list[list[EncodedRow]] = []
-        for number, row in enumerate(self.data, start=1):
+        for row, origin in evenly(list(iterate_rows(source)), self.limit):
+            self.data.append(row)
             try:
                 texts, right = options_of(row, self.own("options"), self.own("answer"))
                 made.append([self._row(row, source, text) for text in texts])
             except RowError as error:
-                raise DataError(f"eval task choice: row {number}: {error}") from None
+                raise DataError(f"eval task choice: {origin}: {error}") from None
             self.texts.append(texts)
             self.right.append(right)
         self.compare(made)

@@ -56,18 +56,18 @@ class ExactMatch(Generating):
         column = self.own("references")
         if column is None:
             return [(example, [example.messages[-1]["content"]]) for example in self.examples()]
-        from remix_cli.data.sources import load_rows
+        from remix_cli.data.sources import iterate_rows
         from remix_cli.data.splits import evenly
 
         source = self.task.source
         if source is None:
             raise DataError("eval task exact_match: references: name a source, whose column it is")
         read = []
-        for number, row in enumerate(evenly(load_rows(source), self.limit), start=1):
+        for row, origin in evenly(list(iterate_rows(source)), self.limit):
             try:
                 read.append((to_example(row, source), references_in(row, column)))
             except RowError as error:
-                raise DataError(f"eval task exact_match: row {number}: {error}") from None
+                raise DataError(f"eval task exact_match: {origin}: {error}") from None
         return read
 
     def judge(self, item: int, text: str) -> Line:

@@ -1,5 +1,6 @@
 """`remix validate`: what a run would do, without weights; writes nothing, but keeps many rows (data/cache.py)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from remix_cli.train.prepare import check_output, check_recipe
 from remix_cli.train.told_formats import tell_formats
 
 GIB = 2**30
+ENOUGH = 3  # held-out rows of a source: with fewer, its own held-out loss is a matter of one row or two
 
 
 @dataclass
@@ -42,6 +44,7 @@ class SourcePreview:
     repeated: int  # rows that say the same as an earlier one
     cut: int  # rows that lost their end
     dropped: int  # rows that lost everything supervised
+    held_out: int | None  # conversations cut from it; None where nothing is cut from train
     left_out: int  # rows of weight 0
     row: list[tuple[str, bool]]  # a short one, in stretches that are supervised or not
 
@@ -58,9 +61,20 @@ class SourcePreview:
             notes.append(f"{self.cut:,} cut")
         if self.dropped:
             notes.append(f"{self.dropped:,} dropped")
+        if self.held_out is not None:
+            notes.append(f"{self.held_out:,} held out")
         if self.left_out:
             notes.append(f"{self.left_out:,} left out (weight 0)")
         return f"{self.name} ({self.format}): {', '.join(notes)}"
+
+    def remark(self) -> str:
+        """What to say of the held-out rows; empty if they are enough for a loss of their own, or none are cut."""
+        if self.held_out is None or self.held_out >= ENOUGH:
+            return ""
+        return (
+            f"{self.held_out} of its rows held out, too few to say how it fares by itself: raise "
+            "data.validation_fraction, or name rows in data.validation"
+        )
 
 
 @dataclass
@@ -110,11 +124,13 @@ def preview(recipe: Recipe, processes: int = 1, *, resume: bool = False, overwri
     counts = count_parameters(adapter)
     config: Any = adapter.model.config
     memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()), processes)
-    sources = zip(recipe.data.train, data.sources, strict=True)
+    cut = not recipe.data.validation and recipe.data.holds_out
+    held_out: Sequence[int | None] = data.held_out_of if cut else [None] * len(data.sources)
+    sources = zip(recipe.data.train, data.sources, held_out, strict=True)
     return Preview(
         recipe,
         told,
-        [_preview_source(source, encoded, tokenizer) for source, encoded in sources],
+        [_preview_source(source, encoded, held, tokenizer) for source, encoded, held in sources],
         _padding(recipe, data, processes),
         data.train.describe(),
         data.validation.describe(),
@@ -137,7 +153,7 @@ def _output(recipe: Recipe, resume: bool, overwrite: bool) -> str:
     return f"{recipe.output_dir}{f', {how}' if how else ''}"
 
 
-def _preview_source(source: Source, encoded: Encoded, tokenizer: Any) -> SourcePreview:
+def _preview_source(source: Source, encoded: Encoded, held_out: int | None, tokenizer: Any) -> SourcePreview:
     short = min(encoded.rows[:50], key=lambda row: len(row.input_ids))
     return SourcePreview(
         name=source.place,
@@ -149,6 +165,7 @@ def _preview_source(source: Source, encoded: Encoded, tokenizer: Any) -> SourceP
         repeated=encoded.repeated,
         cut=encoded.truncated,
         dropped=encoded.dropped,
+        held_out=held_out,
         left_out=encoded.left_out,
         row=_pieces(tokenizer, short),
     )
@@ -245,6 +262,8 @@ def print_preview(p: Preview, console: Console) -> None:
     console.print(f"written   {p.output}", highlight=False, soft_wrap=True)
     for source in p.sources:
         console.print(f"\n{source.describe()}", highlight=False, soft_wrap=True)
+        if source.remark():
+            console.print(f"warning   {source.remark()}", highlight=False, soft_wrap=True)
         console.print("A row as the model sees it; what it learns stands in «»:", highlight=False)
         text = Text()
         for piece, learnt in source.row:

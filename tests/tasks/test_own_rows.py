@@ -109,6 +109,17 @@ def test_options_that_do_not_say_which_is_right(row, columns, message):
         options_of(row, columns, "key")
 
 
+def test_a_row_that_cannot_be_scored_is_named_by_its_file(verb, stage, tmp_path):
+    """By its number there, however few are scored."""
+    own = tmp_path / "own.jsonl"
+    lines = [json.dumps({"prompt": "w1", "completion": "w2", "right": right}) for right in ("w2", "w3", "")]
+    own.write_text("\n".join(lines))
+    task = {"task": "exact_match", "source": {"path": str(own)}, "references": "right", "limit": 2, "max_new_tokens": 4}
+    recipe = recipe_text(*stage[:2], tmp_path / "out", eval={"tasks": [task]})
+    err = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe), expect=2)[1]
+    assert f"eval task exact_match: {own}: row 3: column 'right' should hold a reference" in err
+
+
 def test_what_is_not_compared():
     assert plain(" The  Eiffel Tower. ", []) == "The Eiffel Tower."
     assert plain("The Eiffel Tower.", ["case", "punctuation", "articles"]) == "eiffel tower"

@@ -33,6 +33,22 @@ def test_each_source_is_counted_and_a_row_of_it_shown(stage, tmp_path, verb):
     assert 0 < found["padding"] < 0.5
 
 
+@pytest.mark.parametrize(("fraction", "held"), [(0.05, 0), (0.2, 2), (0.3, 3)])
+def test_a_source_of_which_hardly_anything_is_held_out_is_remarked_on(fraction, held, stage, tmp_path, verb):
+    model, rows, _ = stage
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows.read_text().splitlines(keepends=True)[:9]))
+    recipe = recipe_text(model, rows, tmp_path / "out")
+    recipe["data"] |= {"train": [*recipe["data"]["train"], {"path": str(few)}], "validation_fraction": fraction}
+    said = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe))[0]
+    assert f"{held} held out" in said
+    assert (f"{held} of its rows held out, too few to say how it fares by itself" in said) == (held < 3)
+    own = {"data": recipe["data"] | {"validation": [{"path": str(few), "format": "gsm8k"}], "allow_overlap": True}}
+    del own["data"]["validation_fraction"]
+    said = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe | own))[0]
+    assert "of its rows held out" not in said
+
+
 def test_padding_is_what_fills_micro_batches_to_their_longest_row(stage, tmp_path, verb):
     recipe = recipe_text(*stage[:2], tmp_path / "out", train={"per_device_train_batch_size": 1})
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
