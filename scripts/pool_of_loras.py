@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.lora_folder import load_pool, read_lora
 from remix_cli.core.patch import Adapter
-from remix_cli.data.encode import EncodedRow, Encoder, load_examples
+from remix_cli.data.encode import Encoder, load_examples
+from remix_cli.data.rows import EncodedRow
 from remix_cli.evaluation.nll import row_losses
 from remix_cli.export.peft_folder import export_peft
 from remix_cli.methods.apply import apply_method, unadapted
