@@ -369,7 +369,7 @@ def test_generate_answers_as_evaluation_does_and_shows_the_routing(verb, trained
     assert verb(*ask, "--base")[0].strip() != expected.strip()
     out, _ = verb(*ask, "--show-routing", "--block", "1")
     assert "LoRAs of model.layers.1.mlp" in out
-    shown = [list(map(int, found.split())) for found in re.findall(r"'\[([\d ]+)\]", out)]
+    shown = [list(map(int, found.split(","))) for found in re.findall(r"\[([\d,]+)\]", out)]
     assert shown
     assert all(len(set(ids)) == 2 and set(ids) <= set(range(4)) for ids in shown)
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 w7 ?\n\nw3 w4 w7 ?\n"))
