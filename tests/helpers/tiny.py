@@ -34,6 +34,15 @@ FAMILIES = {
     "gemma": (GemmaConfig, GemmaForCausalLM),
 }
 
+# A chat template like that of `write_tiny_model` that also shows tools and calls
+TEMPLATE_WITH_TOOLS = (
+    "{% for tool in tools or [] %}<user> {{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<bot> {{ m.content }}"
+    "{% for call in m.tool_calls or [] %} {{ call.function.name }}"
+    "{% for name, value in call.function.arguments.items() %} {{ name }} {{ value }}{% endfor %}{% endfor %} <eos>"
+    "{% else %}<user> {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
     """A random decoder of two layers; head_dim follows the width."""

@@ -4,25 +4,16 @@ import gzip
 import json
 
 import pytest
-from helpers.tiny import recipe_text, write_recipe, write_tiny_model
+from helpers.tiny import TEMPLATE_WITH_TOOLS, recipe_text, write_recipe, write_tiny_model
 
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.train.told_formats import tell_formats
-
-# As the tiny one, and it shows tools and calls.
-WITH_TOOLS = (
-    "{% for tool in tools or [] %}<user> {{ tool.function.name }} {% endfor %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}<bot> {{ m.content }}"
-    "{% for call in m.tool_calls or [] %} {{ call.function.name }}"
-    "{% for name, value in call.function.arguments.items() %} {{ name }} {{ value }}{% endfor %}{% endfor %} <eos>"
-    "{% else %}<user> {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = write_tiny_model(tmp_path_factory.mktemp("model"))
-    (folder / "chat_template.jinja").write_text(WITH_TOOLS)
+    (folder / "chat_template.jinja").write_text(TEMPLATE_WITH_TOOLS)
     return folder
 
 
