@@ -114,5 +114,3 @@ def loading(model: Model, load: Callable[[], Any]) -> Any:
             raise RecipeError(f"model.attn_implementation: {said}") from None
         reason = shortened(str(error), 240)
         raise RecipeError(f"model.name_or_path: {name}: cannot be loaded: {reason}") from None
-
-
