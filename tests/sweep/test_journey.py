@@ -21,6 +21,7 @@ def plain(stage, tmp_path):
     return write_recipe(tmp_path / "recipe.yaml", recipe)
 
 
+@pytest.mark.slow
 def test_one_command_leads_from_a_recipe_to_a_decision(plain, tmp_path, verb, monkeypatch):
     ran = in_this_process(monkeypatch)
     out, _ = verb("sweep", plain, "--seeds", "2")
@@ -60,6 +61,7 @@ def test_one_command_leads_from_a_recipe_to_a_decision(plain, tmp_path, verb, mo
     assert yaml.safe_load((folder / "sweep.yaml").read_text())["sweep"]["seeds"] == [0, 1]  # it may be someone's by now
 
 
+@pytest.mark.slow
 def test_hours_hold_as_many_seeds_as_fit(plain, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
     seconds = iter([360.0] * 100)

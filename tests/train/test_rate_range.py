@@ -96,6 +96,7 @@ def test_the_base_model_has_no_rate_to_find(recipe):
         find_rate(recipe(adapter={"method": "none"}, router={}), 20, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_the_verb_prints_curve_suggestion_and_what_next(stage, tmp_path, verb):
     model, rows, _ = stage
     path = write_recipe(tmp_path / "recipe.yaml", recipe_text(model, rows, tmp_path / "run"))
