@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from remix_cli.data.control import NUMBER, ControlTokens, special_ids
-from remix_cli.data.formats import Example, Message, RowError, to_example, without_mark
+from remix_cli.data.formats import Example, Message, RowError, question, to_example, without_mark
 from remix_cli.data.formats.base import Conversation
 from remix_cli.data.rows import NOTHING, Encoded, EncodedConversation, Packer
 from remix_cli.data.sources import iterate_rows
@@ -218,9 +218,8 @@ class Encoder:
 
     def question_ids(self, text: str) -> list[int]:
         """A user's turn, ready to be answered. Raises DataError."""
-        turns = ({"role": "user", "content": text}, {"role": "assistant", "content": "."})
         try:
-            return self.prompt_ids(Example(turns, "question"))
+            return self.prompt_ids(question(text))
         except RowError as error:
             raise DataError(f"prompt: {error}") from None
 

@@ -1,26 +1,13 @@
 """Prompts to be answered, out of a file: a line each, or rows in a data format, whose own answers are not read."""
 
-import string
+import pkgutil
 from pathlib import Path
-from typing import Any
 
 from remix_cli.data.files import rows_in
-from remix_cli.data.formats import Example, RowError, to_example
+from remix_cli.data.formats import ANSWER, Example, Row, RowError, question, to_example
+from remix_cli.data.formats.registry import FORMATS, formats_asked_by
 from remix_cli.errors import DataError
 from remix_cli.recipe.sources import LOADERS, Source, ending_of
-
-ANSWER = "."  # in the place of one that is not there
-TOLD_BY = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "prompt_completion"}
-ANSWERED_IN = {"alpaca": "output", "codealpaca": "output", "gsm8k": "answer"}
-TURNS = {
-    "messages": ("messages", "role", "assistant", "content"),
-    "sharegpt": ("conversations", "from", "gpt", "value"),
-}
-
-
-def question(text: str) -> Example:
-    """A user's turn, to be answered."""
-    return Example(({"role": "user", "content": text}, {"role": "assistant", "content": ANSWER}), "question")
 
 
 def prompts_in(path: Path, like: Source) -> list[Example]:
@@ -46,27 +33,15 @@ def prompts_in(path: Path, like: Source) -> list[Example]:
     return found
 
 
-def _prompt(row: dict[str, Any], like: Source) -> Example:
-    told = next((name for column, name in TOLD_BY.items() if column in row), like.format)
-    source = like if told == like.format else Source(path=like.path, format=told)
+def _prompt(row: Row, like: Source) -> Example:
+    told = formats_asked_by(set(row))
+    source = like if not told or like.format in told else Source(path=like.path, format=told[0])
     return to_example(_answered(row, source), source)
 
 
-def _answered(row: dict[str, Any], source: Source) -> dict[str, Any]:
+def _answered(row: Row, source: Source) -> Row:
     """With an answer where the row has none."""
-    if source.format == "prompt_completion":
-        columns = [name for _, name, _, _ in string.Formatter().parse(source.completion) if name]
-        return dict.fromkeys(columns, ANSWER) | row
-    if source.format in ANSWERED_IN:
-        return {ANSWERED_IN[source.format]: ANSWER} | row
-    if source.format in TURNS:
-        column, who, assistant, said = TURNS[source.format]
-        turns = row.get(column)
-        if (
-            isinstance(turns, list)
-            and turns
-            and isinstance(turns[-1], dict)
-            and turns[-1].get(who) in ("user", "human")
-        ):
-            return row | {column: [*turns, {who: assistant, said: ANSWER}]}
-    return row
+    facts = FORMATS[source.format]
+    if facts.completes:
+        return pkgutil.resolve_name(facts.completes)(row, source)
+    return {source.columns.get(facts.answer) or facts.answer: ANSWER} | row

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 from remix_cli.core.trace import Trace
 from remix_cli.data.chunks import start_size
-from remix_cli.data.formats import Example, Message, RowError
+from remix_cli.data.formats import ANSWER, Example, Message, RowError
 from remix_cli.errors import DataError
 from remix_cli.evaluation.generate import Decoding, continue_ids, generate, text_after
 from remix_cli.models import longest_input
@@ -153,9 +153,8 @@ class Conversation:
     def _ids(self, turns: list[Message]) -> list[int]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         try:
-            return self.run.encoder.prompt_ids(
-                Example((*system, *turns, {"role": "assistant", "content": "."}), "conversation")
-            )
+            answered = (*system, *turns, {"role": "assistant", "content": ANSWER})
+            return self.run.encoder.prompt_ids(Example(answered, "conversation"))
         except RowError as error:
             raise DataError(f"conversation: {error}") from None
 

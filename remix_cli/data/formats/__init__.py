@@ -10,6 +10,16 @@ text.py               plain text
 gsm8k.py, arc.py      data sets with columns of their own
 """
 
-from remix_cli.data.formats.base import Example, Message, Origin, Row, RowError, to_example, without_mark
+from remix_cli.data.formats.base import (
+    ANSWER,
+    Example,
+    Message,
+    Origin,
+    Row,
+    RowError,
+    question,
+    to_example,
+    without_mark,
+)
 
-__all__ = ["Example", "Message", "Origin", "Row", "RowError", "to_example", "without_mark"]
+__all__ = ["ANSWER", "Example", "Message", "Origin", "Row", "RowError", "question", "to_example", "without_mark"]

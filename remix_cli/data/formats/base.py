@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 
 
+ANSWER = "."  # in the place of an answer that is still to come
 LONGEST_NAME = 80  # characters of a task's name: a column of longer texts is hardly one
 
 
@@ -212,6 +213,11 @@ def from_json(value: Any, what: str) -> Any:
 def is_given(value: Any) -> bool:
     """Tables fill in None, or an empty text or list, where a row has no such key."""
     return value is not None and value not in ("", [], {})
+
+
+def question(text: str) -> Example:
+    """A user's turn, to be answered."""
+    return Example(tuple(turns(text, ANSWER)), "question")
 
 
 def turns(prompt: str, completion: str) -> list[Message]:

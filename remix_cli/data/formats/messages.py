@@ -7,6 +7,7 @@ only read. A row may have `tools`, which the chat template shows to the model.
 from typing import TYPE_CHECKING, Any
 
 from remix_cli.data.formats.base import (
+    ANSWER,
     Conversation,
     Message,
     Row,
@@ -34,6 +35,20 @@ def read(row: Row, source: "Source") -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise RowError(f"column 'messages' should be a list of {{role, content}}, is {_kind(messages)}")
     return conversation(row, messages, "messages")
+
+
+def with_answer(row: Row, source: "Source") -> Row:
+    """An answer to the last turn, where that is not the assistant's."""
+    column = source.columns.get("messages") or "messages"
+    return ended(row, column, "role", {"assistant"}, {"role": "assistant", "content": ANSWER})
+
+
+def ended(row: Row, column: str, who: str, assistants: set[str], answer: dict[str, str]) -> Row:
+    """The list in `column` with `answer` behind a last turn whose `who` is none of `assistants`."""
+    said = row.get(column)
+    if not isinstance(said, list) or not said or not isinstance(said[-1], dict) or said[-1].get(who) in assistants:
+        return row
+    return row | {column: [*said, answer]}
 
 
 def conversation(row: Row, messages: list[Any], column: str) -> Conversation:

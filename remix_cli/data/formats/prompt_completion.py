@@ -3,8 +3,9 @@
 import string
 from typing import TYPE_CHECKING, Any
 
-from remix_cli.data.formats.base import Conversation, Message, Row, RowError, text_of, turns, value_of
+from remix_cli.data.formats.base import ANSWER, Conversation, Message, Row, RowError, text_of, turns, value_of
 from remix_cli.data.formats.messages import conversation
+from remix_cli.recipe.sources import columns_in
 
 if TYPE_CHECKING:
     from remix_cli.recipe.sources import Source
@@ -21,6 +22,11 @@ def read(row: Row, source: "Source") -> list[Message] | Conversation:
         answered = [{"role": "assistant", "content": fill(source.completion, row)}]
     given = [_only_given(message) for message in chat]
     return conversation(row, [*given, *answered], "completion")
+
+
+def with_answer(row: Row, source: "Source") -> Row:
+    """A text in every column of the completion that the row lacks."""
+    return dict.fromkeys(columns_in(source.completion), ANSWER) | row
 
 
 def _messages_in(template: str, row: Row) -> list[Any] | None:

@@ -14,6 +14,7 @@ class FormatFacts:
     alone: bool = False  # do they tell it only where no other column says something?
     columns: tuple[str, ...] = ()  # that it knows by name; none: those that its templates name, or any
     answer: str = ""  # the one of them that holds the answer
+    completes: str = ""  # module:function, gives a row an answer where it has none; without it, `answer` gets a text
 
 
 DEFAULT = "prompt_completion"
@@ -22,19 +23,25 @@ ARC = ("question", "choices", "answerKey")
 GSM8K = ("question", "answer")
 FORMATS = {
     "prompt_completion": FormatFacts(
-        "remix_cli.data.formats.prompt_completion:read", ("prompt", "completion"), told_by=("prompt", "completion")
+        "remix_cli.data.formats.prompt_completion:read",
+        ("prompt", "completion"),
+        told_by=("prompt", "completion"),
+        answer="completion",
+        completes="remix_cli.data.formats.prompt_completion:with_answer",
     ),
     "messages": FormatFacts(
         "remix_cli.data.formats.messages:read",
         told_by=("messages",),
         columns=("messages", "tools"),
         answer="messages",
+        completes="remix_cli.data.formats.messages:with_answer",
     ),
     "sharegpt": FormatFacts(
         "remix_cli.data.formats.sharegpt:read",
         told_by=("conversations",),
         columns=("conversations", "tools"),
         answer="conversations",
+        completes="remix_cli.data.formats.sharegpt:with_answer",
     ),
     "alpaca": FormatFacts(
         "remix_cli.data.formats.alpaca:read", told_by=("instruction", "output"), columns=ALPACA, answer="output"
@@ -64,6 +71,16 @@ def formats_told_by(columns: set[str]) -> list[str]:
         if facts.told_by and columns.issuperset(facts.told_by) and not (facts.alone and others):
             told.append(name)
     return told
+
+
+def formats_asked_by(columns: set[str]) -> list[str]:
+    """The formats that these columns of a row tell even if it has no answer."""
+    asked = []
+    for name, facts in FORMATS.items():
+        needed = [column for column in facts.told_by if column != facts.answer] or facts.told_by
+        if facts.told_by and columns.issuperset(needed) and not facts.alone:
+            asked.append(name)
+    return asked
 
 
 def reader_of(name: str) -> Callable[..., Any]:

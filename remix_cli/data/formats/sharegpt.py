@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from remix_cli.data.formats.base import Conversation, Row, RowError, value_of
-from remix_cli.data.formats.messages import conversation
+from remix_cli.data.formats.base import ANSWER, Conversation, Row, RowError, value_of
+from remix_cli.data.formats.messages import conversation, ended
 
 if TYPE_CHECKING:
     from remix_cli.recipe.sources import Source
@@ -30,6 +30,13 @@ def read(row: Row, source: "Source") -> Conversation:
         raise RowError(f"column 'conversations' should be a list of {{from, value}}, is {type(said).__name__}")
     messages = [_message(number, turn) for number, turn in enumerate(said, start=1)]
     return conversation(row, messages, "conversations")
+
+
+def with_answer(row: Row, source: "Source") -> Row:
+    """An answer to the last turn, where that is not the assistant's."""
+    column = source.columns.get("conversations") or "conversations"
+    assistants = {name for name, role in ROLES.items() if role == "assistant"}
+    return ended(row, column, "from", assistants, {"from": "gpt", "value": ANSWER})
 
 
 def _message(number: int, turn: Any) -> Any:
