@@ -10,14 +10,13 @@ from typing import Any
 
 from remix_cli.methods.registry import method_named
 from remix_cli.recipe.loader import RawRecipe
-from remix_cli.recipe.schema import Recipe
+from remix_cli.recipe.schema import HIGHEST_RATE, Recipe
 
 Changes = dict[str, Any]  # dotted keys and their values
 FACTOR = 3.0  # from one learning rate to the next: half an order of magnitude, as coarse as a first look may be
 CLUSTERS = 32  # how many hardly matters (docs/results/skills.md)
 SEEDS = 3  # the fewest that tell what training varies by with some confidence
 POOL = {"pool_size": 8, "active": 4}
-HIGHEST_RATE = 10.0  # that a recipe takes
 BESIDE = "-sweep"  # the sweep's folder is that of the recipe's own run, with this behind it
 
 

@@ -22,7 +22,6 @@ def _each(names: str, answer: Here | str) -> dict[str, Here | str]:
 RANK = Here("adapter.rank", "of each LoRA in the pool")
 WEIGHT = Here("adapter.omega", "the weight of an active LoRA: 2/sqrt(k r), or 2/(k r)")
 ROWS = Here("data.train", "a list of sources")
-NO_PROJECTS = Here("train.project")
 
 # A text is the whole answer, where no key does it.
 ANSWERS: dict[str, Here | str] = (
@@ -80,7 +79,7 @@ ANSWERS: dict[str, Here | str] = (
     | _each("max_samples max_train_samples", Here("data.train.limit"))
     | _each(
         "dataset_prepared_path preprocessing_num_workers dataset_num_proc dataloader_num_workers",
-        "rows are tokenised before the first step and kept in memory",
+        "rows are tokenised before the first step; many are kept on disk for the next run (REMIX_CACHE says where)",
     )
     # training
     | _each("num_epochs epochs", Here("train.num_train_epochs"))
@@ -105,7 +104,7 @@ ANSWERS: dict[str, Here | str] = (
     | _each("resume_from_checkpoint", "remix train RECIPE --resume goes on from the newest checkpoint")
     | _each("overwrite_output_dir", "remix train RECIPE --overwrite")
     | _each("use_wandb wandb_mode", Here("train.report_to: wandb"))
-    | _each("wandb_project project_name mlflow_experiment_name trackio_project", NO_PROJECTS)
+    | _each("wandb_project project_name mlflow_experiment_name trackio_project", Here("train.project"))
     | _each("logging_dir run_name wandb_name wandb_run_id", "a tracked run is named after output_dir")
     | _each("push_to_hub hub_model_id", "remix export RUN --push-to-hub OWNER/NAME, once it is trained")
     | _each("neftune_noise_alpha", "there is no noise on the embeddings; adapter.dropout is the only one")

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from remix_cli.methods.base import Method
     from remix_cli.tasks.base import Measure
 
-Rate = Annotated[float, Field(gt=0, le=10)]
+HIGHEST_RATE = 10.0  # that a recipe takes
+Rate = Annotated[float, Field(gt=0, le=HIGHEST_RATE)]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "dvclive"]  # those of train/tracker_tools.py
 TRACKERS: tuple[str, ...] = get_args(TrackerName)
 TaskName: Any = name_in(TASKS)

@@ -330,7 +330,7 @@ class _Sweep:
             return
         if not self.has_forecast:
             self.has_forecast = True
-            self.say(f"     about {_until(left)}")
+            self.say(f"     about {_until(left)}, loading aside")
         self.show(f"{self.count}/{self.total} runs{self._in_hand()}; {in_words(left)} left")
 
     def _in_hand(self) -> str:
@@ -381,26 +381,26 @@ class _Sweep:
 
     def _follow(self, arm: _Arm, point: Point, problem: Failure | None) -> list[Job]:
         """What is to be done now that the point is trained."""
+        if arm.chosen is not None and problem is None:
+            return [self._scoring(point)]
         if arm.chosen is not None:
-            return [self._scoring(point)] if problem is None else self._no_scoring(arm, 1)
+            self.forecast.scorings[arm.name] -= 1
+            return []
         if arm.waiting:
             return []
         self._choose(arm)
         if arm.chosen is None:
-            return self._no_arm(arm)
+            self._expect_nothing_of(arm)
+            return []
         return [self._scoring(arm.chosen), *self._jobs_under_other_seeds(arm)]
 
-    def _no_scoring(self, arm: _Arm, count: int) -> list[Job]:
-        self.forecast.scorings[arm.name] -= count
-        return []
-
-    def _no_arm(self, arm: _Arm) -> list[Job]:
+    def _expect_nothing_of(self, arm: _Arm) -> None:
         """Nothing is chosen from it: what was expected to follow does not."""
         seeds = self._seeds(arm.points[0])
         for seed in seeds[1:]:
             self.forecast.awaited.pop((arm.name, seed), None)
             self.total -= 1
-        return self._no_scoring(arm, len(seeds))
+        self.forecast.scorings[arm.name] -= len(seeds)
 
     def _other_rows(self, point: Point) -> Failure | None:
         """Was the run trained on other rows than those before it whose recipes name the same?"""

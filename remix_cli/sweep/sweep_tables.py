@@ -78,6 +78,10 @@ def _decision(report: SweepReport) -> list[str]:
     elif len(decision.level) > 1:
         others = ", ".join(arm for arm in decision.level if arm != decision.take)
         lines.append(f"take {decision.take}, though nothing separates {others} from it")
+    elif min(arm.runs for arm in report.arms) == 1:
+        lines.append(
+            f"take {decision.take} for now: it is ahead under one seed; more would say what training varies by"
+        )
     else:
         lines.append(f"take {decision.take}: it is clearly ahead of all others")
     return [*lines, _rests_on(report)]

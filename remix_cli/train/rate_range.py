@@ -18,6 +18,7 @@ from remix_cli.data.batches import Order
 from remix_cli.errors import Interrupted, RecipeError
 from remix_cli.evaluation.nll import row_losses
 from remix_cli.recipe import Recipe
+from remix_cli.recipe.schema import HIGHEST_RATE
 from remix_cli.runs import RunFolder
 from remix_cli.stored_json import Document
 from remix_cli.train import prepare
@@ -27,8 +28,7 @@ from remix_cli.train.setup import Setup, set_up
 from remix_cli.train.signals import Signals
 from remix_cli.train.trainer import Trainer
 
-LOWEST, HIGHEST = 1e-2, 1e3  # first and last rate, in the method's default rates
-LARGEST_RATE = 10.0  # that a recipe takes
+FIRST, LAST = 1e-2, 1e3  # first and last rate, in the method's default rates
 SMOOTHED = 3  # steps on either side of each that its smoothed value is the mean of
 RUN_AWAY = 0.5  # nats above the loss before training
 
@@ -114,7 +114,7 @@ class _Rising(Trainer):
         super().__init__(setup, TrainingState(), None, signals, view)
         self.order = Order(replace(setup.data.plan, group_by_length=False))  # every batch is like the whole
         default = setup.recipe.method.learning_rate
-        low, high = default * LOWEST, min(default * HIGHEST, LARGEST_RATE)
+        low, high = default * FIRST, min(default * LAST, HIGHEST_RATE)
         self.rates = [float(rate) for rate in np.geomspace(low, high, steps)]
 
     def measure(self) -> tuple[list[float], list[float]]:
@@ -143,13 +143,15 @@ class _Rising(Trainer):
         return self.rates[step], self.recipe.router.learning_rate
 
     def _losses_before(self) -> np.ndarray:
-        """(rows, 2): nats and tokens of every row that the test will see; 0 for others."""
+        """(rows, 2): nats and tokens of every row that the test will see, times its weight as in training; 0 for
+        others."""
         seen = sorted({int(row) for step in range(len(self.rates) + 1) for row in self.order.rows(step)})
-        rows = [self.setup.data.train.rows[row] for row in seen]
+        rows = [self.setup.data.train.rows[number] for number in seen]
         found = np.zeros((len(self.setup.data.train.rows), 2))
         size = self.recipe.train.per_device_eval_batch_size
-        for row, loss in zip(seen, row_losses(self.model, self.adapter, rows, size), strict=True):
-            found[row] = loss.nats, loss.tokens
+        losses = row_losses(self.model, self.adapter, rows, size)
+        for number, row, loss in zip(seen, rows, losses, strict=True):
+            found[number] = loss.nats * row.weight, loss.tokens * row.weight
         return found
 
     def _save(self) -> None:

@@ -55,7 +55,8 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     skeleton = prepare.check_recipe(recipe, begins=begins)
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
     if resume:
-        recipe = recipe.with_dtype_of(load_recipe(RunFolder(Path(recipe.output_dir)).recipe, stored=True))
+        before = load_recipe(folder.recipe, stored=True)
+        recipe = recipe.with_dtype_of(before)
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
         # rank 0 may tokenise, evaluate or write for a while
@@ -67,7 +68,6 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     begun_with: BegunWith = {}
     with lock_folder(folder.path) if main else nullcontext():
         if resume:
-            before = load_recipe(folder.recipe, stored=True)
             begun_with = check_same_recipe(recipe, before, folder)
         if main:  # of a complete run too: the disk may have refused to remove the last scratch
             recover(folder.path)

@@ -8,11 +8,13 @@ import torch
 from helpers.tiny import CHAT, fill_adapter
 
 from remix_cli.data.encode import Encoder
+from remix_cli.data.formats import ANSWER
 from remix_cli.data.prompts import prompts_in
 from remix_cli.errors import DataError
 from remix_cli.evaluation import converse
 from remix_cli.evaluation.converse import Conversation
 from remix_cli.evaluation.generate import Decoding, generate
+from remix_cli.recipe import Source
 from remix_cli.runs import load_run
 
 
@@ -226,6 +228,14 @@ def test_prompts_of_a_file_are_answered_in_its_order(verb, finished, tmp_path):
 def test_rows_of_any_format_are_prompts_with_an_answer_or_without(run, tmp_path, row):
     (example,) = prompts_in(rows(tmp_path / "rows.jsonl", row), run.recipe.data.train[0])
     assert run.encoder.prompt_ids(example) == run.encoder.question_ids("w1")
+
+
+def test_a_conversation_under_another_name_that_ends_with_a_tools_result_is_a_prompt(run, tmp_path):
+    """Whoever is to speak next is the assistant."""
+    turns = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}, {"from": "tool", "value": "w3"}]
+    like = Source(path="rows.jsonl", format="sharegpt", columns={"conversations": "talk"})
+    (example,) = prompts_in(rows(tmp_path / "rows.jsonl", {"talk": turns}), like)
+    assert [message["content"] for message in example.messages] == ["w1", "w2", "w3", ANSWER]
 
 
 @pytest.mark.parametrize(

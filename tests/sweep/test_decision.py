@@ -101,6 +101,16 @@ def test_the_first_of_those_that_nothing_separates_from_the_best_is_taken(arms):
     assert (found.take, found.level) == ("pool", ["pool"])
 
 
+def test_under_one_seed_nothing_is_clearly_ahead(arms):
+    costs = (1, 1, 1.0, 5000.0, 1.0)
+    alone = ArmsRuns({name: arms.runs_of[name][:1] for name in ("soft", "pool")})
+    scores = {name: alone.scores(name) for name in alone.runs_of}
+    reports = [ArmReport(name, "", 1, *costs, 1.0, [], 20, scores[name], {}, {}) for name in alone.runs_of]
+    report = SweepReport("eval_loss", [0], "soft", reports, [], decide("eval_loss", scores, alone), {})
+    said = sweep_notes(report)
+    assert said[2] == "take pool for now: it is ahead under one seed; more would say what training varies by"
+
+
 def test_the_verdict_says_what_it_rests_on(arms):
     scores = {name: arms.scores(name) for name in arms.runs_of}
     reports = []

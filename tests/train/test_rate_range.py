@@ -84,6 +84,18 @@ def test_rates_grow_by_a_factor_and_the_routers_stays(groups, router_rate, recip
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_of_rows_do_not_show_as_changes(stage, recipe, tmp_path):
+    """The loss before training is weighted as the training loss is."""
+    model, rows, _ = stage
+    weighted = tmp_path / "weighted.jsonl"
+    with weighted.open("w") as file:
+        for number, line in enumerate(rows.read_text().splitlines()):
+            file.write(json.dumps(json.loads(line) | {"weight": 0.1 if number % 3 else 5}) + "\n")
+    data = recipe_text(model, weighted, tmp_path / "run")["data"]
+    found = find_rate(recipe(data=data), 20, Console(quiet=True))
+    assert max(abs(change) for change in found.changes[:4]) < 2e-3
+
+
 def test_a_loss_that_runs_away_ends_the_test(recipe, monkeypatch):
     monkeypatch.setattr(rate_range, "RUN_AWAY", -1.0)  # as if having learnt nothing were bad enough
     found = find_rate(recipe(), 40, Console(quiet=True))
