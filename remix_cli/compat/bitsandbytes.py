@@ -1,7 +1,11 @@
-"""bitsandbytes on CPUs, and what it says there."""
+"""bitsandbytes on CPUs, what it says there, and its 4-bit layers on several processes."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 
 def keep_differentiable(model: Any) -> None:
@@ -25,3 +29,58 @@ def no_advice() -> None:
     """
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A 4-bit layer but for its weight and bias."""
+
+    width_in: int
+    width_out: int
+    has_bias: bool
+    compute_dtype: torch.dtype
+    state: Any  # bitsandbytes' QuantState: scales, their scales, the code
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The 4-bit layers of `model` by name; from now on each keeps its weight's quantisation state itself.
+
+    The state is an attribute of the weight, which is lost where the weight becomes another tensor (a shard of FSDP's):
+    nn/modules.py, `fix_4bit_weight_quant_state_from_module`, then takes that of the layer. Seen with bitsandbytes 0.50.
+    """
+    found = {}
+    for name, module in _four_bit(model):
+        module.quant_state = module.weight.quant_state
+        found[name] = PackedLayer(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            module.compute_dtype,
+            module.quant_state,
+        )
+    return found
+
+
+def put_packed_layers(model: nn.Module, layers: dict[str, PackedLayer]) -> None:
+    """Put 4-bit layers without memory (torch's meta device) in the places of `layers`."""
+    for name, layer in layers.items():
+        from bitsandbytes.nn import Linear4bit
+
+        made = Linear4bit(
+            layer.width_in, layer.width_out, layer.has_bias, layer.compute_dtype, device=torch.device("meta")
+        )
+        made.requires_grad_(False)
+        made.quant_state = layer.state
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made)
+    keep_differentiable(model)
+
+
+def move_states(model: nn.Module, device: torch.device) -> None:
+    """The quantisation states of 4-bit layers, which `to` moves with the weights only."""
+    for _, module in _four_bit(model):
+        module.quant_state.to(device)
+
+
+def _four_bit(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]

@@ -228,8 +228,10 @@ class Train(Strict):
         False,
         description="Record the step of each batch shape and replay it: faster where steps wait for the host.",
     )
-    shard_base: bool = Field(
-        False, description="Share the frozen base model out over the processes, gathered layer by layer (FSDP2)."
+    shard_base: bool | Literal["offload"] = Field(
+        False,
+        description="Share the frozen base model out over the processes, gathered layer by layer (FSDP2); offload: "
+        "from host memory.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations; selections are replayed.")
     logging_steps: Positive = 10
@@ -562,8 +564,8 @@ class Recipe(Strict):
         if self.train.shard_base:
             if self.train.eval_tasks_limit is not None:
                 _refuse("shard_base", "train.eval_tasks_limit")
-            if self.model.quantization != "none":
-                _refuse("shard_base", "model.quantization")
+            if self.model.quantization == "8bit":
+                _refuse("shard_base", "model.quantization: 8bit", "4bit can be")
         return self
 
     @model_validator(mode="after")

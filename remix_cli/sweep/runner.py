@@ -44,7 +44,7 @@ from remix_cli.sweep.work import (
     train_run,
 )
 from remix_cli.tasks.base import Settings
-from remix_cli.train.checkpoints import rows_of_last
+from remix_cli.train.checkpoints import origin_of_last
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import check_same_recipe
 from remix_cli.train.run_size import RunSize
@@ -404,9 +404,10 @@ class _Sweep:
 
     def _other_rows(self, point: Point) -> Failure | None:
         """Was the run trained on other rows than those before it whose recipes name the same?"""
-        found = rows_of_last(RunFolder(point.folder).checkpoints)
-        if found is None:
+        origin = origin_of_last(RunFolder(point.folder).checkpoints)
+        if origin is None:
             return None
+        found = origin.data, origin.held_out
         asked = f"{point.recipe.model} {point.recipe.data}"
         first, rows = self.rows.setdefault(asked, (point.folder, found))
         if rows == found:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -57,7 +58,7 @@ class Origin:
     data: str  # of the encoded training rows
     base: str  # fingerprint of the base model
     tokenizer: str
-    rows_per_step: int  # differs with the number of processes
+    rows_per_step: int  # as the run was begun, whatever the number of processes that go on with it
     held_out: str | None = None  # of the encoded held-out rows; earlier versions did not say
 
 
@@ -68,10 +69,12 @@ class Machine:
     torch_version: str
     threads: int
     device: str
+    processes: int = 1  # they cut a step into other micro-batches, which round otherwise
 
     @classmethod
     def here(cls, device: torch.device) -> "Machine":
-        return cls(torch.__version__, torch.get_num_threads(), device.type)
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        return cls(torch.__version__, torch.get_num_threads(), device.type, processes)
 
 
 def save_checkpoint(
@@ -169,14 +172,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def rows_of_last(folder: Path) -> tuple[str, str | None] | None:
-    """Hashes of the training and held-out rows that the newest checkpoint was made from; None if nothing says so."""
-    try:
-        last = list_checkpoints(folder)[-1]
-        origin = Origin(**json.loads((last / "manifest.json").read_text(encoding="utf-8"))["origin"])
-        return origin.data, origin.held_out
-    except (OSError, IndexError, ValueError, KeyError, TypeError):
-        return None
+def origin_of_last(folder: Path) -> Origin | None:
+    """What the newest checkpoint that can be read belongs to; None if there is none."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            return Origin(**json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["origin"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 CAUSES = {
@@ -184,7 +187,7 @@ CAUSES = {
     "data": "other rows",
     "base": "another base model",
     "tokenizer": "another tokenizer",
-    "rows_per_step": "another number of processes",
+    "rows_per_step": "another number of rows a step",
     "held_out": "other held-out rows",
 }
 

@@ -27,6 +27,7 @@ MAY_CHANGE_TRAIN = {
     "per_device_eval_batch_size",
 }
 STEPS = ("train.max_steps", "train.num_train_epochs")
+PLACES = ("train.shard_base",)  # where the base lies changes how passes round at most
 # Keys that came later, with the value at which a run is what it was before: it may be one that knew no such key.
 LATER = {"router.clusters": 0}
 
@@ -53,7 +54,7 @@ def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> BegunWith:
     """
     before, after = _binding(old), _binding(new)
     differ = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    free = {key for key in differ if _names_places(key, before.get(key), after.get(key))}
+    free = {key for key in differ if key in PLACES or _names_places(key, before.get(key), after.get(key))}
     longer = differ & set(STEPS)
     if longer and _is_open_ended(new) and _is_open_ended(old):
         free |= longer

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,12 @@ from remix_cli.recipe import Recipe
 from remix_cli.runs import BegunWith, RunFolder, Subject
 from remix_cli.train import begin, optim
 from remix_cli.train.begin import Beginning
-from remix_cli.train.checkpoints import Origin
+from remix_cli.train.checkpoints import Origin, origin_of_last
 from remix_cli.train.held_out import Evaluation
 from remix_cli.train.micro_batch import EagerGradients
 from remix_cli.train.prepare import check_graphs
 from remix_cli.train.resume import check_ranks, origin_of
-from remix_cli.train.shard import shard_base
+from remix_cli.train.shard import load_to_share, shard_base
 from remix_cli.train.step_graphs import StepGraphs
 
 
@@ -79,6 +79,8 @@ def set_up(
     `begun_with`: what the recipe said otherwise when the run was begun. `begins`: or is there a checkpoint?
     """
     tokenizer, data = _read_data(recipe, accelerator)
+    if not begins:
+        data = _with_rows_as_begun(data, folder)
     model, identity, origin = _load_base(recipe, data, tokenizer, accelerator, begun_with)
     adapter = _adapt(recipe, model, tokenizer, accelerator)
     beginning = begin.read(recipe, adapter, identity, accelerator.num_processes) if begins else None
@@ -116,13 +118,23 @@ def _read_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Any, TrainingD
     return tokenizer, load_data(recipe, tokenizer, accelerator.num_processes)
 
 
+def _with_rows_as_begun(data: TrainingData, folder: RunFolder) -> TrainingData:
+    """Steps have the rows that they had when the run was begun, perhaps by another number of processes."""
+    origin = origin_of_last(folder.checkpoints)
+    if origin is None:  # none can be read, which is told when the run is taken up
+        return data
+    return replace(data, plan=replace(data.plan, rows_per_step=origin.rows_per_step))
+
+
 def _load_base(
     recipe: Recipe, data: TrainingData, tokenizer: Any, accelerator: Accelerator, begun_with: BegunWith
 ) -> tuple[Any, BaseIdentity, Origin]:
-    """On the host where it is to be sharded: no card need hold it whole."""
-    sharded = recipe.train.shard_base
-    model = load_model(recipe.model, torch.device("cpu") if sharded else accelerator.device)
-    identity = identify(recipe.model, model, tokenizer)
+    """On the first process's host where it is to be sharded: no card need hold it whole."""
+    if recipe.train.shard_base:
+        model, identity = load_to_share(recipe, tokenizer, accelerator.is_main_process)
+    else:
+        model = load_model(recipe.model, accelerator.device)
+        identity = identify(recipe.model, model, tokenizer)
     origin = origin_of(recipe, data, identity, begun_with)
     check_ranks(recipe, origin, identity, accelerator.num_processes)
     check_graphs(recipe, model)
@@ -132,12 +144,13 @@ def _load_base(
 def _adapt(recipe: Recipe, model: Any, tokenizer: Any, accelerator: Accelerator) -> Adapter:
     """The base is checked by a pass of its own: before the adapter where it is whole, after it where it is sharded,
     because only then does it stand on its devices."""
-    sharded = recipe.train.shard_base
+    sharded = bool(recipe.train.shard_base)
     if not sharded:
         check_base(model, len(tokenizer))
     adapter = apply_method(model, recipe.adapter_config(), seed=recipe.seed)
     if sharded:
-        shard_base(adapter.model, adapter, accelerator.device, accelerator.num_processes)
+        offload = recipe.train.shard_base == "offload"
+        shard_base(adapter.model, adapter, accelerator.device, accelerator.num_processes, offload)
         check_base(adapter.model, len(tokenizer))
     if not recipe.adapter.train_loras:
         adapter.freeze_loras()

@@ -39,7 +39,7 @@ from remix_cli.train.pace import Pace
 from remix_cli.train.record import Recorder, peak_memory, summarise, weights_of
 from remix_cli.train.resume import check_nothing_was_saved, check_same_recipe, has_other_steps
 from remix_cli.train.setup import Setup, set_up
-from remix_cli.train.shard import check_launch
+from remix_cli.train.shard import as_launched, check_launch
 from remix_cli.train.signals import Signals
 from remix_cli.train.stopping import count_measurement, describe_stop, has_waited_enough
 from remix_cli.train.sums import StepSums
@@ -50,6 +50,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
 
     Raises RecipeError, DataError, ArtefactError, BusyError, StorageError, DivergedError or Interrupted.
     """
+    recipe = as_launched(recipe)
     folder = RunFolder(Path(recipe.output_dir))
     begins = not (resume and checkpoints.list_checkpoints(folder.checkpoints))
     skeleton = prepare.check_recipe(recipe, begins=begins)
@@ -286,7 +287,7 @@ class Trainer:
             self.recipe.train.per_device_train_batch_size,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-            equally_many=self.recipe.train.shard_base,
+            equally_many=bool(self.recipe.train.shard_base),
         )
         results: list[MicroResult] = []
         tokens = 0

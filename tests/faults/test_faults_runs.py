@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,33 +157,25 @@ def test_K12_checkpoints_are_ordered_by_number_and_pruned_after_the_new_one(tmp_
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-9", "step-10", "step-100"]
 
 
-def test_K14_another_thread_count_is_said(stage, tmp_path, monkeypatch, capsys):
-    recipe = small(stage, tmp_path)
-    original = trainer.Trainer._note
-
-    def stopping(self, step, *_):
-        self.state.step = step + 1
-        self._stop()
-
-    monkeypatch.setattr(trainer.Trainer, "_note", stopping)
-    with pytest.raises(Interrupted):
-        run(recipe)
-    monkeypatch.setattr(trainer.Trainer, "_note", original)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    trainer.train(recipe, Console(width=200), resume=True)
-    assert re.search(r"not bit-reproducible: threads was \d+, is 77 when step-000001 was made", capsys.readouterr().out)
-
-
-def test_K14_another_number_of_processes_is_refused(stage, tmp_path, monkeypatch):
-    """It would change the rows of every step, the number of steps and the schedule."""
-    from remix_cli.errors import ArtefactError
-
-    run(small(stage, tmp_path))
-    (tmp_path / "out" / "summary.json").unlink()
+def test_K14_another_number_of_processes_goes_on_with_the_same_steps(stage, tmp_path, monkeypatch, capsys):
+    """Begun by two, whose steps have twice the rows; the draws belong to rows, so one process does the same."""
     original = setup.load_data
-    monkeypatch.setattr(setup, "load_data", lambda recipe, tokenizer, world: original(recipe, tokenizer, 2))
-    with pytest.raises(ArtefactError, match="made from another number of processes than this run would use"):
-        run(small(stage, tmp_path), resume=True)
+    with monkeypatch.context() as begun_by_two:
+        begun_by_two.setattr(setup, "load_data", lambda recipe, tokenizer, world: original(recipe, tokenizer, 2))
+        begun_by_two.setattr(checkpoints.dist, "is_initialized", lambda: True)
+        begun_by_two.setattr(checkpoints.dist, "get_world_size", lambda: 2)
+        recipe = small(stage, tmp_path, train={"save_steps": 1})
+        run(recipe)
+    adapter = tmp_path / "out" / "adapter" / "adapter.safetensors"
+    wanted = adapter.read_bytes()
+    (tmp_path / "out" / "summary.json").unlink()
+    last = checkpoints.list_checkpoints(tmp_path / "out" / "checkpoints")[-1]
+    shutil.rmtree(last)
+    trainer.train(recipe, Console(width=200), resume=True)
+    assert "not bit-reproducible: processes was 2, is 1" in capsys.readouterr().out
+    assert adapter.read_bytes() == wanted
+    manifest = json.loads((last / "manifest.json").read_text())
+    assert manifest["origin"]["rows_per_step"] == 2 * recipe.train.per_device_train_batch_size
 
 
 def test_K12_a_damaged_newer_checkpoint_never_crowds_out_a_whole_one(tmp_path):

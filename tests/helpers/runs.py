@@ -62,10 +62,13 @@ def start_cli(recipe, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent)
 
 
-def launch(arguments, recipe, processes):
+PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def launch(arguments, recipe, processes, how=PLAIN):
     """Accelerate starts several processes with its GPU launcher only; ACCELERATE_USE_CPU puts them on gloo."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes)]
+    command += ["--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "-m", "remix_cli", "train", str(recipe), *arguments],

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from helpers.common import ROOT, close
-from helpers.runs import launch, recipe_for, run
+from helpers.runs import PLAIN, launch, recipe_for, run
 from helpers.tiny import recipe_text, write_recipe
 from safetensors.torch import load_file
 
@@ -17,7 +19,7 @@ from remix_cli.diagnostics.parameters import ParameterCounts
 from remix_cli.errors import RecipeError
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.train.preview import estimate_memory
-from remix_cli.train.shard import check_launch
+from remix_cli.train.shard import as_launched
 
 GRADIENTS = """
 import sys
@@ -125,7 +127,7 @@ def test_a_sharded_run_of_twenty_steps_is_the_run_of_one_process_and_resumes(sta
     assert all(again[name].equal(b[name]) for name in b)
 
 
-def test_what_cannot_be_sharded_is_refused(stage, tmp_path, verb, monkeypatch):
+def test_what_cannot_be_sharded_is_refused(stage, tmp_path, verb):
     path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run", train={"shard_base": True}))
     _, err = verb("train", path, expect=2)
     assert "one process has nobody to share with" in err
@@ -134,9 +136,83 @@ def test_what_cannot_be_sharded_is_refused(stage, tmp_path, verb, monkeypatch):
     _, err = verb("train", path, "adapter={method: dora}", expect=2)
     assert "train.shard_base: cannot be combined with adapter.method: dora" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launch_file_for_fsdp2_is_a_shared_base(stage, tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run")))
+    assert as_launched(recipe) == recipe
+    for offload, wanted in (("false", True), ("true", "offload")):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
+        launched = as_launched(recipe)
+        assert launched.train.shard_base == wanted
+        assert launched.model_dump(exclude={"train"}) == recipe.model_dump(exclude={"train"})
+        assert launched.model.model_fields_set == recipe.model.model_fields_set
+        assert "ACCELERATE_USE_FSDP" not in os.environ  # accelerate must not shard what is trained as well
+
+
+def test_launch_files_that_shard_in_other_ways_are_refused(stage, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path / "r.yaml", recipe_text(*stage[:2], tmp_path / "run"))
+    recipe = load_recipe(path, ["adapter={method: dora}"])
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match=r"set train\.shard_base: true to shard the base alone"):
-        check_launch(load_recipe(path), 2)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RecipeError, match="set fsdp_version: 2 in the launch file"):
+        as_launched(recipe)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(RecipeError, match=r"train\.shard_base: cannot be combined with adapter\.method"):
+        as_launched(recipe)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RecipeError, match=r"launch with configs/accelerate/fsdp2\.yaml"):
+        as_launched(recipe)
+
+
+FSDP2 = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2.yaml")]
+
+
+@pytest.mark.slow
+def test_a_run_begun_sharded_on_two_goes_on_whole_on_one_and_the_other_way_round(stage, tmp_path):
+    """The steps keep their rows; what differs is rounding."""
+    more = {"train": {"max_steps": 20, "save_steps": 10}, "router": {"learning_rate": 0.01}}
+    adapter, folder = tmp_path / "a" / "adapter" / "adapter.safetensors", tmp_path / "a"
+    recipe_for(stage, folder, **more)
+    launch([], tmp_path / "a.yaml", 2, FSDP2)
+    assert load_recipe(folder / "recipe.yaml", stored=True).train.shard_base is True
+    wanted = load_file(adapter)
+
+    def go_on(arguments, processes, how):
+        (folder / "summary.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "step-000020")
+        said = launch([*arguments, "--resume"], tmp_path / "a.yaml", processes, how)
+        found = load_file(adapter)
+        for name, tensor in wanted.items():
+            assert close(found[name], tensor, 5e-3), name
+        return said
+
+    assert "processes was 2, is 1" in go_on(["train.shard_base=false"], 1, PLAIN[1:])
+    assert "processes" not in go_on([], 2, FSDP2)
+    assert all(load_file(adapter)[name].equal(tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_a_four_bit_base_is_sharded(stage, tmp_path, offload):
+    """Begun sharded by two, it ends where one process with the whole 4-bit base ends."""
+    pytest.importorskip("bitsandbytes")
+    more = {"train": {"max_steps": 6}, "router": {"learning_rate": 0.01}}
+    four_bit = ["model.quantization=4bit"]
+    recipe_for(stage, tmp_path / "one", **more)
+    launch([*four_bit, "train.gradient_accumulation_steps=4"], tmp_path / "one.yaml", 1, PLAIN[1:])
+    recipe_for(stage, tmp_path / "two", **more)
+    launch_file = yaml.safe_load(Path(FSDP2[1]).read_text())
+    launch_file["fsdp_config"]["fsdp_offload_params"] = offload == "true"
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch_file))
+    more = [*four_bit, "train.gradient_accumulation_steps=2"]
+    launch(more, tmp_path / "two.yaml", 2, ["--config_file", str(tmp_path / "launch.yaml")])
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter.safetensors") for name in ("one", "two"))
+    for name in a:
+        assert close(b[name], a[name], 5e-3), name
 
 
 def test_validate_counts_the_processes(stage, tmp_path, verb):
