@@ -16,6 +16,7 @@ from remix_cli.data.said import digest_of
 from remix_cli.data.splits import evenly, held_out_examples
 from remix_cli.errors import ArtefactError, DataError, RecipeError, shortened
 from remix_cli.folders import BegunWith, RunFolder, check_run
+from remix_cli.launch import own_device
 from remix_cli.methods.apply import apply_method, unadapted
 from remix_cli.models import identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe
@@ -101,7 +102,7 @@ def load_model_folder(path: Path, *, trust_code: bool = False, device: torch.dev
             raise RecipeError(f"{path}: brings its own modelling code; add --trust-remote-code to run it")
         model = recipe.model.model_copy(update={"trust_remote_code": True})
         recipe = recipe.model_copy(update={"model": model})
-    model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(recipe.model, device or own_device())
     tokenizer = load_tokenizer(recipe.model)
     adapter = unadapted(model)
     identity = identify(recipe.model, model, tokenizer)
@@ -116,7 +117,7 @@ def load_peft_folder(path: Path, *, device: torch.device | None = None) -> Loade
 
     folder = RunFolder(path)
     recipe = folder.load_recipe()
-    model = load_model(recipe.model, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(recipe.model, device or own_device())
     own = recipe.model.model_copy(update={"name_or_path": str(path)})
     tokenizer = load_tokenizer(own if (path / "tokenizer_config.json").is_file() else recipe.model)
     identity = identify(recipe.model, model, tokenizer)
@@ -154,7 +155,7 @@ def load_run(
             "there, or write there where it lies now"
         )
     stored = load_stored(where)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     model = load_model(recipe.model, device)
     tokenizer = load_tokenizer(recipe.model)
     found = identify(recipe.model, model, tokenizer)

@@ -18,6 +18,7 @@ ALLOWED = {
     "streams": set(),
     "terminal": {"streams"},
     "compat": set(),
+    "launch": set(),
     "core": set(),
     "own_settings": set(),
     "recipe": {
@@ -34,10 +35,10 @@ ALLOWED = {
     "cross_entropy": set(),
     "models": {"core", "recipe", "data", "cross_entropy"},
     "folders": {"core.description", "core.lora_folder", "recipe", "methods.registry"},
-    "runs": {"core", "recipe", "methods", "data", "models", "folders"},
+    "runs": {"launch", "core", "recipe", "methods", "data", "models", "folders"},
     "diagnostics": {"core", "recipe", "data", "models", "runs"},
     "sandbox": set(),
-    "evaluation": {"core", "recipe", "data", "models", "folders", "runs", "sandbox", "tasks"},
+    "evaluation": {"launch", "core", "recipe", "data", "models", "folders", "runs", "sandbox", "tasks"},
     "export": {"core", "recipe", "methods", "data", "models", "folders", "runs", "evaluation.report"},
     "train": {
         "cross_entropy",
@@ -54,6 +55,7 @@ ALLOWED = {
     "verify": {"core", "data", "models"},
     "sweep": {"recipe", "runs", "train", "evaluation", "streams", "terminal", "folders", "tasks"},
     "cli": {
+        "launch",
         "streams",
         "terminal",
         "folders",

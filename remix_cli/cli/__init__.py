@@ -29,9 +29,10 @@ from remix_cli.cli import (
 )
 from remix_cli.cli import eval as evaluate
 from remix_cli.cli import verify_estimator as verify
-from remix_cli.cli.common import app, launch_rank
+from remix_cli.cli.common import app
 from remix_cli.compat.hub_kernels import fetch_no_code
 from remix_cli.errors import RemixError, is_out_of_memory
+from remix_cli.launch import launch_rank, leave
 from remix_cli.streams import guarded
 
 SAME_EVERYWHERE = (2, 129, 130, 143)  # exit codes whose reason every rank of a launch would print alike
@@ -74,6 +75,8 @@ def _run(arguments: list[str], debug: bool) -> NoReturn:
             who = f"rank {rank}: " if rank else ""
             for line in error.problems:
                 print(f"error: {who}{_one_line(line)}", file=sys.stderr)
+        if error.exit_code in SAME_EVERYWHERE:
+            leave()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -99,6 +102,7 @@ def _verb(arguments: list[str]) -> NoReturn:
     except SystemExit as ended:
         if not ended.code:
             sys.stdout.flush()
+            leave()
         raise
     raise AssertionError("the parser always ends the process")
 

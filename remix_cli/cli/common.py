@@ -1,6 +1,5 @@
 """What the commands share: the app, their arguments, progress bars."""
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,12 +66,6 @@ def check_top_p(top_p: float, temperature: float) -> None:
     """Raises RecipeError if nothing is drawn."""
     if top_p < 1 and not temperature:
         raise RecipeError("--top-p: says how answers are drawn, and at temperature 0 none is; give --temperature, too")
-
-
-def launch_rank() -> int:
-    """Which process of a launch this is. RANK alone is none: cluster schedulers and notebooks leave it about."""
-    rank = os.environ.get("RANK", "")
-    return int(rank) if "LOCAL_RANK" in os.environ and rank.isdecimal() else 0
 
 
 class Bars:

@@ -47,6 +47,7 @@ def evaluate(
     """Score a run, a model folder or a PEFT folder: held-out loss, GSM8K, ARC, HumanEval, reasoning-gym tasks.
 
     Every answer is kept in RUN/eval; an interrupted evaluation goes on where it was.
+    On several GPUs: accelerate launch -m remix_cli eval RUN
     """
     from remix_cli.folders import RunFolder, check_subject
 
@@ -76,7 +77,7 @@ def evaluate(
     console = Console(stderr=as_json)
     for evaluation in evaluations:
         _show(evaluation, console, notes_only=as_json)
-    if as_json:
+    if as_json and evaluations:
         documents = [evaluation.to_dict() for evaluation in evaluations]
         print(json.dumps(documents[0] if len(documents) == 1 else {"reports": documents}))
 

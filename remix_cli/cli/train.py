@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from remix_cli.cli.common import Json, Overrides, RecipePath, launch_rank
+from remix_cli.cli.common import Json, Overrides, RecipePath
 from remix_cli.cli.validate import show_preview
 from remix_cli.errors import RecipeError
+from remix_cli.launch import launch_rank
 from remix_cli.streams import outlive
 from remix_cli.terminal import Console
 

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import transformers
 import remix_cli
 from remix_cli.errors import ArtefactError, RecipeError
 from remix_cli.evaluation.answers import Lines, open_lines
+from remix_cli.evaluation.crew import Crew
 from remix_cli.evaluation.report import Evaluation, ModelStamp, Protocol, Report, TaskResult
 from remix_cli.recipe import Recipe, Task
 from remix_cli.recipe.schema import labelled
@@ -29,27 +30,28 @@ from remix_cli.tasks.registry import task_class
 Progress = Callable[[str, int, int], Any]  # (task, total, done) -> an object with advance(n, value)
 
 
-def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Progress) -> Evaluation:
+def evaluate(
+    run: LoadedRun, tasks: list[Task], settings: Settings, progress: Progress, crew: Crew | None = None
+) -> Evaluation:
     """Score `tasks`; write `eval/<name>.json` and `eval/<name>-<task>.jsonl`.
 
-    Answers that an interrupted evaluation of the same kind has left are not asked for again. Raises RecipeError if
-    programs would have to be run and are not allowed, SandboxError if they cannot be confined, DataError.
+    Answers that an interrupted evaluation of the same kind has left are not asked for again. `crew`: the processes that
+    score together, of which this is the first; the others call `assist`. Raises RecipeError if programs would have to
+    be run and are not allowed, SandboxError if they cannot be confined, DataError.
     """
+    crew = crew or Crew()
     check_code(tasks, settings)
     name = report_name(run.which, settings)
     target = run.folder.evaluations / f"{name}.json"
     with ExitStack() as scope:
-        if settings.base:
-            scope.enter_context(run.adapter.disabled())
-        elif settings.active is not None:
-            scope.enter_context(run.adapter.activating(settings.active))
+        scope.enter_context(_as_asked(run, settings))
         scorers = _labelled_scorers(run, tasks, settings, target)
         finished: list[Lines] = []
         results: list[TaskResult] = []
         for label, scorer in scorers.items():
             protocol = Protocol(scorer.stamp(), _model_stamp(run, settings))
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", protocol.to_dict()))
-            results.append(_score(label, scorer, lines, protocol, progress))
+            results.append(_score(label, scorer, lines, protocol, progress, crew))
             finished.append(lines)
         earlier, notes = _earlier_results(target)
         everything = Report(name, results + _others_of_the_model(earlier, results))
@@ -57,6 +59,25 @@ def evaluate(run: LoadedRun, tasks: list[Task], settings: Settings, progress: Pr
         for lines in finished:  # only now: until here an interruption must find them
             lines.publish()
     return Evaluation(Report(name, results), target, notes)
+
+
+def assist(run: LoadedRun, tasks: list[Task], settings: Settings, crew: Crew) -> None:
+    """Answer this process's share of what the first one evaluates; it is handed over, and nothing is written."""
+    with _as_asked(run, settings):
+        for task in tasks:
+            scorer = task_class(task.task)(run, task, settings)
+            with scorer.subject.adapter.unchanging():
+                for _ in crew.answers(scorer, []):
+                    pass
+
+
+def _as_asked(run: LoadedRun, settings: Settings) -> AbstractContextManager[None]:
+    """Context: without the adapter, or with other LoRAs active, if so asked."""
+    if settings.base:
+        return run.adapter.disabled()
+    if settings.active is not None:
+        return run.adapter.activating(settings.active)
+    return nullcontext()
 
 
 HELD_OUT = "held out"  # what the recipe's own held-out rows are called
@@ -130,14 +151,14 @@ def _others_of_the_model(earlier: list[TaskResult], results: list[TaskResult]) -
     ]
 
 
-def _score(label: str, scorer: Scorer, lines: Lines, protocol: Protocol, progress: Progress) -> TaskResult:
+def _score(label: str, scorer: Scorer, lines: Lines, protocol: Protocol, progress: Progress, crew: Crew) -> TaskResult:
     """Ask for every item that `lines` does not hold yet, and make the scores of all."""
     begun = time.monotonic()
     count = len(scorer.keys)
     todo = [item for item in range(count) if item not in lines.done]
     bar = progress(label, count, len(lines.done))
     with scorer.subject.adapter.unchanging():
-        for item, line in scorer.run(todo):
+        for item, line in crew.answers(scorer, todo):
             lines.add(item, {"prompt": scorer.keys[item]} | line)
             bar.advance(1, float(line[scorer.headline]))
     scores = scorer.scores([lines.done[item] for item in range(count)])

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remix_cli.errors import RecipeError
-from remix_cli.evaluation.evaluator import Progress, check_code, evaluate
+from remix_cli.evaluation.crew import Crew
+from remix_cli.evaluation.evaluator import Progress, assist, check_code, evaluate
 from remix_cli.evaluation.report import Evaluation
 from remix_cli.evaluation.request import (
     all_bring_rows,
@@ -42,6 +43,7 @@ class Flags:
 def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluation]:
     """Score the run, or the model folder, at `path`: once for each number of active LoRAs that is asked for.
 
+    Of several processes of one launch the first returns the results, and the others, which answer their share, none.
     Whatever is wrong with the flags shows before the model loads. Raises RecipeError, and as `evaluate` does.
     """
     folder = RunFolder(path)
@@ -63,7 +65,15 @@ def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluatio
     many = requested_active(flags.active, recipe.adapter_config(), sampled)
     check_code(tasks, settings)
     loaded = load_subject(path, best=flags.best, any_base=flags.any_base, trust_code=flags.trust_code)
-    return [evaluate(loaded, tasks, replace(settings, active=active), progress) for active in many]
+    crew = Crew()
+    found = []
+    for active in many:
+        asked = replace(settings, active=active)
+        if crew.is_main:
+            found.append(evaluate(loaded, tasks, asked, progress, crew))
+        else:
+            assist(loaded, tasks, asked, crew)
+    return found
 
 
 def _check_subject(folder: RunFolder, flags: Flags) -> None:

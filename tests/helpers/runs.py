@@ -65,13 +65,16 @@ def start_cli(recipe, *arguments):
 PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-def launch(arguments, recipe, processes, how=PLAIN):
-    """Accelerate starts several processes with its GPU launcher only; ACCELERATE_USE_CPU puts them on gloo."""
+def launch(arguments, target, processes, how=PLAIN, verb="train"):
+    """`remix train` of a recipe, or another verb of a run, by several processes.
+
+    Accelerate starts them with its GPU launcher only; ACCELERATE_USE_CPU puts them on gloo.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes)]
     command += ["--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, "-m", "remix_cli", "train", str(recipe), *arguments],
+        [*command, "-m", "remix_cli", verb, str(target), *arguments],
         capture_output=True,
         text=True,
         timeout=240,
