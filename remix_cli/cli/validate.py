@@ -10,6 +10,7 @@ from remix_cli.terminal import Console
 
 if TYPE_CHECKING:
     from remix_cli.recipe import Recipe
+    from remix_cli.train.budget import ShapeEstimate
 
 
 def validate(
@@ -21,7 +22,39 @@ def validate(
     """Check a recipe without training: keys, files, targets; show one row, parameters and memory."""
     from remix_cli.recipe import load_recipe
 
-    show_preview(load_recipe(recipe, overrides or []), processes, as_json=as_json)
+    loaded = load_recipe(recipe, overrides or [])
+    from remix_cli.train.budget import by_known_shape, estimate_by_shape
+
+    shaped = by_known_shape(loaded)
+    if shaped is None:
+        show_preview(loaded, processes, as_json=as_json)
+    else:
+        _show_estimate(estimate_by_shape(shaped, processes), as_json)
+
+
+def _show_estimate(found: "ShapeEstimate", as_json: bool) -> None:
+    """What the shape of the base alone tells."""
+    from remix_cli.diagnostics.routing_tables import parameter_table
+
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    console = Console()
+    model, many = found.recipe.model, found.passes != 1
+    bits = "" if model.quantization == "none" else f", weights in {model.quantization}"
+    for line in (
+        f"model     {model.name_or_path}, {found.counts.base:,} parameters, {model.dtype}{bits}",
+        "base      shape known, weights not looked at: out of reach, here and on the hub",
+        f"rows      not looked at without a tokenizer: {found.tokens_per_row} tokens each (data.max_length)",
+        f"method    {found.recipe.adapter.method}: {found.recipe.method.summary}",
+        f"steps     {found.rows_per_step} rows each, {found.passes} {'passes' if many else 'pass'} over each row",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print()
+    console.print(parameter_table(found.counts))
+    console.print("\nMemory on one device, estimated, GiB:", highlight=False)
+    for name, value in [*found.memory.items(), ("together", sum(found.memory.values()))]:
+        console.print(f"  {name:<34}{value:8.2f}", highlight=False)
 
 
 def show_preview(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from remix_cli.compat.bitsandbytes import keep_differentiable, no_advice
 from remix_cli.compat.transformers import advises_eager, cast_parameters, dequantised, quiet
 from remix_cli.errors import ArtefactError, RecipeError, shortened
+from remix_cli.models.known_shapes import KnownBase
 from remix_cli.recipe.schema import Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -20,6 +21,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def load_config(model: Model) -> Any:
     """The architecture without weights. Raises RecipeError if there is no such model."""
+    if isinstance(model, KnownBase):
+        return model.config()
     return loading(model, lambda: AutoConfig.from_pretrained(**_where(model)))
 
 
@@ -29,6 +32,22 @@ def load_tokenizer(model: Model) -> Any:
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"model.name_or_path: the tokenizer of {model.name_or_path} has no end-of-sequence token")
     return tokenizer
+
+
+def out_of_reach(model: Model) -> bool:
+    """Can config or tokenizer be had neither here nor on the hub (off line, or not allowed to)?
+
+    What is wrong in another way is for `load_config` and `load_tokenizer` to say.
+    """
+    try:
+        with quiet():
+            AutoConfig.from_pretrained(**_where(model))
+            AutoTokenizer.from_pretrained(**_where(model))
+    except OSError:  # which all errors of the hub are
+        return True
+    except (ValueError, ImportError, KeyError):
+        pass
+    return False
 
 
 def load_model(model: Model, device: torch.device) -> Any:
