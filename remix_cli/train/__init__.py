@@ -14,7 +14,8 @@ cluster_prompts.py  the prompts' clusters, found before the first step
 micro_batch.py  a recipe's words to the library's step; the gradients of one micro-batch
 step_graphs.py  the same by CUDA graph
 sums.py         what a step's micro-batches add up to, over all processes
-optim.py        parameter groups, schedule, clipping, the all-reduce of gradients
+gradient_sums.py  the gradients added up over the processes, while the last backward pass runs
+optim.py        parameter groups, schedule, clipping
 pace.py         how fast
 held_out.py     the held-out loss and tasks between steps
 checkpoints.py  durable training state

@@ -1,10 +1,9 @@
-"""Parameter groups, schedule, gradient reduction and clipping."""
+"""Parameter groups, schedule and clipping."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from remix_cli.core.patch import Adapter
@@ -51,22 +50,6 @@ def allocate_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-
-
-def sum_over_ranks(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over ranks, in one flat all-reduce a step.
-
-    The step has M backward passes and a router gradient formed without one, which is not what DDP's
-    reducer counts; adapters are small, so they stay replicated and are reduced once, here. Losses are
-    divided by the step's global target count, so the sum is the gradient.
-    """
-    allocate_gradients(parameters)
-    if accelerator.num_processes == 1:
-        return
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "sum")
-    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        assert parameter.grad is not None
-        parameter.grad.copy_(total.view_as(parameter))
 
 
 def clip(parameters: list[nn.Parameter], limit: float, device: torch.device) -> Tensor:

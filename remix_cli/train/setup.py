@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from remix_cli.core.estimators.base import Estimator
 from remix_cli.core.estimators.registry import make_estimator
@@ -29,8 +29,9 @@ from remix_cli.runs import BegunWith, RunFolder, Subject
 from remix_cli.train import begin, optim
 from remix_cli.train.begin import Beginning
 from remix_cli.train.checkpoints import Origin, origin_of_last
+from remix_cli.train.gradient_sums import GradientSums
 from remix_cli.train.held_out import Evaluation
-from remix_cli.train.micro_batch import EagerGradients
+from remix_cli.train.micro_batch import EagerGradients, passes_of
 from remix_cli.train.prepare import check_graphs
 from remix_cli.train.resume import check_ranks, origin_of
 from remix_cli.train.shard import load_to_share, shard_base
@@ -57,6 +58,7 @@ class Setup:
     evaluation: Evaluation
     estimator: Estimator
     gradients: EagerGradients | StepGraphs
+    gradient_sums: GradientSums
     loras: list[nn.Parameter]
     routers: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -89,6 +91,10 @@ def set_up(
         compile_unadapted(adapter.model)
     estimator = make_estimator(recipe.router.estimator)
     total_steps = data.total_steps(recipe) if recipe.method.trains else 0
+    loras = list(adapter.lora_parameters().values()) if adapter.loras_learn else []
+    routers = list(adapter.router_parameters().values())
+    passes = passes_of(recipe.router, adapter.config.samples, adapter.loras_learn).with_gradient
+    gradient_sums = GradientSums(loras, routers, accelerator.num_processes, passes)
     return Setup(
         recipe=recipe,
         folder=folder,
@@ -105,9 +111,10 @@ def set_up(
         trained_on=TrainedOn(origin.recipe, origin.data, data.held_out),
         evaluation=evaluation,
         estimator=estimator,
-        gradients=_gradients(recipe, adapter, estimator, accelerator),
-        loras=list(adapter.lora_parameters().values()) if adapter.loras_learn else [],
-        routers=list(adapter.router_parameters().values()),
+        gradients=_gradients(recipe, adapter, estimator, accelerator, gradient_sums),
+        gradient_sums=gradient_sums,
+        loras=loras,
+        routers=routers,
         optimizer=optim.make_optimizer(adapter, recipe),
         schedule=optim.make_schedule(recipe, total_steps),
     )
@@ -170,11 +177,15 @@ def _measure(
 
 
 def _gradients(
-    recipe: Recipe, adapter: Adapter, estimator: Estimator, accelerator: Accelerator
+    recipe: Recipe, adapter: Adapter, estimator: Estimator, accelerator: Accelerator, sums: GradientSums
 ) -> EagerGradients | StepGraphs:
-    backward = accelerator.backward
-    if recipe.train.cuda_graphs:
-        return StepGraphs(adapter.model, adapter, recipe.router, estimator, backward)
+    if recipe.train.cuda_graphs:  # a recorded pass calls nothing of ours while it is replayed
+        return StepGraphs(adapter.model, adapter, recipe.router, estimator, accelerator.backward)
+
+    def backward(loss: Tensor) -> None:
+        sums.before_backward()
+        accelerator.backward(loss)
+
     scaler = accelerator.scaler
     loss_scale = scaler.get_scale if scaler else lambda: 1.0
     return EagerGradients(adapter, recipe.router, estimator, accelerator.device, backward, loss_scale)

@@ -1,7 +1,7 @@
 """The frozen base model shared out over the processes, by torch's FSDP2: each layer is gathered while it runs.
 
 Adapters and routers stay whole on every process and keep their own type: they are a hundredth of the model, their
-gradients are summed once a step (optim.sum_over_ranks), and checkpoints need no gathering. Every forward and backward
+gradients are summed once a step (gradient_sums.py), and checkpoints need no gathering. Every forward and backward
 pass is now a collective, so all processes must make equally many: a process without a micro-batch of its own repeats
 the step's first one at no weight, and one with fewer held-out rows repeats a row.
 

@@ -264,7 +264,7 @@ class Trainer:
     def _gradients(self, step: int, rows: np.ndarray) -> tuple[StepSums, Norms]:
         """Of the whole step, over all ranks, clipped; and the sums that go with them. Two collectives, one transfer."""
         sums = self._accumulate(step, rows)
-        optim.sum_over_ranks(self.accelerator, self.setup.loras + self.setup.routers)
+        self.setup.gradient_sums.finish()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         packed = sums.pack(rank, world)
         if world > 1:
@@ -289,6 +289,7 @@ class Trainer:
             self.accelerator.num_processes,
             equally_many=bool(self.recipe.train.shard_base),
         )
+        self.setup.gradient_sums.begin(len(cuts))
         results: list[MicroResult] = []
         tokens = 0
         for first_row, part, counts in cuts:

@@ -34,9 +34,9 @@ from remix_cli.core.patch import apply_adapter
 from remix_cli.data.batches import collate, micro_batches
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.recipe.schema import Router
-from remix_cli.train import optim
+from remix_cli.train.gradient_sums import GradientSums
 from remix_cli.train.shard import shard_base
-from remix_cli.train.micro_batch import accumulate_batch
+from remix_cli.train.micro_batch import accumulate_batch, passes_of
 import math, numpy as np
 
 accelerator = Accelerator(cpu=True)
@@ -57,16 +57,24 @@ def gradients(router, config, shared, whole, checkpointing=False):
         assert isinstance(model.model.layers[0].mlp.up_proj.base_layer.weight, DTensor)
         assert isinstance(model.model.embed_tokens.weight, DTensor)
     place = (0, 1) if whole else (rank, world)
-    for first, part, counts in micro_batches(np.arange(5), lengths, 2, *place, equally_many=shared):
+    loras, routers = adapter.lora_parameters(), adapter.router_parameters()
+    passes = passes_of(router, adapter.config.samples).with_gradient
+    sums = GradientSums(list(loras.values()), list(routers.values()), 1 if whole else world, passes, size=100)
+    def backward(loss):
+        sums.before_backward()
+        loss.backward()
+    cuts = micro_batches(np.arange(5), lengths, 2, *place, equally_many=shared)
+    sums.begin(len(cuts))
+    for first, part, counts in cuts:
         batch = collate([everything[i] for i in part], first)
         accumulate_batch(
             model, adapter, batch, router, make_estimator(router.estimator), seed=(0, 7), numbers={{"beta": 0.5}},
-            targets_in_step=targets if counts else math.inf, backward=lambda loss: loss.backward(),
+            targets_in_step=targets if counts else math.inf, backward=backward,
         )
-    parameters = list(adapter.parameters().values())
-    if not whole:
-        optim.sum_over_ranks(accelerator, parameters)
-    return dict(zip(adapter.parameters(), (p.grad for p in parameters)))
+    assert len(sums.early) > 3
+    assert sums.next == (0 if whole else len(sums.early)), "nothing left while the last pass ran"
+    sums.finish()
+    return {{name: parameter.grad for name, parameter in adapter.parameters().items()}}
 
 remix = AdapterConfig(pool_size=4, active=2, rank=2)
 names = ("paper", "rtg", "control_variate", "straight_through")
