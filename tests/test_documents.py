@@ -72,6 +72,38 @@ def test_every_printed_command_is_understood(page, command, monkeypatch, tmp_pat
         assert (ROOT / first).is_file()
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind `#`: headings as GitHub spells them, and ids that the page gives itself."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    spelt = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return spelt | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("https:", "http:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_gallery_shows_every_picture_and_the_command_that_draws_it():
+    """And each is small enough for a repository."""
+    parts = re.split(r"^## ", (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    shown = set()
+    for part in parts:
+        pictures = re.findall(r"!\[[^\]]+\]\((pictures/[^)]+)\)", part)
+        commands = re.findall(r"^    remix .*--plot", part.replace("\\\n", ""), flags=re.MULTILINE)
+        assert len(commands) == len(pictures), part
+        shown |= {ROOT / "docs" / name for name in pictures}
+    assert shown == set((ROOT / "docs" / "pictures").glob("*.svg"))
+    assert all(picture.stat().st_size < 60_000 for picture in shown)
+
+
 def understood(arguments: list[str], folder: Path) -> None:
     """The verb exists, and its options; so does a recipe of ours, and the keys of the overrides."""
     if arguments[0] == "--help":
@@ -84,7 +116,7 @@ def understood(arguments: list[str], folder: Path) -> None:
     mine = write_recipe(folder / "recipe.yaml", recipe_text(Path("model"), Path("rows.jsonl"), Path("out")))
     if str(given.get("recipe")) == mine.name:
         load_recipe(mine, list(given["overrides"] or []))
-    elif str(given.get("recipe")).startswith("configs/"):
+    elif str(given.get("recipe")).startswith(("configs/", "docs/")):
         load = load_sweep if arguments[0] == "sweep" else load_recipe
         load(Path(given["recipe"]), list(given["overrides"] or []))
 
