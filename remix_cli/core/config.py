@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Omega = Literal["rslora", "lora"]
-Scope = Literal["block", "module"]
+Scope = Literal["block", "module", "model"]
 Level = Literal["token", "sequence"]
 Rule = Literal["constant", "softmax"]
 Sizes = dict[str, tuple[int | None, ...]]  # by the end of a tensor's name its dimensions; None: the base model's to say
@@ -51,8 +51,9 @@ class AdapterConfig:
     on. Any other name is a label, and `pool` says how its pool works, if it has one.
     `virtual_tokens`, `vectors` and `vector_length` are not of pools: every adapter folder names them.
     `scope`: `block` places one router on each module that holds targets (an FFN) and lets it read that
-    module's input; `module` gives each adapted linear its own router. `level`: one selection for each
-    position, or one for each sequence, from the mean of the router's inputs over the prompt.
+    module's input; `module` gives each adapted linear its own router; `model` has one, which reads the input of the
+    first such module and chooses for all that follow. `level`: one selection for each position, or one for each
+    sequence, from the mean of the router's inputs over the prompt.
     `router_unit_input`: the router reads x / ||x|| instead of x. `clusters`: with `level: sequence`, the router reads
     the nearest of so many centres of the prompts' means instead (clusters.py); 0: the mean itself.
     """
@@ -107,6 +108,8 @@ class AdapterConfig:
             raise ValueError(f"active ({self.active}) must lie between 1 and pool_size ({self.pool_size})")
         if self.pool is None:
             object.__setattr__(self, "pool", POOLS.get(self.method))
+        if self.scope == "model" and self.rule == "softmax":
+            raise ValueError("scope model is one choice for all blocks: it needs a router of constant weights")
 
     @property
     def rule(self) -> Rule | None:

@@ -46,7 +46,7 @@ class RoutedLinear(nn.Module):
             self.register_buffer("gates", constant, persistent=False)
         elif self.routes_itself:
             self.router = router
-        else:  # owned by the block; kept out of this module's parameters
+        else:  # owned by a block; kept out of this module's parameters
             object.__setattr__(self, "router", router)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -73,12 +73,12 @@ class RoutedLinear(nn.Module):
         return base.weight.dtype == x.dtype and not torch.is_autocast_enabled(autocast_device(x))
 
     def _weighting(self, x: Tensor) -> Weighting:
-        """Constant without a router; else what this layer's own router says of x, or the block's has said."""
+        """Constant without a router; else what its own router says of x, or its block's or the model's has said."""
         if self.router is None:
             return Weighting(self.state.cast(self.gates, x.dtype), None)
         if self.routes_itself:
             return self.router(x)
-        weighting = self.router.block.weighting
+        weighting = self.router.in_force()
         if weighting is None:
             raise RecipeError(
                 f"adapter.target_modules: {self.router.name} is not called as a whole when its layers are, so no "

@@ -227,7 +227,7 @@ class Adapter:
         self._swap(base=True)
         for hook in self.hooks:
             hook.remove()
-        if self.config.scope == "block":
+        if self.config.scope != "module":
             for name in self.routers:
                 del self.model.get_submodule(name).remix_router
 
@@ -258,10 +258,13 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
 
 
 def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
-    """The router that serves the linear `name`: that of its block, made for the first of them, or its own."""
+    """The router that serves the linear `name`: that of its block or of the model, made for the first linear of it, or
+    its own."""
     config = adapter.config
-    by_block = config.scope == "block"
+    by_block = config.scope != "module"
     owner = name.rpartition(".")[0] if by_block else name
+    if config.scope == "model":
+        owner = next(iter(adapter.routers), owner)
     router = adapter.routers.get(owner)
     if router is None:
         width = _hidden_size(adapter.model) if by_block else int(base.in_features)  # type: ignore[arg-type]
@@ -291,7 +294,8 @@ def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:
 
 
 def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
-    """Let the router read the block's input and hold its choice while the block runs."""
+    """Let the router read the block's input and hold its choice while the block runs; one for the model until the
+    next pass."""
 
     if isinstance(block, nn.Sequential):  # it would run the router as one more layer
         raise TargetError(
@@ -312,10 +316,10 @@ def _attach_to_block(block: nn.Module, router: Router) -> list[Any]:
         router.block.weighting = None
 
     block.add_module("remix_router", router)
-    return [
-        block.register_forward_pre_hook(choose, with_kwargs=True),
-        block.register_forward_hook(forget, always_call=True),
-    ]
+    hooks: list[Any] = [block.register_forward_pre_hook(choose, with_kwargs=True)]
+    if router.config.scope == "block":
+        hooks.append(block.register_forward_hook(forget, always_call=True))
+    return hooks
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

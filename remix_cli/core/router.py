@@ -43,7 +43,7 @@ ONE_LIST = "is given the tokens of all rows as one list (as experts are), in whi
 
 
 class BlockPass:
-    """The one pass through a router's block that is under way. No module: setting a module's attributes is slow."""
+    """The one pass through what a router serves that is under way. No module: setting its attributes is slow."""
 
     __slots__ = ("weighting",)
 
@@ -108,6 +108,17 @@ class Router(nn.Module):
         if self.config.level == "sequence":
             trace.kept[self.name] = weighting
         return weighting
+
+    def in_force(self) -> Weighting | None:
+        """What it has chosen for the blocks that it serves; None outside of them.
+
+        Under checkpointing a later block is repeated before the first, at whose input the router sits, and perhaps
+        after another pass: what was chosen then is in the trace.
+        """
+        trace = self.state.trace
+        if self.config.scope == "model" and trace is not None and trace.replay is not None:
+            return self._recorded(trace.replay)
+        return self.block.weighting
 
     # The paths of the first table.
 

@@ -26,14 +26,14 @@ def adapted(family="llama", config=SMALL, dtype=torch.float32, **changes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scope", ["block", "module"])
-def test_starts_at_the_base_model_and_leaves_it_untouched(family, scope):
+@pytest.mark.parametrize(("scope", "routers"), [("block", 2), ("module", 6), ("model", 1)])
+def test_starts_at_the_base_model_and_leaves_it_untouched(family, scope, routers):
     model = tiny_model(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
     expected = model(IDS).logits
     config = AdapterConfig(pool_size=4, active=2, rank=2, scope=scope)
     adapter = apply_adapter(model, config, seed=0)
-    assert len(adapter.routers) == (2 if scope == "block" else 6)
+    assert len(adapter.routers) == routers
     assert torch.equal(model(IDS).logits, expected)
     fill_adapter(adapter)
     assert not torch.equal(model(IDS).logits, expected)
@@ -44,6 +44,26 @@ def test_starts_at_the_base_model_and_leaves_it_untouched(family, scope):
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_one_router_of_the_model_chooses_for_every_block(level):
+    """As if the routers of all blocks had drawn what it draws, at the input of the first."""
+    outputs = {}
+    for scope in ("model", "block"):
+        config = AdapterConfig(pool_size=4, active=2, rank=2, level=level, scope=scope)
+        model, adapter = adapted(config=config)
+        drawn = torch.randn(1, *IDS.shape, 4, generator=torch.Generator().manual_seed(0)) * 1e6
+        noise = (drawn if level == "token" else drawn[:, :, :1]).repeat(len(adapter.routers), 1, 1, 1)
+        with adapter.tracing(Trace(noise=noise, prompt=torch.ones_like(IDS, dtype=torch.bool))) as trace:
+            outputs[scope] = model(IDS).logits
+        assert len(trace.decisions) == (1 if scope == "model" else 2)
+    assert close(outputs["model"], outputs["block"], 1e-6)
+
+
+def test_one_router_of_the_model_is_for_constant_weights():
+    with pytest.raises(ValueError, match="constant weights"):
+        AdapterConfig(method="mixlora", scope="model")
 
 
 @pytest.mark.parametrize("bias", [False, True])

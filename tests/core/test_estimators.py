@@ -2,16 +2,19 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 from helpers.common import close
 
 from remix_cli import cli
+from remix_cli.core.config import AdapterConfig
 from remix_cli.core.estimators import control_variate, paper, rollouts, rtg
 from remix_cli.core.estimators.control_variate import ControlVariate
 from remix_cli.core.estimators.registry import ESTIMATORS, make_estimator
 from remix_cli.core.estimators.rollouts import Rollouts, leave_one_out, reward_to_go
+from remix_cli.verify import testbed
 from remix_cli.verify.exact import TOLERANCE, Enumeration
 from remix_cli.verify.variance import variance_ratios
 
@@ -62,6 +65,17 @@ def test_the_same_when_routing_by_sequence(estimator, beta, monkeypatch):
     for module in (rtg, control_variate):
         monkeypatch.setattr(module, "reachable_returns", lambda *a: swapped(*a).flip(2))
     assert whole.relative_bias(whole.mean_estimate(estimator, beta=beta)) > 0.1
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("estimator", "beta"), [("rtg", 0.0), ("control_variate", 0.7)])
+def test_the_same_with_one_router_of_the_model(estimator, beta, level, monkeypatch):
+    """Its one choice answers for what both layers make of it."""
+    monkeypatch.setattr(testbed, "AdapterConfig", partial(AdapterConfig, scope="model"))
+    whole = Enumeration(2, ordered=False, n=3, level=level)
+    assert len(whole.bed.routers) == 1
+    assert len(whole.bed.adapter.linears) == 6
+    assert whole.relative_bias(whole.mean_estimate(estimator, beta=beta)) < TOLERANCE
 
 
 def test_straight_through_is_biased_as_it_says(sets):

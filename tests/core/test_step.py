@@ -37,6 +37,31 @@ def test_checkpointing_changes_nothing(estimator):
     assert same(gradients(router, checkpointing=True), gradients(router))
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_checkpointing_changes_nothing_with_one_router_of_the_model(estimator, level):
+    router = Router(estimator=estimator)
+    one = {"level": level, "scope": "model"}
+    assert same(gradients(router, checkpointing=True, **one), gradients(router, **one))
+    assert not same(gradients(router, level=level), gradients(router, **one))
+
+
+def test_a_repeated_block_follows_its_own_pass():
+    """Two passes forward, then the first one backward: its later block must not repeat what the second has chosen."""
+    found = []
+    for checkpointing in (False, True):
+        model, adapter = build(checkpointing, torch.float32, scope="model")
+        batch = collate(rows())
+        losses = []
+        for sample in range(2):
+            trace = Trace(noise=adapter.noise((0, sample), batch.rows, batch.mask.shape[1]), prompt=batch.prompt)
+            with adapter.tracing(trace):
+                losses.append(batch_losses(model, batch).sum())
+        losses[0].backward()
+        found.append({name: p.grad for name, p in adapter.lora_parameters().items()})
+    assert same(*found)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_routing_by_sequence_survives_accumulation_and_checkpointing(estimator):
     router = Router(estimator=estimator)
