@@ -1,11 +1,13 @@
 """A pool made of LoRAs that were trained apart: routed, against the best single one, their sum and their mean.
 
     python scripts/pool_of_loras.py DIR --seeds 0 1        writes DIR/results.jsonl, prints the table of docs/results
+    python scripts/pool_of_loras.py DIR --seeds 1 2 3 --loras 0 --arms alone    routers alone, over the LoRAs of seed 0
 
 The base model is a small one that has only learnt to copy five digits. Eight skills ask for something else (reversed,
 sorted, rotated ...); the prompt's first word names the skill. One LoRA of rank 4 is trained for each skill and exported
 as a PEFT folder; then pools of all eight (`adapter.init_from`), one LoRA for a prompt, are trained on the rows of all
-skills: the router alone, and LoRAs and router. What is already in DIR is not trained again.
+skills: routers alone (of each block or one for the model, reading the prompt or its cluster), and LoRAs and router.
+What is already in DIR is not trained again.
 """
 
 import argparse
@@ -47,7 +49,10 @@ SKILLS: dict[str, Callable[[Digits], Digits]] = {
     "first": lambda digits: digits[:1] * len(digits),
 }
 RANK, LENGTH = 4, 5
+CLUSTERS = 256  # so many that a prompt's cluster says its skill
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"method": "rslora", "rank": RANK, "target_modules": TARGETS}
+RATE, BATCH = {"learning_rate": 1e-2}, {"per_device_train_batch_size": 32}
 Losses = dict[str, float]  # nats per supervised token, by skill
 
 
@@ -148,15 +153,32 @@ def measured_together(recipe: Recipe, folders: list[Path], rows: list[EncodedRow
     return measured(adapter, rows)
 
 
-def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Losses]:
-    here = folder / f"seed{seed}"
-    lora = {"method": "rslora", "rank": RANK, "target_modules": TARGETS}
-    rate, batch = {"learning_rate": 1e-2}, {"per_device_train_batch_size": 32}
+def arms_over(folders: list[Path]) -> dict[str, tuple[Any, Any, Any]]:
+    """What is trained on the rows of all skills, by name: its `adapter`, `router` (None without) and `train` keys."""
+    pool = {"pool_size": len(folders), "active": 1, "rank": RANK, "target_modules": TARGETS}
+    pool["init_from"] = [str(one) for one in folders]
+    frozen = pool | {"train_loras": False}
+    return {
+        "pool, the router alone": (frozen, {}, {}),
+        "pool, the router alone, clusters": (frozen, {"clusters": CLUSTERS}, {}),
+        "pool, one router alone for all blocks": (frozen, {"scope": "model"}, {}),
+        "pool, one router alone for all blocks, clusters": (frozen, {"scope": "model", "clusters": CLUSTERS}, {}),
+        "pool, router and LoRAs trained": (pool, {}, RATE),
+        "pool, the LoRAs trained, a random router": (pool, {"fixed": True}, RATE),
+        "one new LoRA": (LORA, None, RATE),
+        "one new LoRA of rank 32": (LORA | {"rank": RANK * len(folders)}, None, RATE),
+    }
+
+
+def one_seed(folder: Path, seed: int, steps: int, loras: int, named: str) -> dict[str, Losses]:
+    """`loras`: the seed of the LoRAs that the pool is made of; `named`: the arms whose names hold it."""
+    theirs = folder / f"seed{loras}"
+    here = theirs if loras == seed else folder / f"seed{seed}-loras{loras}"
     runs, folders = {}, []
     for skill in SKILLS:
-        recipe = recipe_of(folder, here / skill, [skill], seed, steps, adapter=lora, train=rate | batch)
+        recipe = recipe_of(folder, theirs / skill, [skill], loras, steps, adapter=LORA, train=RATE | BATCH)
         runs[skill] = load_run(trained(recipe))
-        folders.append(here / f"{skill}-peft")
+        folders.append(theirs / f"{skill}-peft")
         if not folders[-1].exists():
             export_peft(runs[skill], folders[-1])
     encoder = Encoder.of(load_tokenizer(recipe.model), recipe.data)
@@ -169,17 +191,10 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, Losses]:
         found[f"alone: {skill}"] = measured(run.adapter, rows)
     found["sum of the eight"] = measured_together(recipe, folders, rows, 1.0)
     found["mean of the eight"] = measured_together(recipe, folders, rows, 1 / len(folders))
-    pool = {"pool_size": len(folders), "active": 1, "rank": RANK, "target_modules": TARGETS}
-    pool["init_from"] = [str(one) for one in folders]
-    arms: dict[str, tuple[Any, Any, Any]] = {
-        "pool, the router trained": (pool | {"train_loras": False}, {}, {}),
-        "pool, router and LoRAs trained": (pool, {}, rate),
-        "pool, the LoRAs trained, a random router": (pool, {"fixed": True}, rate),
-        "one new LoRA": (lora, None, rate),
-        "one new LoRA of rank 32": (lora | {"rank": RANK * len(folders)}, None, rate),
-    }
-    for name, (adapter, router, its_rate) in arms.items():
-        groups = {"adapter": adapter, "train": its_rate | batch}
+    for name, (adapter, router, rate) in arms_over(folders).items():
+        if named not in name:
+            continue
+        groups = {"adapter": adapter, "train": rate | BATCH}
         if router is not None:
             groups["router"] = {"level": "sequence"} | router
         output = here / name.replace(",", "").replace(" ", "-")
@@ -191,14 +206,15 @@ def mean(losses: Losses) -> float:
     return sum(losses.values()) / len(losses)
 
 
-def table(found: list[dict[str, Losses]]) -> str:
+def table(found: dict[int, dict[str, Losses]]) -> str:
     """Mean loss over the skills, a column for each seed."""
-    lines = {name: [mean(seed[name]) for seed in found] for name in found[0] if not name.startswith("alone")}
-    single = [min(mean(losses) for name, losses in seed.items() if name.startswith("alone")) for seed in found]
-    own = [mean({skill: seed[f"alone: {skill}"][skill] for skill in SKILLS}) for seed in found]
+    by_seed = list(found.values())
+    lines = {name: [mean(seed[name]) for seed in by_seed] for name in by_seed[0] if not name.startswith("alone")}
+    single = [min(mean(losses) for name, losses in seed.items() if name.startswith("alone")) for seed in by_seed]
+    own = [mean({skill: seed[f"alone: {skill}"][skill] for skill in SKILLS}) for seed in by_seed]
     lines |= {"the best single LoRA": single, "each row by its own LoRA": own}
     shown = [f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |" for name, values in lines.items()]
-    head = "| | " + " | ".join(f"seed {i}" for i in range(len(found))) + " |"
+    head = "| | " + " | ".join(f"seed {seed}" for seed in found) + " |"
     return "\n".join([head, "|---" * (len(found) + 1) + "|", *shown])
 
 
@@ -207,6 +223,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=200, help="of each LoRA, and of what is trained on all rows")
+    parser.add_argument("--loras", type=int, help="the seed of the LoRAs, for pools of every seed; default: its own")
+    parser.add_argument("--arms", default="", help="only those of what is trained on all rows whose names hold this")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "base").exists():
@@ -214,11 +232,12 @@ def main() -> None:
     for number, skill in enumerate(SKILLS):
         write_rows(args.folder / f"{skill}.jsonl", [skill], 2000, number)
         write_rows(args.folder / f"test-{skill}.jsonl", [skill], 100, 100 + number)
-    found = []
+    found: dict[int, dict[str, Losses]] = {}
     for seed in args.seeds:
-        found.append(one_seed(args.folder, seed, args.steps))
+        loras = seed if args.loras is None else args.loras
+        found[seed] = one_seed(args.folder, seed, args.steps, loras, args.arms)
         with (args.folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps({"seed": seed, "losses": found[-1]}) + "\n")
+            file.write(json.dumps({"seed": seed, "loras": loras, "losses": found[seed]}) + "\n")
         print(table(found), flush=True)
 
 
