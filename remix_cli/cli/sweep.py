@@ -89,7 +89,7 @@ def _list_runs(plan: "Sweep", console: Console) -> None:
     from remix_cli.recipe.sweep_grammar import describe
 
     for arm, points in plan.points.items():
-        console.print(f"{arm}: {len(points)} settings", highlight=False)
+        console.print(f"{arm}: {len(points)} setting{'s' if len(points) > 1 else ''}", highlight=False)
         for point in points:
             console.print(f"    {describe(point.setting) or '-':<40} {point.folder}", highlight=False, soft_wrap=True)
 

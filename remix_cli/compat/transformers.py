@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 def quiet() -> Iterator[None]:
     """Context: no progress bars and no advice, which would tear our own display apart.
 
-    Loading shows a bar for its weights whatever the level of the log (utils/logging.py), and some models log advice
-    as they are made. Seen with transformers 5.24.
+    Loading shows a bar for its weights whatever the level of the log (utils/logging.py), for a GGUF file one that
+    nothing turns off (modeling_gguf_pytorch_utils.py), and some models log advice as they are made. Seen with
+    transformers 5.24.
     """
     import transformers
+    from transformers import modeling_gguf_pytorch_utils as gguf
 
+    bar = gguf.tqdm
+    gguf.tqdm = lambda tensors, **_: tensors
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -29,6 +33,7 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        gguf.tqdm = bar
         logger.setLevel(level)
         transformers.utils.logging.enable_progress_bar()
 

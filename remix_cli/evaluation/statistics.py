@@ -108,7 +108,8 @@ def too_few(count: int) -> str:
         return ""
     if not count:
         return "none, so nothing chooses best/ or between settings; set data.validation_fraction or data.validation"
-    return f"{count} only; what is chosen by them is chosen by chance: give more ({FEW} at least, hundreds are better)"
+    more = "data.validation_fraction or data.validation"
+    return f"{count} only, so what they choose is chosen by chance: {FEW} at least, better hundreds ({more})"
 
 
 @dataclass(frozen=True)

@@ -96,17 +96,19 @@ def _install(model, c):
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
         owner = name if c["scope"] == "module" else parent
+        if c["scope"] == "model":  # the first block's, for all
+            owner = next(iter(routers), owner)
         if owner not in routers:
             width = base.in_features if c["scope"] == "module" else model.config.get_text_config().hidden_size
             routers[owner] = RemixRouter(width, c)
             object.__setattr__(routers[owner], "state", state)
-            if c["scope"] == "block":
-                _attach(model.get_submodule(owner), routers[owner])
+            if c["scope"] != "module":
+                _attach(model.get_submodule(owner), routers[owner], c["scope"] == "block")
         setattr(model.get_submodule(parent), child, RemixLinear(base, c, routers[owner]))
     return state
 
 
-def _attach(block, router):
+def _attach(block, router, forgets):
     def before(_, args, kwargs):
         router.gates = _route(router, args[0] if args else kwargs["hidden_states"])
 
@@ -115,7 +117,8 @@ def _attach(block, router):
 
     block.add_module("remix_router", router)
     block.register_forward_pre_hook(before, with_kwargs=True)
-    block.register_forward_hook(after, always_call=True)
+    if forgets:
+        block.register_forward_hook(after, always_call=True)
 
 
 class RemixConfig(Base.config_class):

@@ -186,7 +186,7 @@ class Router(Strict):
         description="LoRA gradient from all M selections, from one of them, or from one more pass under the top k; "
         "the passes that it does not come from run without gradients.",
     )
-    scope: Scope = Field("block", description="One router for each FFN block, or for each adapted module.")
+    scope: Scope = Field("block", description="One router for each FFN block, each adapted module, or the whole model.")
     level: Level = Field(
         "token",
         description="One selection for each token, or one for each sequence, made from its prompt and kept.",

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from remix_cli.errors import ArtefactError, DivergedError, FailedRuns, Interrupted, RecipeError
 from remix_cli.evaluation.evaluator import check_code
+from remix_cli.evaluation.statistics import too_few
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.obvious import consecutive
 from remix_cli.recipe.schema import cost
@@ -206,6 +207,9 @@ def say_sizes(sweep: Sweep, say: Say) -> dict[Path, RunSize]:
     least, most = by_tokens[0], by_tokens[-1]
     more = f" to {most.describe()}" if most.tokens > least.tokens else ""
     say(f"each run: {least.describe()}{more}")
+    few = too_few(least.held_out)
+    if few:
+        say(f"warning: held-out rows: {few}")
     return sizes
 
 
@@ -216,6 +220,7 @@ class _Sweep:
         self.arms = {name: _Arm(name, points) for name, points in sweep.points.items()}
         self.forecast = Forecast(processes)
         self.has_forecast = False  # has it been said how long this takes?
+        self.hours: float | None = None  # that it may take
         self.errors: dict[Path, str] = {}
         self.failures: dict[str, Failure] = {}  # by run folder, or arm
         self.again: list[Job] = []  # for want of memory
@@ -225,6 +230,7 @@ class _Sweep:
 
     def run(self, hours: float | None) -> "_Sweep":
         begun = time.monotonic()
+        self.hours = hours
         todo = []
         for arm in self.arms.values():
             for point in arm.points:
@@ -330,7 +336,11 @@ class _Sweep:
             return
         if not self.has_forecast:
             self.has_forecast = True
-            self.say(f"     about {_until(left)}, loading aside")
+            self.say(f"     about {_until(left)}, and what loading the model each time takes")
+            if self.hours is not None and left > 3600 * self.hours:
+                self.say(
+                    f"     more than the {self.hours:g} h asked for; fewer: Ctrl-C, then --only, or a new output_dir"
+                )
         self.show(f"{self.count}/{self.total} runs{self._in_hand()}; {in_words(left)} left")
 
     def _in_hand(self) -> str:

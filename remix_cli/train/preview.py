@@ -226,11 +226,14 @@ def estimate_memory(
     before = passes.with_gradient - 1
     traces = max(before * inputs, passes.total * inputs - activations - logits)
     base = counts.base
+    outer = (1 if getattr(config, "tie_word_embeddings", False) else 2) * config.vocab_size * hidden
     if recipe.train.shard_base and processes > 1:  # embeddings and output layer stay gathered, two layers come and go
-        outer = (1 if getattr(config, "tie_word_embeddings", False) else 2) * config.vocab_size * hidden
-        base = (base - outer) // processes + outer + 2 * (base - outer) // layers
+        share = 0 if recipe.train.shard_base == "offload" else (base - outer) // processes
+        base = share + outer + 2 * (base - outer) // layers
+    # Embeddings and output layer keep their type; NF4, doubly quantised, takes 4.127 bits a weight.
+    packed = {"none": size, "8bit": 1.0, "4bit": 4.127 / 8}[recipe.model.quantization]
     parts = {
-        "base weights": base * {"none": size, "8bit": 1.1, "4bit": 0.6}[recipe.model.quantization],
+        "base weights": outer * size + (base - outer) * packed,
         "adapter, gradient, optimizer": counts.trained * 16,
         "activations of one pass": activations,
         "logits and loss": logits,
@@ -254,12 +257,12 @@ def print_preview(p: Preview, console: Console) -> None:
     few = too_few(p.held_out)
     if few:
         console.print(f"warning   held-out rows: {few}", highlight=False, soft_wrap=True)
-    over = "pass" if p.passes == 1 else "passes"
-    console.print(f"steps     {p.steps}, {p.rows_per_step} rows each, {p.passes} {over} over each row", highlight=False)
+    over = f"; a step takes its rows through the model {p.passes} times" if p.passes > 1 else ""
+    console.print(f"steps     {p.steps} of {p.rows_per_step} rows each{over}", highlight=False)
     if p.recipe.adapter_config().samples:
         console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
     console.print(f"padding   {p.padding:.1%} of the tokens of an epoch", highlight=False)
-    console.print(f"written   {p.output}", highlight=False, soft_wrap=True)
+    console.print(f"writes    {p.output}", highlight=False, soft_wrap=True)
     for source in p.sources:
         console.print(f"\n{source.describe()}", highlight=False, soft_wrap=True)
         if source.remark():

@@ -16,6 +16,7 @@ class RunSize:
     steps: int
     rows_per_step: int
     tokens: int  # of all steps, each pass over a batch counted once
+    held_out: int  # rows
     work: float  # the same with every pass, forward and backward: what runs of one model cost is about in proportion
 
     def describe(self) -> str:
@@ -35,7 +36,7 @@ def sizes_of(recipes: Sequence[Recipe]) -> list[RunSize]:
             in_epoch[per_step] = sum(int(data.train.lengths[rows].sum()) for rows in plan.epoch(0))
         steps = replace(data, plan=plan).total_steps(recipe) if recipe.method.trains else 0
         tokens = round(in_epoch[per_step] * steps / plan.steps_per_epoch)
-        sizes.append(RunSize(steps, per_step, tokens, tokens * _arithmetic(recipe)))
+        sizes.append(RunSize(steps, per_step, tokens, len(data.validation.rows), tokens * _arithmetic(recipe)))
     return sizes
 
 

@@ -17,10 +17,10 @@ def recipe(stage, tmp_path):
 def test_a_dry_run_says_what_validate_says_and_writes_nothing(verb, recipe, tmp_path):
     out, _ = verb("train", recipe, "--dry-run", "train.max_steps=7")
     assert out == verb("validate", recipe, "train.max_steps=7")[0]
-    assert "steps     7, 4 rows each, 2 passes over each row" in out
+    assert "steps     7 of 4 rows each; a step takes its rows through the model 2 times" in out
     assert ", 5,968 parameters, float32" in out.splitlines()[0]
     assert "method    remix: k of n LoRAs" in out
-    assert f"written   {tmp_path}/out\n" in out
+    assert f"writes    {tmp_path}/out\n" in out
     assert "together" in out
     assert not (tmp_path / "out").exists()
 
@@ -34,7 +34,7 @@ def test_a_dry_run_says_why_nothing_would_be_written(verb, stage, finished, tmp_
         (["--overwrite"], f"{finished}, in place of the run that it holds"),
     ):
         out, _ = verb("train", there, "--dry-run", *flags)
-        assert f"written   {said}\n" in out
+        assert f"writes    {said}\n" in out
         assert json.loads(verb("train", there, "--dry-run", "--json", *flags)[0])["output"] == said
     assert (finished / "summary.json").is_file()
 

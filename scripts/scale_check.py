@@ -1,0 +1,295 @@
+"""What several cards give: tokens/s, memory, waiting times, and whether a killed run goes on. See scale_check.sh.
+
+Every run is `remix train` itself, launched by accelerate, so that what is measured is what users get. Weights are
+random, which changes neither speed nor memory. One line a run goes to OUT/results.jsonl as it ends; what is there
+already is not run again; the table is OUT/table.md.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "sharded": {"train": {"shard_base": True}},
+    "4-bit sharded": {"train": {"shard_base": True}, "model": {"quantization": "4bit"}},
+}
+ROWS_A_CARD = 8
+MEASURED = 5  # last steps whose median counts: the first ones wait for memory and kernels
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    layout: str
+    cards: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}-{self.layout}-{self.cards}".replace(" ", "-")
+
+
+def make_base(folder: Path, shape: dict[str, int], tokenizer: Any) -> None:
+    """A Llama of random bfloat16 weights, layer by layer, so that no memory need hold it whole."""
+    vocabulary = 512 if shape["hidden_size"] < 128 else 128_256
+    config = LlamaConfig(**shape, vocab_size=max(vocabulary, len(tokenizer)), num_key_value_heads=shape_kv(shape))
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    index: dict[str, str] = {}
+    wide, inner = config.hidden_size, config.intermediate_size
+    narrow = wide // config.num_attention_heads * config.num_key_value_heads
+    linears = {
+        "self_attn.q_proj": (wide, wide),
+        "self_attn.k_proj": (narrow, wide),
+        "self_attn.v_proj": (narrow, wide),
+        "self_attn.o_proj": (wide, wide),
+        "mlp.gate_proj": (inner, wide),
+        "mlp.up_proj": (inner, wide),
+        "mlp.down_proj": (wide, inner),
+    }
+
+    def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {}
+        for name, size in shapes.items():
+            one = torch.ones(size) if len(size) == 1 else torch.randn(size, device=device) * 0.02
+            tensors[name] = one.to("cpu", torch.bfloat16)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        norms = {f"{at}.{name}.weight": (wide,) for name in ("input_layernorm", "post_attention_layernorm")}
+        write(f"layer-{layer:03d}.safetensors", {f"{at}.{n}.weight": size for n, size in linears.items()} | norms)
+    ends = {"model.embed_tokens.weight": (config.vocab_size, wide), "lm_head.weight": (config.vocab_size, wide)}
+    write("ends.safetensors", ends | {"model.norm.weight": (wide,)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.save_pretrained(folder)  # last: whoever finds it finds the weights, too
+
+
+def shape_kv(shape: dict[str, int]) -> int:
+    return min(8, shape["num_attention_heads"])
+
+
+def recipe_of(case: Case, base: Path, rows: Path, out: Path, steps: int, cpu: bool) -> dict[str, Any]:
+    """GSM8K rows, the default adapter, a checkpoint in the middle and at the end."""
+    recipe: dict[str, Any] = {
+        "model": {"name_or_path": str(base), "dtype": "float32" if cpu else "bfloat16"},
+        "data": {
+            "train": [{"path": str(rows), "format": "gsm8k"}],
+            "validation_fraction": 0.01,
+            "validation_limit": 8,
+            "max_length": 512,
+            "use_chat_template": False,
+        },
+        "train": {
+            "max_steps": steps,
+            "per_device_train_batch_size": ROWS_A_CARD,
+            "per_device_eval_batch_size": 4,
+            "save_steps": max(1, steps // 2),
+            "logging_steps": 1,
+            "gradient_checkpointing": case.shape == "70b",
+        },
+        "output_dir": str(out),
+    }
+    for group, values in LAYOUTS[case.layout].items():
+        recipe[group] |= values
+    return recipe
+
+
+def launched(recipe: Path, cards: int, cpu: bool, *more: str) -> subprocess.Popen:
+    several = ["--multi_gpu"] if cards > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_machines", "1", "--num_processes"]
+    command += [str(cards), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "remix_cli", "train", str(recipe), *more]
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "4")
+    log = recipe.with_suffix(".log").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def steps_in(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [record for record in map(json.loads, lines) if "tokens_per_second" in record]
+
+
+def host_gib(launcher: int) -> float:
+    """Memory of a process and all that it has started; pages that several share count once (Pss)."""
+    parents, sizes = {}, {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            lines = (process / "smaps_rollup").read_text().splitlines()
+        except (OSError, ValueError):
+            continue
+        sizes[int(process.name)] = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    total = 0
+    for process, size in sizes.items():
+        ancestor: int | None = process
+        while ancestor is not None and ancestor != launcher:
+            ancestor = parents.get(ancestor)
+        total += size if ancestor == launcher else 0
+    return total / 2**20
+
+
+def watch(process: subprocess.Popen, folder: Path) -> dict[str, float]:
+    """Seconds to the first step and of the last checkpoint, and the most host memory, while it runs."""
+    begun, first, last, saved, most = time.monotonic(), None, 0.0, None, 0.0
+    while process.poll() is None:
+        now = time.monotonic()
+        done = len(steps_in(folder))
+        if done and first is None:
+            first = now - begun
+        if done != last:
+            last, saved = done, None
+            at = now
+        if saved is None and last and (folder / "checkpoints" / f"step-{int(last):06d}" / "manifest.json").is_file():
+            saved = now - at
+        most = max(most, host_gib(process.pid))
+        time.sleep(0.2)
+    return {"first_step_s": first or 0.0, "checkpoint_s": saved or 0.0, "host_gib": most}
+
+
+def estimate_gib(recipe: Path, cards: int) -> float:
+    command = [sys.executable, "-m", "remix_cli", "validate", str(recipe), "--processes", str(cards), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return sum(json.loads(done.stdout)["memory_gib"].values()) if done.returncode == 0 else 0.0
+
+
+def measure(case: Case, recipe: Path, folder: Path, cpu: bool) -> dict[str, Any]:
+    process = launched(recipe, case.cards, cpu, "--overwrite")
+    seen = watch(process, folder)
+    steps = steps_in(folder)
+    if process.returncode or not steps:
+        last = recipe.with_suffix(".log").read_text().strip().splitlines()
+        errors = [line for line in last if "error:" in line] or last[-1:]
+        return {"failed": errors[0][:200] if errors else f"exit {process.returncode}"}
+    speed = statistics.median(step["tokens_per_second"] for step in steps[-MEASURED:])
+    peak = max(step.get("peak_memory_gib") or 0.0 for step in steps)
+    measured = {"tokens_per_second": speed, "peak_gib": peak, "estimate_gib": estimate_gib(recipe, case.cards)}
+    return measured | seen | {"steps": len(steps)}
+
+
+def kill_and_go_on(case: Case, recipe: Path, folder: Path, on: int, cpu: bool) -> dict[str, Any]:
+    """Killed behind the checkpoint in the middle, gone on with on `on` cards: how far from the unbroken run?"""
+    final = folder / "adapter" / "adapter.safetensors"
+    wanted = load_file(final)
+    process = launched(recipe, case.cards, cpu, "--overwrite")
+    time.sleep(1)
+    while process.poll() is None and not list((folder / "checkpoints").glob("step-*/manifest.json")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    begun = time.monotonic()
+    more = ["train.shard_base=false"] if on == 1 and "sharded" in case.layout else []
+    again = launched(recipe, on, cpu, *more, "--resume")
+    again.wait()
+    if again.returncode:
+        return {"killed_on": case.cards, "resumed_on": on, "failed": f"exit {again.returncode}"}
+    found = load_file(final)
+    same = all(found[name].equal(tensor) for name, tensor in wanted.items())
+    far = max(float((found[n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in wanted.items())
+    seconds = time.monotonic() - begun
+    return {"killed_on": case.cards, "resumed_on": on, "same_bits": same, "distance": far, "seconds": seconds}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a line a run; speed as a ratio to one card's whole base of the same shape, where that was measured."""
+    one = {r["shape"]: r["tokens_per_second"] for r in results if r.get("cards") == 1 and "tokens_per_second" in r}
+    lines = [
+        "| shape | base | cards | tokens/s | ratio | peak GiB | estimate | host GiB | first step s | checkpoint s |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for r in results:
+        if "killed_on" in r:
+            continue
+        start = f"| {r['shape']} | {r['layout']} | {r['cards']} |"
+        if "failed" in r:
+            lines.append(f"{start} {r['failed']} | | | | | | |")
+            continue
+        ratio = f"{r['tokens_per_second'] / one[r['shape']]:.2f}" if r["shape"] in one else ""
+        lines.append(
+            f"{start} {r['tokens_per_second']:,.0f} | {ratio} | {r['peak_gib']:.1f} | {r['estimate_gib']:.1f} "
+            f"| {r['host_gib']:.1f} | {r['first_step_s']:.0f} | {r['checkpoint_s']:.1f} |"
+        )
+    for r in results:
+        if "killed_on" in r:
+            what = "failed" if "failed" in r else "same bits" if r["same_bits"] else f"distance {r['distance']:.1e}"
+            where = f"{r['shape']} {r['layout']}: killed on {r['killed_on']}, resumed on {r['resumed_on']}"
+            lines.append(f"\n{where}: {what}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rows", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--tokenizer", required=True, help="a model folder")
+    parser.add_argument("--shapes", nargs="+", default=["8b", "70b"], choices=SHAPES)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--depth", type=int, help="so many layers instead of the shape's")
+    parser.add_argument("--cards", nargs="+", type=int, help="by default 1, 2, 4 ... as many as there are")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--cpu", action="store_true")
+    asked = parser.parse_args()
+    there = torch.cuda.device_count()
+    cards = asked.cards or [n for n in (1, 2, 4, 8) if n <= there] or [1, 2]
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file = asked.out / "results.jsonl"
+    results = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def keep(result: dict[str, Any]) -> None:
+        results.append(result)
+        with file.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        (asked.out / "table.md").write_text(table(results))
+        print(json.dumps(result), flush=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    for shape in asked.shapes:
+        numbers = SHAPES[shape] | ({"num_hidden_layers": asked.depth} if asked.depth else {})
+        base = asked.out / f"base-{shape}"
+        if not (base / "config.json").is_file():
+            make_base(base, numbers, tokenizer)
+        for case in [Case(shape, layout, n) for layout in asked.layouts for n in cards]:
+            if case.layout == "sharded" and case.cards == 1:
+                continue
+            known = {"shape": shape, "layout": case.layout, "cards": case.cards, "layers": numbers["num_hidden_layers"]}
+            if any(known.items() <= result.items() and "killed_on" not in result for result in results):
+                continue
+            folder = asked.out / case.name
+            values = recipe_of(case, base, asked.rows, folder, asked.steps, asked.cpu)
+            if case.cards == 1:
+                values["train"].pop("shard_base", None)
+            recipe = asked.out / f"{case.name}.yaml"
+            recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+            measured = measure(case, recipe, folder, asked.cpu)
+            keep(known | measured)
+            if case.cards == max(cards) > 1 and case.layout == "sharded" and "failed" not in measured:
+                for on in (case.cards, case.cards // 2):
+                    keep(known | kill_and_go_on(case, recipe, folder, on, asked.cpu))
+
+
+if __name__ == "__main__":
+    main()
