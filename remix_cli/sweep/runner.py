@@ -337,11 +337,16 @@ class _Sweep:
         if not self.has_forecast:
             self.has_forecast = True
             self.say(f"     about {_until(left)}, and what loading the model each time takes")
-            if self.hours is not None and left > 3600 * self.hours:
-                self.say(
-                    f"     more than the {self.hours:g} h asked for; fewer: Ctrl-C, then --only, or a new output_dir"
-                )
+        self._compare_with_hours(left)
         self.show(f"{self.count}/{self.total} runs{self._in_hand()}; {in_words(left)} left")
+
+    def _compare_with_hours(self, left: float) -> None:
+        """Say it once if the search alone takes longer than all was to take."""
+        if self.hours is None or left <= 3600 * self.hours:
+            return
+        cut = "Ctrl-C, then fewer arms (--only), or fewer steps in another output_dir"
+        self.say(f"     that is more than the {self.hours:g} h asked for: {cut}")
+        self.hours = None
 
     def _in_hand(self) -> str:
         parts = []
@@ -379,6 +384,7 @@ class _Sweep:
         following = self._follow(arm, point, problem)
         took = f", {in_words(seconds)}" if awaited is not None else ""
         self.say(f"{self.count:>4}/{self.total} trained  {_name(arm, point)}: {shown}{took}{self._left()}")
+        self._compare_with_hours(self.forecast.seconds_left() or 0.0)
         for job in following:
             self._submit(job)
 

@@ -13,7 +13,7 @@ from remix_cli.train.run_size import RunSize
 
 
 def size(work, steps=10):
-    return RunSize(steps, 4, 100, work)
+    return RunSize(steps, 4, 100, 30, work)
 
 
 def test_a_run_costs_what_others_of_its_arm_took_or_else_its_work_says():

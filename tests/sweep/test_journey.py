@@ -71,6 +71,9 @@ def test_hours_hold_as_many_seeds_as_fit(plain, tmp_path, verb, monkeypatch):
     assert "6 runs to search, then the best of each arm under as many seeds as 0.4 hours hold" in out
     assert "seeds that fit: 0, 1\n" in out
     assert json.loads((tmp_path / "run-sweep" / "sweep.json").read_text())["seeds"] == [0, 1]
+    assert "asked for" not in out
+    out, _ = verb("sweep", plain, "--hours", "0.01", f"output_dir={tmp_path}/other")
+    assert out.count("that is more than the 0.01 h asked for: Ctrl-C, then fewer arms (--only)") == 1
     _, err = verb("sweep", plain, "--hours", "1", "--seeds", "2", expect=2)
     assert "--seeds, --hours: one says how many seeds" in err
 
@@ -79,9 +82,8 @@ def test_a_dry_run_says_how_large_the_runs_are(plain, tmp_path, verb):
     out, _ = verb("sweep", plain, "--dry-run")
     assert "then 4 more: the best of each arm under seeds 1, 2" in out
     assert out.count("learning_rate=") == 2 * 6
-    assert out.endswith(
-        "each run: 2 steps of 8 rows, 176 tokens\nhow long they take is measured over the first steps\n"
-    )
+    assert "each run: 2 steps of 8 rows, 176 tokens\nwarning: held-out rows: " in out
+    assert out.endswith("how long they take is measured over the first steps\n")
     assert not (tmp_path / "run-sweep").exists()
     out, _ = verb("sweep", plain, "--dry-run", "model.name_or_path=nowhere/at-all")
     assert "how large they are is not known: " in out
