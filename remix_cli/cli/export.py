@@ -13,7 +13,10 @@ from remix_cli.streams import outlive
 def export(
     run: RunPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="One of those above.")] = "hf",
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="One of those above; by default hf for a pool, else peft."),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the LoRA that merged formats fit; by default k r.")
     ] = None,
@@ -43,13 +46,25 @@ def export(
     the pool as a PEFT folder, and the router beside them. peft: one LoRA, or what PEFT computed. A run of one LoRA is
     merged exactly.
     """
+    from remix_cli.export.holds import usual_form
     from remix_cli.folders import check_run
 
+    folder = check_run(run, best=best)
+    method = folder.load_recipe().adapter.method
     request = Request(
-        output, form, rank, rows, prompt, selection, reference_base, push_to_hub, public, best=best, any_base=any_base
+        output,
+        form or usual_form(method),
+        rank,
+        rows,
+        prompt,
+        selection,
+        reference_base,
+        push_to_hub,
+        public,
+        best=best,
+        any_base=any_base,
     )
     request.check()
-    folder = check_run(run, best=best)
     outlive(f"the export goes on, into {output}")
     from remix_cli.export.export_run import export_run
 

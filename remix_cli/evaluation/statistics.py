@@ -155,15 +155,20 @@ class Variance:
         return self.items + self.runs
 
     @property
-    def quantile(self) -> float:
-        """Student's t at Welch and Satterthwaite's degrees of freedom: the items' variance counts as known."""
+    def half_width(self) -> float:
+        """Each part at its own quantile: normal for the items, which are many, Student's t for the runs, which are few.
+
+        Welch and Satterthwaite's degrees of freedom of the sum would trust two runs as soon as the items vary more:
+        their variance is then a guess, but counts as one of many.
+        """
         if not self.runs:
-            return _NORMAL
-        return student(self.freedom * (self.total / self.runs) ** 2)
+            return _NORMAL * math.sqrt(self.items)
+        return math.hypot(_NORMAL * math.sqrt(self.items), student(self.freedom) * math.sqrt(self.runs))
 
     @property
-    def half_width(self) -> float:
-        return self.quantile * math.sqrt(self.total)
+    def quantile(self) -> float:
+        """By which a standard error is to be multiplied for that."""
+        return self.half_width / math.sqrt(self.total) if self.total else _NORMAL
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from remix_cli.export.hf import export_hf
+from remix_cli.export.holds import check_holds
 from remix_cli.export.hub import check_push, push
 from remix_cli.export.merged_formats import export_merged, export_one_lora, export_selection
 from remix_cli.export.peft_experts import export_peft_experts
@@ -22,6 +23,7 @@ def export_run(folder: RunFolder, request: Request, say: Say) -> None:
 
     Raises RecipeError, DataError, ArtefactError, StorageError: see the formats.
     """
+    check_holds(request.form, folder.load_recipe().adapter.method)
     client = None
     if request.push_to_hub is not None:  # whatever would keep it from being uploaded shows before the work
         client = check_push(request.push_to_hub)

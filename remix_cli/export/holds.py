@@ -14,3 +14,9 @@ def check_holds(form: str, name: str) -> None:
     *most, last = method.exports
     others = f"{', '.join(most)} or {last}" if most else last
     raise RecipeError(f"--format {form}: {name} {method.unexported}; use --format {others}")
+
+
+def usual_form(name: str) -> str:
+    """The format of a run by the method `name` where none is asked for: the first that its method names."""
+    exports = method_named(name).exports
+    return exports[0] if exports else "hf"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from remix_cli.evaluation.score_tables import number, plain_table, with_unit
-from remix_cli.evaluation.statistics import Score, too_few
+from remix_cli.evaluation.statistics import FEW, Score, too_few
 from remix_cli.sweep.report import ArmReport, SweepReport
 
 HELD_OUT = "held out"  # as evaluations call the recipe's own held-out rows
@@ -82,6 +82,8 @@ def _decision(report: SweepReport) -> list[str]:
         lines.append(
             f"take {decision.take} for now: it is ahead under one seed; more would say what training varies by"
         )
+    elif scored.count < FEW:
+        lines.append(f"take {decision.take} for now: it is ahead, on {scored.count} rows; give more, {FEW} at least")
     else:
         lines.append(f"take {decision.take}: it is clearly ahead of all others")
     return [*lines, _rests_on(report)]

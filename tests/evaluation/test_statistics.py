@@ -8,6 +8,7 @@ import pytest
 
 from remix_cli.evaluation.statistics import (
     Spread,
+    Variance,
     difference_over_seeds,
     mean,
     paired_difference,
@@ -205,3 +206,13 @@ def test_quantiles_of_t():
 def test_a_choice_by_few_rows_says_so(rows, said):
     assert too_few(rows).startswith(said)
     assert bool(too_few(rows)) == bool(said)
+
+
+def test_two_runs_are_trusted_no_more_because_the_items_vary():
+    """With one degree of freedom the runs' part alone has Student's t of 12.7; items can only widen it."""
+    runs = Variance(0.0, 1.0, freedom=1)
+    for items in (0.1, 1.0, 20.0):
+        both = Variance(items, 1.0, freedom=1)
+        assert both.half_width > runs.half_width > 12.7
+        assert both.half_width < runs.half_width + Variance(items).half_width
+    assert Variance(1.0, 1.0, freedom=1e6).half_width == pytest.approx(1.96 * 2**0.5, rel=1e-3)

@@ -264,7 +264,7 @@ def test_what_has_no_router_becomes_pefts_own_folder(method, stage, tmp_path, ve
     recipe = recipe_text(*stage[:2], tmp_path / "run", train={"max_steps": 2, "learning_rate": FAST.get(method, 0.1)})
     recipe["adapter"] = small_method(method)
     verb("train", write_recipe(tmp_path / "r.yaml", recipe))
-    out, _ = verb("export", tmp_path / "run", "--format", "peft", "-o", tmp_path / "peft")
+    out, _ = verb("export", tmp_path / "run", "-o", tmp_path / "peft")
     assert "loaded again; logits differ" in out
     run = load_run(tmp_path / "run")
     base = AutoModelForCausalLM.from_pretrained(stage[0], dtype=torch.float32)
@@ -276,7 +276,7 @@ def test_what_has_no_router_becomes_pefts_own_folder(method, stage, tmp_path, ve
             plain = run.model(input_ids=IDS, use_cache=False).logits
         assert not close(plain, ours[:, -IDS.shape[1] :], 1e-4)
     assert f"method: {method}" in (tmp_path / "peft" / "README.md").read_text()
-    _, err = verb("export", tmp_path / "run", "-o", tmp_path / "hf", expect=2)
+    _, err = verb("export", tmp_path / "run", "--format", "hf", "-o", tmp_path / "hf", expect=2)
     assert "use --format peft" in err
 
 
