@@ -108,12 +108,14 @@ def requested_active(text: str | None, config: AdapterConfig, sampled: bool) -> 
 
 
 def override_source(recipe: Recipe, task: Task, path: str | None) -> Task:
-    """The task on another file: in the task's own format, or for `nll` in that of the recipe's first source."""
+    """The task on another file: in its own format where it has one, else in that of the recipe's first source."""
     if path is None:
         return task
     source = task.source
     if source is None:
-        source = recipe.data.train[0] if task_class(task.task).any_rows else _source_of(task, path)
+        kind = task_class(task.task)
+        of_its_own = kind.row_format is not None or kind.own_columns or kind.brings_rows
+        source = _source_of(task, path) if of_its_own else recipe.data.train[0]
     return task.model_copy(update={"source": source.at(path)})
 
 

@@ -1,6 +1,7 @@
 """Rows of one's own are scored without code: exact match, and the likeliest of some options."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,10 @@ def test_plain_text_holds_no_question(verb, stage, tmp_path):
     assert json.loads(verb("eval", tmp_path / "out", "--json")[0])["results"][0]["count"] == 4
     err = verb("eval", tmp_path / "out", "--task", "exact_match", "--max-new-tokens", 4, expect=2)[1]
     assert "rows of format text hold no question" in err
+
+
+def test_a_task_without_a_format_reads_a_file_as_the_runs_rows_were_read(verb, finished, stage, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    asked = ["--task", "exact_match", "--data", stage[1], "--limit", 3, "--max-new-tokens", 4, "--json"]
+    (result,) = json.loads(verb("eval", tmp_path / "run", *asked)[0])["results"]
+    assert (result["task"], result["count"]) == (f"exact_match@{stage[1].stem}", 3)
