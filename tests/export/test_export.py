@@ -61,7 +61,10 @@ def ours(folder):
 CLUSTERS = {"level": "sequence", "clusters": 3}
 
 
-@pytest.mark.parametrize("router", [{}, {"level": "sequence"}, CLUSTERS, {"scope": "module"}], ids=str)
+ONE_ROUTER = [{"scope": "model"}, CLUSTERS | {"scope": "model"}]
+
+
+@pytest.mark.parametrize("router", [{}, {"level": "sequence"}, CLUSTERS, {"scope": "module"}, *ONE_ROUTER], ids=str)
 @pytest.mark.parametrize("reference", [False, True])
 def test_the_hf_folder_is_the_routed_model(verb, trained, tmp_path, router, reference):
     run, logits = ours(trained(**router))
