@@ -35,19 +35,20 @@ def validate(
 def _show_estimate(found: "ShapeEstimate", as_json: bool) -> None:
     """What the shape of the base alone tells."""
     from remix_cli.diagnostics.routing_tables import parameter_table
+    from remix_cli.train.preview import taken
 
     if as_json:
         print(json.dumps(found.to_dict()))
         return
     console = Console()
-    model, many = found.recipe.model, found.passes != 1
+    model = found.recipe.model
     bits = "" if model.quantization == "none" else f", weights in {model.quantization}"
     for line in (
         f"model     {model.name_or_path}, {found.counts.base:,} parameters, {model.dtype}{bits}",
         "base      shape known, weights not looked at: out of reach, here and on the hub",
         f"rows      not looked at without a tokenizer: {found.tokens_per_row} tokens each (data.max_length)",
         f"method    {found.recipe.adapter.method}: {found.recipe.method.summary}",
-        f"steps     {found.rows_per_step} rows each, {found.passes} {'passes' if many else 'pass'} over each row",
+        f"steps     of {found.rows_per_step} rows each{taken(found.passes)}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
     console.print()

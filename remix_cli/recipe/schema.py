@@ -228,7 +228,7 @@ class Train(Strict):
         False,
         description="Record the step of each batch shape and replay it: faster where steps wait for the host.",
     )
-    shard_base: bool | Literal["offload"] = Field(
+    shard_base: Literal[False, True, "offload"] = Field(
         False,
         description="Share the frozen base model out over the processes, gathered layer by layer (FSDP2); offload: "
         "from host memory.",

@@ -242,6 +242,11 @@ def estimate_memory(
     return {name: round(value / GIB, 3) for name, value in parts.items()}
 
 
+def taken(passes: int) -> str:
+    """How often a step runs its rows, where that is not once."""
+    return f"; a step takes its rows through the model {passes} times" if passes > 1 else ""
+
+
 def print_preview(p: Preview, console: Console) -> None:
     """Plain words first; supervised text is marked by brackets as well as by style."""
     for line in p.told:
@@ -257,8 +262,7 @@ def print_preview(p: Preview, console: Console) -> None:
     few = too_few(p.held_out)
     if few:
         console.print(f"warning   held-out rows: {few}", highlight=False, soft_wrap=True)
-    over = f"; a step takes its rows through the model {p.passes} times" if p.passes > 1 else ""
-    console.print(f"steps     {p.steps} of {p.rows_per_step} rows each{over}", highlight=False)
+    console.print(f"steps     {p.steps} of {p.rows_per_step} rows each{taken(p.passes)}", highlight=False)
     if p.recipe.adapter_config().samples:
         console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
     console.print(f"padding   {p.padding:.1%} of the tokens of an epoch", highlight=False)
