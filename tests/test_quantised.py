@@ -118,8 +118,9 @@ def test_a_quantised_run_from_start_to_end(stage, tmp_path, verb):
     for form in ("hf", "merged"):
         _, err = verb("export", tmp_path / "run", "--format", form, "-o", tmp_path / form, expect=2)
         assert "base model is in 4bit" in err
-    _, err = verb("train", path, "train.shard_base=true", "output_dir=x", expect=2)
-    assert "cannot be combined with model.quantization" in err
+    in_8_bits = ["model.quantization=8bit", "train.shard_base=true", "output_dir=x"]
+    _, err = verb("train", path, *in_8_bits, expect=2)
+    assert "cannot be combined with model.quantization: 8bit (4bit can be)" in err
 
 
 def test_dora_on_an_8_bit_base_is_refused_on_a_cpu(stage, tmp_path, verb):
