@@ -63,9 +63,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 def put_packed_layers(model: nn.Module, layers: dict[str, PackedLayer]) -> None:
     """Put 4-bit layers without memory (torch's meta device) in the places of `layers`."""
-    for name, layer in layers.items():
-        from bitsandbytes.nn import Linear4bit
+    if not layers:
+        return
+    from bitsandbytes.nn import Linear4bit
 
+    for name, layer in layers.items():
         made = Linear4bit(
             layer.width_in, layer.width_out, layer.has_bias, layer.compute_dtype, device=torch.device("meta")
         )

@@ -45,8 +45,8 @@ def out_of_reach(model: Model) -> bool:
             AutoTokenizer.from_pretrained(**_where(model))
     except OSError:  # which all errors of the hub are
         return True
-    except (ValueError, ImportError, KeyError):
-        pass
+    except (ValueError, ImportError, KeyError):  # it is here, and cannot be read: they say why
+        return False
     return False
 
 

@@ -282,7 +282,8 @@ def _explain(problem: Any, raw: RawRecipe) -> str:
     if kind in ("value_error", "conflict", "unread"):
         return f"{where}: {dotted}: {message}"
     message = re.sub(r"(a valid dictionary or )?(instance of|an instance of) [A-Za-z]+", "a mapping of keys", message)
-    message = message.replace("Input should be", "should be").replace("False, True", "false, true")  # as YAML has them
+    message = message.replace("Input should be", "should be")
+    message = re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), message)  # as YAML has them
     return f"{where}: {dotted}: {message}, got {_kind(value)}"
 
 

@@ -1,11 +1,7 @@
-"""Sizes from shapes alone: of every method for equal parameter counts, and of a run whose base is not here yet.
+"""`remix budget`: how large each method has to be to have so many parameters, counted on the recipe's own model.
 
-`remix budget` says how large each method has to be to have so many parameters, counted on the recipe's own model. Every
-count is affine in one number of the method (its rank, pool size, virtual tokens or vectors), so two adapters on a
-skeleton of the model give the line, and the number follows.
-
-`remix validate` takes a base that is out of reach by its published shape. Then there is no tokenizer either, so no row
-is read, and the longest batch is as long as the recipe allows.
+Every count is affine in one number of the method (its rank, pool size, virtual tokens or vectors), so two adapters
+on a skeleton of the model give the line, and the number follows.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -13,17 +9,13 @@ from typing import Any, Literal
 
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import TargetError
-from remix_cli.diagnostics.parameters import ParameterCounts, count_parameters
+from remix_cli.diagnostics.parameters import count_parameters
 from remix_cli.errors import RecipeError
 from remix_cli.methods.apply import apply_method
 from remix_cli.methods.registry import method_named, methods_by_name
-from remix_cli.models import known_base, out_of_reach, skeleton
+from remix_cli.models import skeleton
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.schema import Adapter as AdapterRecipe
-from remix_cli.stored_json import Document
-from remix_cli.train.micro_batch import passes_of
-from remix_cli.train.prepare import check_recipe
-from remix_cli.train.preview import estimate_memory
 
 Count = Literal["trained", "active"]
 MOST = 4  # times the base model: beyond any adapter; some methods take real memory to be counted
@@ -46,56 +38,6 @@ class Sized:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class ShapeEstimate:
-    """What can be said of a run by the shape of its base, without a tokenizer."""
-
-    recipe: Recipe
-    tokens_per_row: int  # that every row is taken to have
-    rows_per_step: int
-    passes: int  # forward passes over each row of a step
-    counts: ParameterCounts
-    memory: dict[str, float]  # GiB by what it is for
-
-    def to_dict(self) -> Document:
-        return {
-            "base": "shape known, weights not looked at",
-            "tokens_per_row": self.tokens_per_row,
-            "rows_per_step": self.rows_per_step,
-            "passes": self.passes,
-            "model": self.recipe.model.model_dump(),
-            "parameters": self.counts.to_dict(),
-            "memory_gib": self.memory,
-            "estimator": self.recipe.router.estimator,
-        }
-
-
-def by_known_shape(recipe: Recipe) -> Recipe | None:
-    """The recipe with its base by the published shape, if that is known and the base itself is out of reach."""
-    base = known_base(recipe.model)
-    if base is None or not out_of_reach(recipe.model):
-        return None
-    return recipe.model_copy(update={"model": base})
-
-
-def estimate_by_shape(recipe: Recipe, processes: int = 1) -> ShapeEstimate:
-    """As `processes` processes would train it on rows of `data.max_length` tokens. Reads no row and no weight.
-
-    Raises RecipeError for what else is wrong with the recipe.
-    """
-    adapter = check_recipe(recipe)
-    counts, longest = count_parameters(adapter), recipe.data.max_length
-    config: Any = adapter.model.config
-    return ShapeEstimate(
-        recipe,
-        longest,
-        recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * processes,
-        passes_of(recipe.router, recipe.adapter_config().samples).total,
-        counts,
-        estimate_memory(recipe, config.get_text_config(), counts, longest, processes),
-    )
 
 
 def solve_budget(recipe: Recipe, target: int | None, what: Count) -> tuple[int, list[Sized]]:

@@ -18,6 +18,7 @@ from remix_cli.errors import RecipeError
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe, Task
+from remix_cli.recipe.schema import Model
 from remix_cli.recipe.sources import Source
 from remix_cli.runs import Subject
 from remix_cli.stored_json import Document
@@ -242,7 +243,12 @@ def estimate_memory(
     return {name: round(value / GIB, 3) for name, value in parts.items()}
 
 
-def taken(passes: int) -> str:
+def describe_model(model: Model, counts: ParameterCounts) -> str:
+    bits = "" if model.quantization == "none" else f", weights in {model.quantization}"
+    return f"model     {model.name_or_path}, {counts.base:,} parameters, {model.dtype}{bits}"
+
+
+def describe_taken(passes: int) -> str:
     """How often a step runs its rows, where that is not once."""
     return f"; a step takes its rows through the model {passes} times" if passes > 1 else ""
 
@@ -252,8 +258,7 @@ def print_preview(p: Preview, console: Console) -> None:
     for line in p.told:
         console.print(line, highlight=False, soft_wrap=True)
     model, method = p.recipe.model, p.recipe.adapter.method
-    bits = "" if model.quantization == "none" else f", weights in {model.quantization}"
-    console.print(f"model     {model.name_or_path}, {p.counts.base:,} parameters, {model.dtype}{bits}", soft_wrap=True)
+    console.print(describe_model(model, p.counts), soft_wrap=True)
     if model.about_dtype:
         console.print(f"dtype     {model.about_dtype}", highlight=False, soft_wrap=True)
     console.print(f"method    {method}: {p.recipe.method.summary}", highlight=False, soft_wrap=True)
@@ -262,7 +267,7 @@ def print_preview(p: Preview, console: Console) -> None:
     few = too_few(p.held_out)
     if few:
         console.print(f"warning   held-out rows: {few}", highlight=False, soft_wrap=True)
-    console.print(f"steps     {p.steps} of {p.rows_per_step} rows each{taken(p.passes)}", highlight=False)
+    console.print(f"steps     {p.steps} of {p.rows_per_step} rows each{describe_taken(p.passes)}", highlight=False)
     if p.recipe.adapter_config().samples:
         console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
     console.print(f"padding   {p.padding:.1%} of the tokens of an epoch", highlight=False)
@@ -276,9 +281,13 @@ def print_preview(p: Preview, console: Console) -> None:
         for piece, learnt in source.row:
             text.append(f"«{piece}»" if learnt else piece, style="bold" if learnt else "dim")
         console.print(text, soft_wrap=True)
+    print_size(p.counts, p.memory, console)
+
+
+def print_size(counts: ParameterCounts, memory: dict[str, float], console: Console) -> None:
+    """Parameters, and GiB by what they are for."""
     console.print()
-    console.print(parameter_table(p.counts))
+    console.print(parameter_table(counts))
     console.print("\nMemory on one device, estimated, GiB:", highlight=False)
-    for name, value in p.memory.items():
+    for name, value in [*memory.items(), ("together", sum(memory.values()))]:
         console.print(f"  {name:<34}{value:8.2f}", highlight=False)
-    console.print(f"  {'together':<34}{sum(p.memory.values()):8.2f}", highlight=False)
