@@ -19,14 +19,10 @@ from typing import Any
 
 import torch
 import yaml
+from bench_step import SHAPES
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "sharded": {"train": {"shard_base": True}},
@@ -48,47 +44,28 @@ class Case:
 
 
 def make_base(folder: Path, shape: dict[str, int], tokenizer: Any) -> None:
-    """A Llama of random bfloat16 weights, layer by layer, so that no memory need hold it whole."""
-    vocabulary = 512 if shape["hidden_size"] < 128 else 128_256
-    config = LlamaConfig(**shape, vocab_size=max(vocabulary, len(tokenizer)), num_key_value_heads=shape_kv(shape))
+    """A Llama of random bfloat16 weights, written layer by layer, so that no memory need hold it whole."""
+    vocabulary = len(tokenizer) if shape["hidden_size"] < 128 else 128_256
+    heads = min(8, shape["num_attention_heads"])
+    config = LlamaConfig(**shape, vocab_size=vocabulary, num_key_value_heads=heads, dtype=torch.bfloat16)
     config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, weight in skeleton.named_parameters():
+        layer = name.split(".")[2] if ".layers." in name else "ends"
+        files.setdefault(f"{layer}.safetensors", {})[name] = weight.shape
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    index: dict[str, str] = {}
-    wide, inner = config.hidden_size, config.intermediate_size
-    narrow = wide // config.num_attention_heads * config.num_key_value_heads
-    linears = {
-        "self_attn.q_proj": (wide, wide),
-        "self_attn.k_proj": (narrow, wide),
-        "self_attn.v_proj": (narrow, wide),
-        "self_attn.o_proj": (wide, wide),
-        "mlp.gate_proj": (inner, wide),
-        "mlp.up_proj": (inner, wide),
-        "mlp.down_proj": (wide, inner),
-    }
-
-    def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    for file, shapes in files.items():
         tensors = {}
         for name, size in shapes.items():
-            one = torch.ones(size) if len(size) == 1 else torch.randn(size, device=device) * 0.02
-            tensors[name] = one.to("cpu", torch.bfloat16)
+            tensors[name] = (torch.randn(size, device=device) * 0.02).to("cpu", torch.bfloat16)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, file))
-
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        norms = {f"{at}.{name}.weight": (wide,) for name in ("input_layernorm", "post_attention_layernorm")}
-        write(f"layer-{layer:03d}.safetensors", {f"{at}.{n}.weight": size for n, size in linears.items()} | norms)
-    ends = {"model.embed_tokens.weight": (config.vocab_size, wide), "lm_head.weight": (config.vocab_size, wide)}
-    write("ends.safetensors", ends | {"model.norm.weight": (wide,)})
+    index = {name: file for file, shapes in files.items() for name in shapes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.save_pretrained(folder)  # last: whoever finds it finds the weights, too
-
-
-def shape_kv(shape: dict[str, int]) -> int:
-    return min(8, shape["num_attention_heads"])
 
 
 def recipe_of(case: Case, base: Path, rows: Path, out: Path, steps: int, cpu: bool) -> dict[str, Any]:

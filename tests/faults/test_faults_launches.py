@@ -3,12 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from helpers.common import ROOT
-from helpers.runs import PLAIN, outcome, recipe_for
+from helpers.runs import PLAIN, launch_command, launch_environment, outcome, recipe_for
 from helpers.tiny import recipe_text, write_recipe
 
 from remix_cli.train import checkpoints
@@ -31,15 +30,14 @@ cli.main()
 
 def begin(how, program, recipe, *arguments) -> subprocess.Popen:
     """`remix train` by two processes, in a process group of their own with what launches them."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
-    command += ["--main_process_port", "0", *program, "train", str(recipe), *arguments]
+    command = launch_command([*program, "train", str(recipe), *arguments], 2, how)
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=launch_environment(),
     )
 
 

@@ -65,21 +65,21 @@ def start_cli(recipe, *arguments):
 PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
+def launch_command(program, processes, how=PLAIN):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes)]
+    return [*command, "--main_process_port", "0", *program]
+
+
+def launch_environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
 def launch(arguments, target, processes, how=PLAIN, verb="train"):
     """`remix train` of a recipe, or another verb of a run, by several processes.
 
     Accelerate starts them with its GPU launcher only; ACCELERATE_USE_CPU puts them on gloo.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes)]
-    command += ["--main_process_port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "-m", "remix_cli", verb, str(target), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
+    command = launch_command(["-m", "remix_cli", verb, str(target), *arguments], processes, how)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=launch_environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
