@@ -46,6 +46,20 @@ def test_kernels_is_found_by_transformers_unless_hidden(tmp_path, monkeypatch):
 # transformers
 
 
+def test_activations_are_recomputed_by_whichever_name_transformers_has_for_it(recwarn):
+    class Old:
+        def gradient_checkpointing_enable(self, settings):
+            self.settings = settings
+
+    old = Old()
+    for_transformers.recompute_activations(old, {"use_reentrant": False})
+    assert old.settings == {"use_reentrant": False}
+    model = tiny_model()
+    for_transformers.recompute_activations(model, {"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    assert not [w for w in recwarn if "gradient_checkpointing_enable" in str(w.message)]
+
+
 def test_transformers_shows_a_bar_and_advises_unless_quiet():
     from transformers.utils.logging import is_progress_bar_enabled
 

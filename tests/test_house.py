@@ -54,6 +54,7 @@ ALLOWED = {
     },
     "verify": {"core", "data", "models"},
     "sweep": {"recipe", "runs", "train", "evaluation", "streams", "terminal", "folders", "tasks"},
+    "integrations": {"core", "cross_entropy", "data", "models", "train", "export.hub"},
     "cli": {
         "launch",
         "streams",

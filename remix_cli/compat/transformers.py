@@ -163,3 +163,12 @@ def imported(file: Path) -> Iterator[Any]:
         yield module
     finally:
         del sys.modules[name]
+
+
+def recompute_activations(model: Any, settings: dict[str, Any]) -> None:
+    """Turn activation checkpointing on, with these arguments of torch.utils.checkpoint.
+
+    The method has a new name since transformers 5.24 (modeling_utils.py), and the old one warns.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)

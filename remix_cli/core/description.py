@@ -26,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 class BaseIdentity:
     """The model an adapter belongs to: its name, for people, hashes of its weights and tokenizer, and how both work.
 
-    Earlier versions did not write the last two.
+    Earlier versions did not write the last two. `tokenizer_fingerprint` is "" where no tokenizer was at hand.
     """
 
     base_model: str
@@ -58,7 +58,8 @@ class BaseIdentity:
         elif self.base_fingerprint != now.base_fingerprint:
             different.append("base model")
         probes = {self.tokenizer_probe, now.tokenizer_probe} - {None}
-        if len(probes) > 1 or self.tokenizer_fingerprint != now.tokenizer_fingerprint:
+        vocabularies = {self.tokenizer_fingerprint, now.tokenizer_fingerprint} - {""}
+        if len(probes) > 1 or len(vocabularies) > 1:
             different.append("tokenizer")
         return different
 

@@ -223,13 +223,21 @@ class Adapter:
             set_module(self.model, name, linear.base_layer if base else linear)
 
     def remove(self) -> None:
-        """Restore the model as it was before `apply_adapter`."""
+        """Restore the model as it was before `apply_adapter`; `put_back` undoes it."""
         self._swap(base=True)
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
         if self.config.scope != "module":
             for name in self.routers:
                 del self.model.get_submodule(name).remix_router
+
+    def put_back(self) -> None:
+        """Undo `remove`, on a model that has no other adapter in place."""
+        self._swap(base=False)
+        if self.config.scope != "module":
+            for name, router in self.routers.items():
+                self.hooks += _attach_to_block(self.model.get_submodule(name), router)
 
 
 def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:

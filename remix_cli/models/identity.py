@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -61,15 +62,27 @@ PROBE = (
 
 def identify(model: Model, base: nn.Module, tokenizer: Any) -> BaseIdentity:
     """What an adapter trained on `base` belongs to; the same whether or not an adapter is in place."""
-    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id])
+    return replace(identity_of(base, tokenizer), base_model=model.name_or_path, base_dtype=model.dtype)
+
+
+def identity_of(base: nn.Module, tokenizer: Any = None) -> BaseIdentity:
+    """The same of a model in memory, by the name that it was loaded under; it may be without a tokenizer."""
+    config: Any = base.config
+    dtype = next(base.parameters()).dtype
     return BaseIdentity(
-        base_model=model.name_or_path,
-        base_dtype=model.dtype,
+        base_model=config.name_or_path,
+        base_dtype=str(dtype).removeprefix("torch."),
         base_fingerprint=fingerprint(base),
-        tokenizer_fingerprint=hashlib.sha256(vocabulary.encode()).hexdigest(),
-        base_settings=forward_settings(base.config),
-        tokenizer_probe=_probe(tokenizer),
+        tokenizer_fingerprint="" if tokenizer is None else _vocabulary(tokenizer),
+        base_settings=forward_settings(config),
+        tokenizer_probe=None if tokenizer is None else _probe(tokenizer),
     )
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """A hash of all that the tokenizer can say, and of its template."""
+    said = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id])
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def forward_settings(config: Any) -> dict[str, Any]:

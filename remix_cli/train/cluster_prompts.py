@@ -1,6 +1,7 @@
 """Find the prompts' clusters before the first step, on the base model: the new adapter changes nothing yet."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from remix_cli.data.chunks import in_chunks
 from remix_cli.data.rows import EncodedRow
 from remix_cli.models import batch_losses
 
+Row = TypeVar("Row")
 ROWS_PER_CLUSTER, FEWEST_ROWS = 16, 256  # of which the centres are made; more rows move them little
 
 
-def rows_to_cluster(rows: Sequence[EncodedRow], clusters: int, seed: int) -> list[EncodedRow]:
+def rows_to_cluster(rows: Sequence[Row], clusters: int, seed: int) -> list[Row]:
     """A sample without replacement, of all rows if there are not enough."""
     order = np.random.default_rng([seed, 2]).permutation(len(rows))
     return [rows[i] for i in order[: max(FEWEST_ROWS, ROWS_PER_CLUSTER * clusters)]]

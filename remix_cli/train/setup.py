@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from remix_cli.compat.transformers import recompute_activations
 from remix_cli.core.estimators.base import Estimator
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.patch import Adapter, compile_unadapted
@@ -163,8 +164,8 @@ def _adapt(recipe: Recipe, model: Any, tokenizer: Any, accelerator: Accelerator)
         adapter.freeze_loras()
     adapter.find_local()  # by a pass of its own, before anything is compiled
     if recipe.train.gradient_checkpointing:
-        adapted: Any = adapter.model
-        adapted.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": adapter.state.checkpoint_contexts})
+        replays = {"use_reentrant": False, "context_fn": adapter.state.checkpoint_contexts}
+        recompute_activations(adapter.model, replays)
     return adapter
 
 
