@@ -54,7 +54,7 @@ def sweep(
         _list_runs(plan, console)
     _say_how_many(plan, console, hours)
     if dry_run:
-        _say_sizes(plan, say)
+        _look_at_rows(plan, say)
         return
     outlive(f"the sweep goes on; its runs and their logs are in {plan.folder}")
     from remix_cli.sweep.outcome import write_outcome
@@ -109,16 +109,29 @@ def _say_how_many(plan: "Sweep", console: Console, hours: float | None) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _say_sizes(plan: "Sweep", say: Any) -> None:
-    """Of a dry run: from the rows and the tokenizer, if they are at hand."""
-    from remix_cli.sweep.runner import say_sizes, with_formats
+def _look_at_rows(plan: "Sweep", say: Any) -> None:
+    """Of a dry run: are the runs that are there this sweep's? How large are its own, if rows are at hand?
+
+    Raises RecipeError.
+    """
+    from remix_cli.sweep.runner import check_same_recipes, say_sizes, with_formats
 
     try:
-        say_sizes(with_formats(plan), say)
+        plan = with_formats(plan)
     except RemixError as error:
-        say(f"how large they are is not known: {'; '.join(error.problems)}")
+        _say_unknown(error, say)
+        return
+    check_same_recipes(plan)
+    try:
+        say_sizes(plan, say)
+    except RemixError as error:
+        _say_unknown(error, say)
     else:
         say("how long they take is measured over the first steps")
+
+
+def _say_unknown(error: RemixError, say: Any) -> None:
+    say(f"how large they are is not known: {'; '.join(error.problems)}")
 
 
 def _say_what_next(plan: "Sweep", outcome: "Outcome", say: Any) -> None:

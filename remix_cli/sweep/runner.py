@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -47,7 +48,7 @@ from remix_cli.sweep.work import (
 from remix_cli.tasks.base import Settings
 from remix_cli.train.checkpoints import origin_of_last
 from remix_cli.train.prepare import check_recipe
-from remix_cli.train.resume import check_same_recipe
+from remix_cli.train.resume import Change, compare_recipes
 from remix_cli.train.run_size import RunSize
 from remix_cli.train.told_formats import tell_formats
 
@@ -130,19 +131,36 @@ def _all_with_formats(points: list[Point]) -> list[Point]:
 
 def _check(sweep: Sweep, allow_code: bool) -> None:
     """What can be refused before anything is trained. Raises RecipeError, SandboxError, ArtefactError."""
-    _check_folder(sweep)
+    check_same_recipes(sweep)
     for arm, points in sweep.points.items():
         try:
             check_recipe(points[0].recipe)  # files, targets: what each run would refuse
         except RecipeError as error:
             raise RecipeError(*(f"sweep.arms.{arm}: {problem}" for problem in error.problems)) from None
         check_code(points[0].recipe.eval.tasks, Settings(allow_code=allow_code))
-    changed = []
+
+
+def check_same_recipes(sweep: Sweep) -> None:
+    """What lies in the sweep's folder must be runs of this sweep. Raises RecipeError, one line for all of them."""
+    _check_folder(sweep)
+    runs: Counter[str] = Counter()  # by what was changed
+    changes: dict[str, Change] = {}
+    arms = set()
     for points in sweep.points.values():
-        for point in points:
-            changed += _changed(sweep, point)
-    if changed:
-        raise RecipeError(*changed)
+        for change in itertools.chain.from_iterable(_changed(sweep, point) for point in points):
+            what = change.but("")
+            runs[what] += 1
+            changes[what] = change
+            arms.add(points[0].arm)
+    if not changes:
+        return
+    where = f"sweep.arms.{arms.pop()}: " if len(arms) == 1 and len(sweep.points) > 1 else ""
+    said = "; ".join(change.but(_count(runs[what], sweep.folder)) for what, change in changes.items())
+    raise RecipeError(f"{where}{said}; add output_dir=OTHER to begin anew, or give the value of before to go on")
+
+
+def _count(runs: int, folder: Path) -> str:
+    return f"{runs} run{'s' if runs > 1 else ''} in {folder} {'were' if runs > 1 else 'was'}"
 
 
 def _failed(failures: dict[str, Failure]) -> FailedRuns:
@@ -157,18 +175,15 @@ def _failed(failures: dict[str, Failure]) -> FailedRuns:
     )
 
 
-def _changed(sweep: Sweep, point: Point) -> list[str]:
-    """How runs of the point, where there are some, were begun otherwise than the file now says: a line for each."""
-    problems = []
+def _changed(sweep: Sweep, point: Point) -> list[Change]:
+    """How runs of the point, where there are some, were begun otherwise than the file now says; for each run."""
+    changed = []
     for seed in sweep.seeds:
         recipe = sweep.under(point, seed).recipe
         folder = RunFolder(Path(recipe.output_dir))
         if folder.recipe.is_file():
-            try:
-                check_same_recipe(recipe, load_recipe(folder.recipe, stored=True), folder)
-            except RecipeError as error:
-                problems.append(f"sweep.arms.{point.arm}: {'; '.join(error.problems)}")
-    return problems
+            changed += compare_recipes(recipe, load_recipe(folder.recipe, stored=True))[0]
+    return changed
 
 
 def _other_arms(sweep: Sweep, say: Say) -> dict[str, ArmRecord]:

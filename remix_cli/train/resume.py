@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -46,39 +46,56 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if k not in LATER or v != LATER[k]}
 
 
+@dataclass(frozen=True)
+class Change:
+    """A key that a resumed run must keep and does not; None stands for a value that is not set."""
+
+    key: str
+    now: Any
+    was: Any
+
+    def but(self, runs: str) -> str:
+        """`train.max_steps: 6, but RUNS was begun with 24`; `runs` brings its verb."""
+        now = "not set" if self.now is None else _shown(self.now)
+        was = "without it" if self.was is None else f"with {_shown(self.was)}"
+        return f"{self.key}: {now}, but {runs} begun {was}"
+
+
 def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> BegunWith:
     """A resumed run must be the run that was begun. Raises RecipeError naming every key that differs.
 
     Returned is what may differ, as the run was begun with it: where files lie, for what they hold is compared by its
     hashes; and how many steps there are, under a schedule that does not depend on that.
     """
+    changed, free = compare_recipes(new, old)
+    said = [change.but(f"{folder.path} was") for change in changed]
+    if changed and all(change.key in STEPS for change in changed):
+        raise RecipeError(
+            f"{said[0]}, and its {new.train.lr_scheduler_type} schedule is laid out over all steps; train on from its "
+            f"end, in a new output_dir, with adapter.init_from: {folder.path}"
+        )
+    if changed:
+        raise RecipeError(*said, "a resumed run keeps its recipe; change it in a new output_dir")
+    return free | folder.begun_with()
+
+
+def compare_recipes(new: Recipe, old: Recipe) -> tuple[list[Change], BegunWith]:
+    """What forbids a run of `old` to go on as `new`; and what may differ, as `old` has it."""
     before, after = _binding(old), _binding(new)
     differ = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     free = {key for key in differ if key in PLACES or _names_places(key, before.get(key), after.get(key))}
-    longer = differ & set(STEPS)
-    if longer and _is_open_ended(new) and _is_open_ended(old):
-        free |= longer
-    elif longer == differ - free and longer:
-        key = sorted(longer)[0]
-        raise RecipeError(
-            f"{key}: {_shown(after.get(key))}, but {folder.path} was begun with {_shown(before.get(key))}, and its "
-            f"{new.train.lr_scheduler_type} schedule is laid out over all steps; train on from its end, in a new "
-            f"output_dir, with adapter.init_from: {folder.path}"
-        )
-    begun_with = {key: before.get(key) for key in free} | folder.begun_with()
-    before = {key: value for key, value in before.items() if key not in free}
-    after = {key: value for key, value in after.items() if key not in free}
+    if _is_open_ended(new) and _is_open_ended(old):
+        free |= differ & set(STEPS)
+    begun_with = {key: before.get(key) for key in free}
     if new.train.metric_for_best_model != "eval_loss":  # the best so far was chosen by these tasks
         for values, recipe in ((before, old), (after, new)):
             values |= {f"eval.tasks ({label})": task for label, task in tasks_while_training(recipe.eval.tasks)}
     changed = [
-        f"{key}: {_shown(after.get(key))}, but {folder.path} was begun with {_shown(before.get(key))}"
+        Change(key, after.get(key), before.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if key not in free and before.get(key) != after.get(key)
     ]
-    if changed:
-        raise RecipeError(*changed, "a resumed run keeps its recipe; change it in a new output_dir")
-    return begun_with
+    return changed, begun_with
 
 
 def has_other_steps(new: Recipe, old: Recipe) -> bool:

@@ -8,6 +8,7 @@ from helpers.tiny import recipe_text, write_recipe
 from helpers.workers import in_this_process
 
 from remix_cli.recipe import load_recipe
+from remix_cli.recipe.sweep_grammar import load_sweep
 from remix_cli.sweep import forecast
 
 
@@ -76,6 +77,26 @@ def test_hours_hold_as_many_seeds_as_fit(plain, tmp_path, verb, monkeypatch):
     assert out.count("that is more than the 0.01 h asked for: Ctrl-C, then fewer arms (--only)") == 1
     _, err = verb("sweep", plain, "--hours", "1", "--seeds", "2", expect=2)
     assert "--seeds, --hours: one says how many seeds" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_other_steps_than_the_runs_that_are_there_are_told_in_one_line(flags, plain, tmp_path, verb, monkeypatch):
+    """Half a sweep lies there: two of its runs, as one that was stopped leaves them."""
+    ran = in_this_process(monkeypatch)
+    for arm in load_sweep(plain).points.values():
+        folder = arm[0].folder
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(arm[0].recipe.model_dump()))
+    verb("sweep", plain, "--dry-run")
+    _, err = verb("sweep", plain, "train.max_steps=3", *flags, expect=2)
+    assert err == (
+        f"error: train.max_steps: 3, but 2 runs in {tmp_path}/run-sweep were begun with 2; add output_dir=OTHER "
+        "to begin anew, or give the value of before to go on\n"
+    )
+    _, err = verb("sweep", plain, "train.max_steps=null", *flags, "--only", "pool", expect=2)
+    assert err.startswith(f"error: train.max_steps: not set, but 1 run in {tmp_path}/run-sweep was begun with 2; ")
+    assert len(err.splitlines()) == 1
+    assert not ran
 
 
 def test_a_dry_run_says_how_large_the_runs_are(plain, tmp_path, verb):

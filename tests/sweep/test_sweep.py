@@ -258,7 +258,7 @@ def test_an_arm_that_the_file_has_changed_is_refused_and_kept_out_of_the_table(s
     verb("sweep", path)
     path = sweep_file(stage, tmp_path, {"arms": arms | {"B": {"adapter.rank": 4}}})
     _, err = verb("sweep", path, expect=2)  # before anything is trained
-    assert "sweep.arms.B: adapter.rank: 4, but " in err
+    assert f"sweep.arms.B: adapter.rank: 4, but 1 run in {tmp_path}/out was begun with 3; add output_dir=" in err
     out, _ = verb("sweep", path, "--only", "A")
     assert "B: was run before with other settings than the file now has" in out
     assert list(json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]) == ["A"]
