@@ -4,6 +4,7 @@
 # make kills      the tests of durability at length
 # make slow      several processes at length
 # make sandbox    hostile programs, and all canonical solutions of HumanEval with busy cores
+# make lm-eval     lm-evaluation-harness on a live run, which must give what it gives on the exported folder
 # make agreement  scores against lm-evaluation-harness; DATA=FOLDER holds gsm8k/ and arc_challenge/
 PYTHON ?= python3
 # The CPU build of torch. On a machine with a GPU: make TORCH=torch demo
@@ -17,7 +18,7 @@ MODEL := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup model demo test portable kills slow sandbox agreement lint types check bench clean
+.PHONY: setup model demo test portable kills slow sandbox lm-eval agreement lint types check bench clean
 
 setup: $(VENV)/.done
 
@@ -60,6 +61,11 @@ slow: setup model
 
 sandbox: setup
 	REMIX_CANONICAL_STEP=1 REMIX_CANONICAL_REPEATS=3 $(BIN)/python -m pytest tests/sandbox/test_sandbox.py tests/sandbox/test_sandbox_values.py
+
+# the harness is installed here and not by `make setup`: it brings some thirty packages that nothing else needs
+lm-eval: setup
+	$(BIN)/pip install --quiet --editable '.[lm-eval]'
+	$(BIN)/python -m pytest -m agreement tests/evaluation/test_harness.py
 
 agreement: setup model
 	$(BIN)/pip install --quiet --editable '.[lm-eval]'

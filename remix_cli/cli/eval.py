@@ -1,6 +1,7 @@
 """`remix eval`."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,7 +27,7 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="Score the unadapted base model the same way.")] = False,
     limit: Limit = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, max=64, help="Solved examples in front; needs --shots-from.")
+        int | None, typer.Option(min=0, max=64, help="Solved examples in front; needs --shots-from or --lm-eval.")
     ] = None,
     shots_from: Annotated[str | None, typer.Option(help="File whose first rows are the solved examples.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="humaneval: answers per problem, for pass@k.")] = None,
@@ -38,6 +39,16 @@ def evaluate(
     selection: Annotated[
         str | None, typer.Option(help="top, or sample as in training (the paper's ablation); by default the recipe's.")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,TASK...", help="Tasks of lm-evaluation-harness instead; --limit: the first rows."),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Holds lm-eval tasks of your own, as YAML files.")
+    ] = None,
+    lm_eval_chat: Annotated[
+        bool, typer.Option("--lm-eval-chat", help="Ask lm-eval's tasks through the chat template.")
+    ] = False,
     allow_code: AllowCode = False,
     trust_code: TrustCode = False,
     best: Best = False,
@@ -71,6 +82,9 @@ def evaluate(
         trust_code=trust_code,
         best=best,
         any_base=any_base,
+        lm_eval=lm_eval,
+        lm_eval_path=lm_eval_path,
+        lm_eval_chat=lm_eval_chat,
     )
     with Bars() as bars:
         evaluations = score_folder(run, flags, bars.start)

@@ -12,6 +12,7 @@ peft.py           bitsandbytes imported unasked, draws from global generators, c
 accelerate.py     state that outlives a run
 torch.py          numbers of a model that has none
 tokenizers.py     control tokens that are read as such where they should be text
+lm_eval.py        chatter
 datasets.py       errors that are told twice
 reasoning_gym.py  seeds whose rows overlap
 trackio.py        the last step of a run, a run that ends twice

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from remix_cli.errors import ArtefactError
+from remix_cli.evaluation.harness_scores import declared_measures
 from remix_cli.evaluation.report import Report, TaskResult, read_report
 from remix_cli.folders import RunFolder, report_file
 from remix_cli.stored_json import Document
@@ -126,7 +127,7 @@ def comparable_measures(result: TaskResult) -> dict[str, Measure]:
     """The measures of its task that are made of what each line holds: the others cannot be compared item by item."""
     kind = result.protocol.asked.task
     if kind not in TASKS:
-        return {}
+        return declared_measures(result.protocol.asked)
     return {measure.name: measure for measure in task_class(kind).measures if measure.above is not None}
 
 

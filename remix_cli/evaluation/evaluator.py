@@ -44,17 +44,17 @@ def evaluate(
     name = report_name(run.which, settings)
     target = run.folder.evaluations / f"{name}.json"
     with ExitStack() as scope:
-        scope.enter_context(_as_asked(run, settings))
+        scope.enter_context(as_asked(run, settings))
         scorers = _labelled_scorers(run, tasks, settings, target)
         finished: list[Lines] = []
         results: list[TaskResult] = []
         for label, scorer in scorers.items():
-            protocol = Protocol(scorer.stamp(), _model_stamp(run, settings))
+            protocol = Protocol(scorer.stamp(), model_stamp(run, settings))
             lines = scope.enter_context(open_lines(run.folder.evaluations, f"{name}-{label}", protocol.to_dict()))
             results.append(_score(label, scorer, lines, protocol, progress, crew))
             finished.append(lines)
-        earlier, notes = _earlier_results(target)
-        everything = Report(name, results + _others_of_the_model(earlier, results))
+        earlier, notes = earlier_results(target)
+        everything = Report(name, results + others_of_the_model(earlier, results))
         write_json(target, everything.to_dict())
         for lines in finished:  # only now: until here an interruption must find them
             lines.publish()
@@ -63,7 +63,7 @@ def evaluate(
 
 def assist(run: LoadedRun, tasks: list[Task], settings: Settings, crew: Crew) -> None:
     """Answer this process's share of what the first one evaluates; it is handed over, and nothing is written."""
-    with _as_asked(run, settings):
+    with as_asked(run, settings):
         for task in tasks:
             scorer = task_class(task.task)(run, task, settings)
             with scorer.subject.adapter.unchanging():
@@ -71,7 +71,7 @@ def assist(run: LoadedRun, tasks: list[Task], settings: Settings, crew: Crew) ->
                     pass
 
 
-def _as_asked(run: LoadedRun, settings: Settings) -> AbstractContextManager[None]:
+def as_asked(run: LoadedRun, settings: Settings) -> AbstractContextManager[None]:
     """Context: without the adapter, or with other LoRAs active, if so asked."""
     if settings.base:
         return run.adapter.disabled()
@@ -90,7 +90,7 @@ def _labelled_scorers(run: LoadedRun, tasks: list[Task], settings: Settings, tar
     Where the report already holds a result of that name for another file of the same name, this one's says which
     rows it is of.
     """
-    earlier, _ = _earlier_results(target)
+    earlier, _ = earlier_results(target)
     kept = {result.task: result.protocol.asked.data for result in earlier}
     scorers = {}
     for label, task in zip(result_labels(run.recipe, tasks), tasks, strict=True):
@@ -132,7 +132,7 @@ def _label_elsewhere(recipe: Recipe, task: Task) -> str:
     return f"{task.task}{OTHER_DATA}{re.sub(r'[^A-Za-z0-9_.-]+', '_', file)[:80]}"
 
 
-def _earlier_results(target: Path) -> tuple[list[TaskResult], list[str]]:
+def earlier_results(target: Path) -> tuple[list[TaskResult], list[str]]:
     """The results that the report already holds; a line if there is a report that cannot be read."""
     if not os.path.lexists(target):
         return [], []
@@ -142,7 +142,7 @@ def _earlier_results(target: Path) -> tuple[list[TaskResult], list[str]]:
         return [], [f"{target}: was damaged, so the scores of other tasks in it are gone; evaluate those again"]
 
 
-def _others_of_the_model(earlier: list[TaskResult], results: list[TaskResult]) -> list[TaskResult]:
+def others_of_the_model(earlier: list[TaskResult], results: list[TaskResult]) -> list[TaskResult]:
     """Earlier results of other tasks by the same model."""
     scored_now = {result.task for result in results}
     model = results[0].protocol.answered_by
@@ -207,7 +207,7 @@ def report_name(which: str, settings: Settings) -> str:
     return name
 
 
-def _model_stamp(run: LoadedRun, settings: Settings) -> ModelStamp:
+def model_stamp(run: LoadedRun, settings: Settings) -> ModelStamp:
     config = run.adapter.config
     routing = "none"
     if config.routed and not settings.base:

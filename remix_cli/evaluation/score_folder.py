@@ -14,6 +14,7 @@ from remix_cli.evaluation.request import (
     requested_tasks,
 )
 from remix_cli.folders import RunFolder
+from remix_cli.recipe import Recipe
 from remix_cli.runs import load_subject
 from remix_cli.tasks.base import Settings
 
@@ -38,6 +39,9 @@ class Flags:
     trust_code: bool = False
     best: bool = False
     any_base: bool = False
+    lm_eval: str | None = None  # `arc_easy,hellaswag`
+    lm_eval_path: Path | None = None
+    lm_eval_chat: bool = False
 
 
 def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluation]:
@@ -51,6 +55,9 @@ def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluatio
         raise RecipeError(f"--selection: {flags.selection!r} is not known; use top or sample")
     recipe = folder.load_recipe()
     _check_subject(folder, flags)
+    if flags.lm_eval is not None:
+        return _by_harness(path, recipe, flags, progress)
+    _refuse(HARNESS_ONLY, flags, "goes with --lm-eval; leave it out")
     sampled = (flags.selection or recipe.eval.selection) == "sample"
     settings = Settings(
         base=flags.base or folder.is_model, limit=flags.limit, sampled=sampled, allow_code=flags.allow_code
@@ -76,11 +83,53 @@ def score_folder(path: Path, flags: Flags, progress: Progress) -> list[Evaluatio
     return found
 
 
+OURS_ONLY = (
+    "task",
+    "data",
+    "data_format",
+    "shots_from",
+    "samples",
+    "max_new_tokens",
+    "temperature",
+    "selection",
+    "allow_code",
+)
+HARNESS_ONLY = ("lm_eval_path", "lm_eval_chat")
+FLAG_OF = {"allow_code": "--allow-code-execution"}  # the others are called as their fields
+
+
+def _refuse(names: tuple[str, ...], flags: Flags, why: str) -> None:
+    """Raises RecipeError if one of these flags is given; 0 is a temperature."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value is not False:
+            raise RecipeError(f"{FLAG_OF.get(name, '--' + name.replace('_', '-'))}: {why}")
+
+
+def _by_harness(path: Path, recipe: Recipe, flags: Flags, progress: Progress) -> list[Evaluation]:
+    """As `score_folder`, for tasks of lm-evaluation-harness."""
+    from remix_cli.evaluation.harness import Asked, evaluate_by_harness, load_tasks
+
+    assert flags.lm_eval is not None
+    _refuse(OURS_ONLY, flags, "is of our own tasks, and lm-eval's say this themselves; leave it out with --lm-eval")
+    settings = Settings(base=flags.base or RunFolder(path).is_model)
+    many = requested_active(flags.active, recipe.adapter_config(), False)
+    found = []
+    asked = Asked(load_tasks(flags.lm_eval, flags.lm_eval_path), flags.shots, flags.lm_eval_chat)
+    loaded = load_subject(path, best=flags.best, any_base=flags.any_base, trust_code=flags.trust_code)
+    if flags.lm_eval_chat and not loaded.tokenizer.chat_template:
+        raise RecipeError(f"--lm-eval-chat: the tokenizer of {path} has no chat template; leave it out")
+    for active in many:
+        found.append(evaluate_by_harness(loaded, asked, replace(settings, active=active), progress, flags.limit))
+    return found
+
+
 def _check_subject(folder: RunFolder, flags: Flags) -> None:
     """Raises RecipeError for flags that do not go with what is scored: a run, its base alone, another folder."""
-    if not folder.is_run and not (flags.task and (flags.data or all_bring_rows(flags.task))):
+    says_what = flags.lm_eval or (flags.task and (flags.data or all_bring_rows(flags.task)))
+    if not folder.is_run and not says_what:
         what = "a model" if folder.is_model else "a PEFT adapter"
-        raise RecipeError(f"{folder.path}: {what}, not a run: say what to score with --task and --data")
+        raise RecipeError(f"{folder.path}: {what}, not a run: say what to score with --task and --data, or --lm-eval")
     of_adapter: dict[str, object] = {
         "--active": flags.active,
         "--selection sample": flags.selection == "sample",
