@@ -1,13 +1,28 @@
 """RemixTrainer against `remix train` and a plain loop; its own checkpoints; what it refuses."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.common import ROOT
+from helpers.features import (
+    CONFIG,
+    ROUTER,
+    FirstGradients,
+    Stops,
+    collate_features,
+    feature_rows,
+    gradients_of_trainer,
+    trainer_of,
+)
 from helpers.tiny import fill_adapter, recipe_text, tiny_model, write_recipe, write_rows, write_tiny_model
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig
 
@@ -18,98 +33,20 @@ from remix_cli.data.batches import Order, collate, micro_batches
 from remix_cli.data.rows import EncodedRow
 from remix_cli.data.splits import load_data
 from remix_cli.errors import ArtefactError
-from remix_cli.integrations import AdapterConfig, RemixSFTTrainer, RemixTrainer, RouterTraining, get_remix_model
+from remix_cli.integrations import RemixSFTTrainer, RemixTrainer, RouterTraining, get_remix_model
 from remix_cli.models.losses import batch_losses
 from remix_cli.recipe import load_recipe
 from remix_cli.train.micro_batch import accumulate_batch
 from remix_cli.train.trainer import train
 
-CONFIG = AdapterConfig(pool_size=4, active=2, rank=3, router_init_std=1.0)
-ROUTER = RouterTraining(estimator="rtg", learning_rate=0.1)
 BEST_BY_LOSS = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-
-
-def rows(count: int = 16) -> list[dict]:
-    """Rows of two lengths, padded on the right, the first four tokens a prompt."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for i in range(count):
-        length = 9 + 3 * (i % 2)
-        ids = torch.randint(1, 60, (length,), generator=generator).tolist()
-        padding = 12 - length
-        made.append(
-            {
-                "input_ids": ids + [0] * padding,
-                "attention_mask": [1] * length + [0] * padding,
-                "labels": [-100] * 4 + ids[4:] + [-100] * padding,
-            }
-        )
-    return made
-
-
-def collate_features(features: list[dict]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([feature[name] for feature in features]) for name in features[0]}
-
-
-class InOrder(RemixTrainer):
-    """Takes the rows as they come, as the loops that it is compared with."""
-
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
-def trainer_of(folder, *, kind=InOrder, model=None, config=CONFIG, router=ROUTER, data=None, seed=0, **changes):
-    data = rows() if data is None else data
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": seed,
-    }
-    adapted = get_remix_model(tiny_model() if model is None else model, config, seed=0)
-    return kind(
-        adapted,
-        TrainingArguments(**(settings | changes)),
-        router=router,
-        train_dataset=data,
-        eval_dataset=data[:4],
-        data_collator=collate_features,
-    )
-
-
-class Stops(Exception):
-    pass
-
-
-class FirstGradients(InOrder):
-    """Keeps the gradients of the first step, before they are clipped."""
-
-    def _clip_grad_norm(self, model):
-        self.gradients = {name: p.grad.clone() for name, p in self.remix.adapter.parameters().items()}
-        raise Stops
-
-
-def gradients_of_trainer(folder, **options) -> dict[str, torch.Tensor]:
-    """Of an adapter whose every part matters, as B = 0 would not have it."""
-    trainer = trainer_of(folder, kind=FirstGradients, **({"model": tiny_model(dtype=torch.float64)} | options))
-    fill_adapter(trainer.remix.adapter)
-    with pytest.raises(Stops):
-        trainer.train()
-    return trainer.gradients
 
 
 def plain_gradients(count: int, config=CONFIG, router=ROUTER) -> dict[str, torch.Tensor]:
     """Of the first `count` rows by the library alone, as in examples/own_training_loop.py."""
     adapted = get_remix_model(tiny_model(dtype=torch.float64), config, seed=0)
     fill_adapter(adapted.adapter)
-    batch = collate_features(rows()[:count])
+    batch = collate_features(feature_rows()[:count])
     mask, labels = batch["attention_mask"].bool(), batch["labels"]
     prompt = torch.zeros_like(mask)
     prompt[:, :4] = True
@@ -144,6 +81,48 @@ def test_accumulation_changes_no_gradient(tmp_path):
     """Targets are counted over the whole step, and rows have one number each in it."""
     found = gradients_of_trainer(tmp_path, gradient_accumulation_steps=2)
     assert worst(found, plain_gradients(8)) < 1e-6
+
+
+LAUNCHED = """
+import sys
+from accelerate import PartialState
+from helpers.features import gradients_of_trainer
+from safetensors.torch import save_file
+found = gradients_of_trainer(sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2)
+if PartialState().is_main_process:
+    save_file(found, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_gradients_of_one(tmp_path):
+    script, found = tmp_path / "launched.py", tmp_path / "gradients.safetensors"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, script, tmp_path / "out", found], env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert worst(load_file(found), plain_gradients(8)) < 1e-6
+
+
+def test_loras_and_routers_are_clipped_apart(tmp_path):
+    class Clipped(FirstGradients):
+        def _clip_grad_norm(self, model):
+            norm = RemixTrainer._clip_grad_norm(self, model)
+            assert norm > 1e-3
+            super()._clip_grad_norm(model)
+
+    router = dataclasses.replace(ROUTER, max_grad_norm=1e-5)
+    trainer = trainer_of(tmp_path, kind=Clipped, router=router, max_grad_norm=1e-3)
+    fill_adapter(trainer.remix.adapter)
+    with pytest.raises(Stops):
+        trainer.train()
+    routers = [g for name, g in trainer.gradients.items() if name.endswith("router")]
+    loras = [g for name, g in trainer.gradients.items() if not name.endswith("router")]
+    assert torch.nn.utils.get_total_norm(routers) == pytest.approx(1e-5, rel=0.01)
+    assert torch.nn.utils.get_total_norm(loras) == pytest.approx(1e-3, rel=0.01)
 
 
 def recipe(folder):
@@ -386,7 +365,7 @@ def test_the_loss_of_an_evaluation_is_batch_losses(tmp_path):
     trainer.train()
     measured = trainer.evaluate()["eval_loss"]
     losses = []
-    for row in rows()[:4]:
+    for row in feature_rows()[:4]:
         real = sum(row["attention_mask"])
         ids, labels = np.array(row["input_ids"][:real]), np.array(row["labels"][:real])
         batch = collate([EncodedRow(ids, labels != -100, "t")])
