@@ -36,6 +36,7 @@ from remix_cli.errors import ArtefactError
 from remix_cli.integrations import RemixSFTTrainer, RemixTrainer, RouterTraining, get_remix_model
 from remix_cli.models.losses import batch_losses
 from remix_cli.recipe import load_recipe
+from remix_cli.recipe.schema import Router as RouterRecipe
 from remix_cli.train.micro_batch import accumulate_batch
 from remix_cli.train.trainer import train
 
@@ -317,6 +318,21 @@ def sft_trainer(folder, data, config=CONFIG, **changes):
         eval_dataset=Dataset.from_list(data[:8]),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
+
+
+def test_the_example_learns_and_its_folder_is_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import trl_sft
+
+    losses = trl_sft.main(str(tmp_path), steps=30)
+    assert losses[-1] < losses[0] - 0.2
+    assert load_stored(tmp_path).config.pool_size == 8
+
+
+def test_the_defaults_are_a_recipes():
+    router = RouterRecipe()
+    for field in dataclasses.fields(RouterTraining):
+        assert getattr(RouterTraining(), field.name) == getattr(router, field.name)
 
 
 PAIRS = [{"prompt": f"w{i} w{i + 1} ?", "completion": f"w{i + 2} w{i + 3}"} for i in range(30)]
