@@ -37,25 +37,19 @@ def compare(
 
 def _compare_arms(sweep: Path, as_json: bool) -> None:
     from remix_cli.sweep.report import sweep_report
-    from remix_cli.sweep.sweep_tables import sweep_notes, sweep_tables
+    from remix_cli.sweep.sweep_tables import print_report
 
     report = sweep_report(sweep)
     if as_json:
         print(json.dumps(report.to_dict()))
         return
-    console = Console()
-    for table in sweep_tables(report):
-        console.print(table)
-        console.print()
-    for line in sweep_notes(report):
-        console.print(line, highlight=False, soft_wrap=True)
-    for line in report.skipped:
-        console.print(f"skipped {line}", highlight=False)
+    print_report(report, Console())
 
 
 def _compare_runs(runs: list[Path], as_json: bool) -> None:
     from remix_cli.evaluation.compare import compare as paired
     from remix_cli.evaluation.score_tables import comparison_tables
+    from remix_cli.train.lines import say
 
     comparison = paired(runs)
     if as_json:
@@ -65,5 +59,5 @@ def _compare_runs(runs: list[Path], as_json: bool) -> None:
     for table in comparison_tables(comparison):
         console.print(table)
         console.print()
-    for line in comparison.skipped:
-        console.print(f"skipped {line}", highlight=False)
+    if comparison.skipped:
+        say(console, f"skipped {'; '.join(comparison.skipped)}")

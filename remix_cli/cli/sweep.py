@@ -44,15 +44,16 @@ def sweep(
     if seeds is not None and hours is not None:
         raise RecipeError("--seeds, --hours: one says how many seeds, the other lets the time decide; give one of them")
     console = Console(stderr=as_json)
+    from remix_cli.train.lines import say as say_on
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        say_on(console, line)
 
     wanted, flag = (1, "--hours") if hours is not None else (seeds, "--seeds")
     plan = load_sweep(recipe, overrides or [], only, wanted, flag)
     if dry_run:
-        _list_runs(plan, console)
-    _say_how_many(plan, console, hours)
+        _list_runs(plan, say)
+    _say_how_many(plan, say, hours)
     if dry_run:
         _look_at_rows(plan, say)
         return
@@ -60,7 +61,7 @@ def sweep(
     from remix_cli.sweep.outcome import write_outcome
     from remix_cli.sweep.report import sweep_report
     from remix_cli.sweep.runner import run_sweep
-    from remix_cli.sweep.sweep_tables import sweep_notes, sweep_tables
+    from remix_cli.sweep.sweep_tables import print_report
 
     with console.status("reading the rows") if console.is_terminal else nullcontext() as status:
         run_sweep(plan, processes, say, allow_code, hours, lambda line: _show(status, line))
@@ -69,14 +70,10 @@ def sweep(
     if as_json:
         print(json.dumps(found.to_dict()))
         return
-    for table in sweep_tables(found):
-        console.print()
-        console.print(table)
     console.print()
-    for line in sweep_notes(found):
-        say(line)
+    print_report(found, console)
     if outcome is not None:
-        _say_what_next(plan, outcome, say)
+        _say_what_next(plan, outcome, console)
 
 
 def _show(status: Any, line: str) -> None:
@@ -85,16 +82,17 @@ def _show(status: Any, line: str) -> None:
         status.update(line)
 
 
-def _list_runs(plan: "Sweep", console: Console) -> None:
+def _list_runs(plan: "Sweep", say: Any) -> None:
+    """Each with its folder inside the sweep's."""
     from remix_cli.recipe.sweep_grammar import describe
 
     for arm, points in plan.points.items():
-        console.print(f"{arm}: {len(points)} setting{'s' if len(points) > 1 else ''}", highlight=False)
+        say(f"{arm}: {len(points)} setting{'s' if len(points) > 1 else ''}")
         for point in points:
-            console.print(f"    {describe(point.setting) or '-':<40} {point.folder}", highlight=False, soft_wrap=True)
+            say(f"    {describe(point.setting) or '-'}\n      {point.folder.relative_to(plan.folder)}")
 
 
-def _say_how_many(plan: "Sweep", console: Console, hours: float | None) -> None:
+def _say_how_many(plan: "Sweep", say: Any, hours: float | None) -> None:
     arms = len(plan.points)
     searched = sum(len(points) for points in plan.points.values())
     more = (len(plan.seeds) - 1) * arms
@@ -104,9 +102,9 @@ def _say_how_many(plan: "Sweep", console: Console, hours: float | None) -> None:
     elif more:
         under = "seed" if len(plan.seeds) == 2 else "seeds"
         lines[-1] += f", then {more} more: the best of each arm under {under} {', '.join(map(str, plan.seeds[1:]))}"
-    lines.append(f"folder: {plan.folder}; stop whenever you like, the same command goes on")
+    lines += [f"folder: {plan.folder}", "stop whenever you like; the same command goes on"]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _look_at_rows(plan: "Sweep", say: Any) -> None:
@@ -134,16 +132,13 @@ def _say_unknown(error: RemixError, say: Any) -> None:
     say(f"how large they are is not known: {'; '.join(error.problems)}")
 
 
-def _say_what_next(plan: "Sweep", outcome: "Outcome", say: Any) -> None:
-    lines = [
-        f"remix export {outcome.run} --output FOLDER",
-        f"remix train {outcome.recipe}",
-        f"remix compare {plan.folder}",
-    ]
+def _say_what_next(plan: "Sweep", outcome: "Outcome", console: Console) -> None:
+    lines = {
+        "use it as it is": f"remix export {outcome.run} --output FOLDER",
+        "train its recipe, with more rows or steps": f"remix train {outcome.recipe}",
+        "read this again": f"remix compare {plan.folder}",
+    }
     if outcome.spelt_out is not None:
-        lines.append(f"remix sweep {outcome.spelt_out}")
-    what = ["use it as it is", "its recipe, for more rows or steps", "this again", "after adding arms, seeds or rates"]
-    width = max(map(len, lines))
-    say("")
-    for line, purpose in zip(lines, what, strict=False):
-        say(f"{line:<{width}}  # {purpose}")
+        lines["go on, with more arms, seeds or rates in this file"] = f"remix sweep {outcome.spelt_out}"
+    for purpose, line in lines.items():
+        console.print(f"\n# {purpose}\n{line}", highlight=False, soft_wrap=True)  # to be copied whole

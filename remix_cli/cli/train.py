@@ -33,11 +33,12 @@ def train(
     if resume and overwrite:
         raise RecipeError("--resume, --overwrite: one goes on with the run, the other replaces it; give one of them")
     from remix_cli.recipe import load_recipe
+    from remix_cli.train.lines import say
 
     begun_in = _where_begun(recipe) if resume else None
     if begun_in is not None and not begun_in.samefile(Path.cwd()):
         if launch_rank() == 0:
-            console.print(f"paths count from {begun_in}, where the run was begun", highlight=False, soft_wrap=True)
+            say(console, f"paths count from {begun_in}, where the run was begun")
         recipe = recipe.absolute()
         os.chdir(begun_in)
     loaded = load_recipe(recipe, overrides or [], stored=begun_in is not None)
@@ -51,7 +52,7 @@ def train(
     loaded, lines = tell_formats(loaded)
     if launch_rank() == 0:
         for line in lines:
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
     outlive(f"training goes on; its log is {loaded.output_dir}/metrics.jsonl")
     summary = run_training(loaded, console, resume=resume, overwrite=overwrite)
     if launch_rank() != 0:
@@ -63,8 +64,8 @@ def train(
     if summary["best_eval_loss"] is not None:
         metric = loaded.train.metric_for_best_model
         what = "best held-out loss" if metric == "eval_loss" else f"best by {metric}, with held-out loss"
-        done += f", {what} {summary['best_eval_loss']:.4f} at step {summary['best_step']}"
-    console.print(f"{done}; adapter in {loaded.output_dir}/adapter", highlight=False, soft_wrap=True)
+        done += f", {what} {summary['best_eval_loss']:.4f} nats per token, at step {summary['best_step']}"
+    say(console, f"{done}; adapter in {loaded.output_dir}/adapter")
 
 
 def _where_begun(recipe: Path) -> Path | None:

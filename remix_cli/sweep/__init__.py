@@ -9,6 +9,7 @@ record.py   sweep.json
 report.py   sweep.json and the scores of the chosen runs -> one row for each arm
 differences.py  how far arms are apart, with intervals and in words
 decision.py  which arm to take
+words.py        what scores are called
 sweep_tables.py  all that as Rich tables and sentences
 outcome.py  the recipe of that arm, and the file that a plain recipe stands for
 """

@@ -60,7 +60,7 @@ class ArmsRuns:
 
     def __init__(self, runs_of: dict[str, list[Evaluated]]):
         self.runs_of = runs_of
-        self.skipped: list[str] = []  # a line for each task that arms were not asked alike
+        self.skipped: dict[str, str] = {}  # by task that not all runs were asked alike, why
 
     def scores(self, arm: str) -> dict[str, Score]:
         """`<task> <score>` -> its mean over the arm's runs."""
@@ -71,7 +71,7 @@ class ArmsRuns:
             results = [run.result(task) for run in runs]
             why = _why_not([first], results)
             if why:
-                self.skipped.append(f"{task}: the runs of {arm} were not asked the same ({why}); no mean")
+                self.skipped.setdefault(task, why)
                 continue
             for score in scores_in_common(_present(results)):
                 parts = np.stack([run.parts(task, score) for run in runs])  # (seeds, 2, S)
@@ -88,7 +88,7 @@ class ArmsRuns:
             of_arm = [run.result(task) for run in self.runs_of[arm]]
             why = _why_not(of_other, of_arm)
             if why:
-                self.skipped.append(f"{task}: {arm} was not asked what {other} was ({why}); no difference")
+                self.skipped.setdefault(task, why)
                 continue
             for score in scores_in_common([first, *_present(of_other), *_present(of_arm)]):
                 found[f"{task} {score}"] = self._difference(arm, other, first, score)

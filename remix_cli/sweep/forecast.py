@@ -1,7 +1,8 @@
 """How long a sweep still takes: from what its runs have taken so far, whatever each costs and however many at once.
 
-A run's time is its work (train/run_size.py) times the seconds that a unit of work takes in its arm; until a run of the
-arm has ended, by the steps that it has logged; until there are some, as in the other arms.
+A run's time is its work (train/run_size.py) times the seconds that a unit of work took in the latest run of its arm;
+until one has ended, by the steps that it has logged; until there are some, as in the other arms. What was measured
+before this command was given counts only until this one has measured something: the machine may have been busy then.
 """
 
 import json
@@ -36,13 +37,23 @@ class Forecast:
         self.processes = processes
         self.awaited: dict[Hashable, Awaited] = {}
         self.scorings: Counter[str] = Counter()  # that are still to come, by arm
-        self._runs: dict[str, tuple[float, float]] = {}  # by arm: seconds and work
+        self._runs: dict[str, tuple[float, float]] = {}  # by arm, of its latest run: seconds and work
+        self._earlier: dict[str, tuple[float, float]] = {}  # of runs that were complete when this began
         self._scored: dict[str, tuple[float, int]] = {}  # by arm: seconds and how many
 
     def ran(self, arm: str, size: RunSize, seconds: float) -> None:
-        """A run of the arm has ended well."""
-        before = self._runs.get(arm, (0.0, 0.0))
-        self._runs[arm] = (before[0] + seconds, before[1] + size.work)
+        """A run of the arm has ended well, now."""
+        self._runs[arm] = (seconds, size.work)
+
+    def had_run(self, arm: str, size: RunSize, seconds: float) -> None:
+        """A run of the arm was there already."""
+        before = self._earlier.get(arm, (0.0, 0.0))
+        self._earlier[arm] = (before[0] + seconds, before[1] + size.work)
+
+    @property
+    def has_measured(self) -> bool:
+        """Has this command measured anything itself?"""
+        return any(work for _, work in self._of_arms(self._in_hand()).values())
 
     def scored(self, arm: str, seconds: float) -> None:
         before = self._scored.get(arm, (0.0, 0))
@@ -78,14 +89,21 @@ class Forecast:
         """For the run from start to end, loading aside as long as none of its arm has ended."""
         if not size.work:  # nothing is trained
             return 0.0
-        of_arms = dict(self._runs)
+        for of_arms in (self._of_arms(logged), self._earlier):
+            known = [of_arms[arm]] if arm in of_arms else list(of_arms.values())
+            work = sum(one for _, one in known)
+            if work:
+                return sum(seconds for seconds, _ in known) / work * size.work
+        return None
+
+    def _of_arms(self, logged: dict[Hashable, Logged]) -> dict[str, tuple[float, float]]:
+        """Seconds and work by arm, as far as this command has measured them."""
+        found = dict(self._runs)
         for key, line in logged.items():
             run = self.awaited[key]
-            if run.arm not in of_arms and run.size.steps:
-                of_arms[run.arm] = (line.step_seconds * run.size.steps, run.size.work)
-        known = [of_arms[arm]] if arm in of_arms else list(of_arms.values())
-        work = sum(one for _, one in known)
-        return sum(seconds for seconds, _ in known) / work * size.work if work else None
+            if run.arm not in found and run.size.steps:
+                found[run.arm] = (line.step_seconds * run.size.steps, run.size.work)
+        return found
 
     def _in_hand(self) -> dict[Hashable, Logged]:
         found = {}

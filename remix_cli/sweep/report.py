@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from remix_cli.errors import ArtefactError
+from remix_cli.errors import ArtefactError, RemixError
 from remix_cli.evaluation.evaluated import Evaluated, load_evaluated
 from remix_cli.evaluation.statistics import Score
 from remix_cli.folders import holds_runs
+from remix_cli.recipe import load_recipe
 from remix_cli.recipe.sweep_grammar import Setting, describe
 from remix_cli.stored_json import Document, check_kinds, read_fields
 from remix_cli.sweep.decision import Decision, decide
 from remix_cli.sweep.differences import ArmsRuns
-from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, read_record
+from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, SweepRecord, read_record
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,24 @@ class ArmReport:
     runs: int
     trained_parameters: int
     active_parameters: int
-    train_seconds: float
+    train_seconds: float  # by the clock, of the run that took least: others may have shared the machine
     train_tokens: float
     peak_memory_gib: float
-    validation: float | None  # of the chosen setting, under the first seed
+    validation: float | None  # the sweep's metric at the end of each run, its mean over `validation_runs` of them
     edges: list[str]  # settings whose best value is the smallest or largest that was tried
     held_out_rows: int | None  # that the setting was chosen by
     scores: dict[str, Score]  # `<task> <score>` -> over seeds
     differences: dict[str, Score]  # from the first arm, over seeds and items, paired by seed where both have them
     verdicts: dict[str, str]  # what each difference says, in words
     beyond: dict[str, float] = field(default_factory=dict)  # keys at an edge, each with a value to try past it
+    validation_runs: int = 1  # earlier reports have the first seed's value
 
     def to_dict(self) -> Document:
         document = asdict(self)
         if not self.beyond:
             del document["beyond"]
+        if self.validation_runs == 1:
+            del document["validation_runs"]
         for score in document["scores"].values():
             if not math.isfinite(score["low"]):  # as single runs once had it; JSON has no infinity
                 score["low"] = score["high"] = None
@@ -73,6 +77,7 @@ class SweepReport:
     skipped: list[str]  # what is not in the rows, and why
     decision: Decision | None = None  # None where no score is common to all; the first reports lack it
     rows: dict[str, str] = field(default_factory=dict)  # what each task's rows are called, likewise
+    base: float | None = None  # the metric of the base model, as a run measured it before its first step, likewise
 
     def to_dict(self) -> Document:
         document: Document = {
@@ -86,6 +91,8 @@ class SweepReport:
             document["decision"] = self.decision.to_dict()
         if self.rows:
             document["rows"] = self.rows
+        if self.base is not None:
+            document["base"] = self.base
         return document
 
     @classmethod
@@ -121,16 +128,21 @@ def sweep_report(folder: Path) -> SweepReport:
         raise ArtefactError(f"{folder}: no arm of this sweep has a finished run; see the logs beside the run folders")
     reference = next(iter(runs_of))
     runs = ArmsRuns(runs_of)
-    arms = [_arm_report(name, record.arms[name], runs, reference) for name in runs_of]
+    arms = [_arm_report(name, record, runs, reference) for name in runs_of]
     decision = decide(record.metric, {arm.arm: arm.scores for arm in arms}, runs)
     skipped = [f"{name}: no finished run" for name in record.arms if name not in runs_of]
-    skipped += list(dict.fromkeys(runs.skipped))
+    if runs.skipped:
+        skipped.append("; ".join(f"{task}: {why}" for task, why in runs.skipped.items()))
     rows = {result.task: result.rows for result in runs_of[reference][0].report.results if result.rows is not None}
-    return SweepReport(record.metric, record.seeds, reference, arms, skipped, decision, rows)
+    base = _base_value(record.metric, [run for some in runs_of.values() for run in some])
+    return SweepReport(record.metric, record.seeds, reference, arms, skipped, decision, rows, base)
 
 
-def _arm_report(name: str, arm: ArmRecord, arms: ArmsRuns, reference: str) -> ArmReport:
+def _arm_report(name: str, record: SweepRecord, arms: ArmsRuns, reference: str) -> ArmReport:
+    arm = record.arms[name]
     runs = arms.runs_of[name]
+    held_out = [value for run in runs if (value := _measured(run, record.metric, last=True)) is not None]
+    first = _value_of_chosen(arm)
     differences = {} if name == reference else arms.differences(name, reference)
     costs = [run.costs for run in runs]
     trained, active = costs[0].trained_parameters, costs[0].active_parameters
@@ -142,16 +154,17 @@ def _arm_report(name: str, arm: ArmRecord, arms: ArmsRuns, reference: str) -> Ar
         runs=len(runs),
         trained_parameters=trained,
         active_parameters=active,
-        train_seconds=_mean([cost.seconds for cost in costs]),
+        train_seconds=min((cost.seconds for cost in costs if cost.seconds), default=0.0),
         train_tokens=_mean([cost.tokens for cost in costs]),
         peak_memory_gib=_mean([cost.peak_memory_gib for cost in costs]),
-        validation=_value_of_chosen(arm),
+        validation=float(np.mean(held_out)) if held_out else first,
         edges=edges(arm.searched, arm.chosen),
         held_out_rows=_held_out_rows(runs[0]),
         scores=arms.scores(name),
         differences={key: difference.found.score for key, difference in differences.items()},
         verdicts={key: difference.in_words() for key, difference in differences.items()},
         beyond=beyond(arm.searched, arm.chosen),
+        validation_runs=len(held_out) or 1,
     )
 
 
@@ -169,13 +182,31 @@ def _value_of_chosen(arm: ArmRecord) -> float | None:
 
 def _held_out_rows(run: Evaluated) -> int | None:
     """What the run's metrics say; runs of earlier versions do not."""
+    found = _measured(run, "eval_rows")
+    return None if found is None else int(found)
+
+
+def _measured(run: Evaluated, metric: str, last: bool = False) -> float | None:
+    """What the run's metrics say of `metric`, first or last; None if nothing, for no report fails for want of it."""
     try:
-        for line in run.run.metrics.read_text(encoding="utf-8").splitlines():
-            measured = json.loads(line)
-            if "eval_rows" in measured:
-                return int(measured["eval_rows"])
-    except (OSError, ValueError, TypeError):  # the count is a courtesy: no report fails for want of it
+        lines = run.run.metrics.read_text(encoding="utf-8").splitlines()
+        values = [record[metric] for record in map(json.loads, lines) if metric in record]
+        return float(values[-1 if last else 0]) if values else None
+    except (OSError, ValueError, TypeError):
         return None
+
+
+def _base_value(metric: str, runs: list[Evaluated]) -> float | None:
+    """The base model's: measured at step 0, by a run whose adapter then changed nothing. None if no run can tell."""
+    for run in runs:
+        try:
+            recipe = load_recipe(run.run.recipe, stored=True)
+            begun = json.loads(run.run.metrics.read_text(encoding="utf-8").partition("\n")[0])
+        except (OSError, ValueError, TypeError, RemixError):
+            continue
+        is_ours = recipe.adapter_config().pool is not None  # B of every LoRA begins at zero
+        if is_ours and recipe.adapter.init_from is None and begun.get("step") == 0 and metric in begun:
+            return float(begun[metric])
     return None
 
 

@@ -36,6 +36,7 @@ from remix_cli.sweep.outcome import write_spelt_out
 from remix_cli.sweep.pool import Asked, Pool, Work
 from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, SweepRecord, read_record
 from remix_cli.sweep.size import run_sizes
+from remix_cli.sweep.words import metric_in_words
 from remix_cli.sweep.work import (
     Cause,
     Ended,
@@ -217,6 +218,7 @@ def _check_folder(sweep: Sweep) -> None:
 
 def say_sizes(sweep: Sweep, say: Say) -> dict[Path, RunSize]:
     """Read the rows, and say how large the runs are. Raises DataError."""
+    say("reading and encoding the rows")
     sizes = run_sizes(point for points in sweep.points.values() for point in points)
     by_tokens = sorted(sizes.values(), key=lambda size: size.tokens)
     least, most = by_tokens[0], by_tokens[-1]
@@ -234,7 +236,8 @@ class _Sweep:
         self.sizes = sizes  # of the points under the first seed; the others' are the same
         self.arms = {name: _Arm(name, points) for name, points in sweep.points.items()}
         self.forecast = Forecast(processes)
-        self.has_forecast = False  # has it been said how long this takes?
+        self.has_forecast = False  # has it been said how long this takes, by what was measured now?
+        self.has_guess = False  # or by what earlier runs took?
         self.hours: float | None = None  # that it may take
         self.errors: dict[Path, str] = {}
         self.failures: dict[str, Failure] = {}  # by run folder, or arm
@@ -294,7 +297,7 @@ class _Sweep:
         size = self.sizes[(setting or point).folder]
         self.total += 1
         if _is_complete(point):
-            self.forecast.ran(arm.name, size, _seconds_of_summary(point))
+            self.forecast.had_run(arm.name, size, _seconds_of_summary(point))
         else:
             self.forecast.awaited[point.folder] = Awaited(arm.name, size, point.folder)
         arm.waiting += 1
@@ -327,6 +330,8 @@ class _Sweep:
     def _at_once(self, jobs: list[Job], processes: int) -> None:
         if not jobs:
             return
+        if self.forecast.awaited:
+            self.say("loading the model; how long all takes is known after the first step")
         with Pool(processes) as pool:
             self.pool = pool
             for job in jobs:
@@ -349,9 +354,12 @@ class _Sweep:
         left = self.forecast.seconds_left()
         if left is None:
             return
-        if not self.has_forecast:
+        if not self.has_forecast and self.forecast.has_measured:
             self.has_forecast = True
-            self.say(f"     about {_until(left)}, and what loading the model each time takes")
+            self.say(f"     about {_until(left)} by the first steps, and what loading the model takes")
+        elif not self.has_forecast and not self.has_guess:
+            self.has_guess = True
+            self.say(f"     about {_until(left)} by what earlier runs took; said anew after the first step")
         self._compare_with_hours(left)
         self.show(f"{self.count}/{self.total} runs{self._in_hand()}; {in_words(left)} left")
 
@@ -387,7 +395,7 @@ class _Sweep:
             if awaited is not None:
                 seconds = max(seconds, _seconds_of_summary(point))  # that of earlier parts, too
                 self.forecast.ran(arm.name, awaited.size, seconds)
-            shown = f"{self.sweep.metric} {abs(value):.4f}"
+            shown = f"{metric_in_words(self.sweep.metric)} {abs(value):.4f}"
         else:
             value = math.inf
             shown = problem.line

@@ -3,34 +3,22 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from remix_cli.evaluation.score_tables import number, plain_table, with_unit
 from remix_cli.evaluation.statistics import FEW, Score, too_few
 from remix_cli.sweep.report import ArmReport, SweepReport
-
-HELD_OUT = "held out"  # as evaluations call the recipe's own held-out rows
+from remix_cli.sweep.words import HELD_OUT, HELD_OUT_LOSS, metric_in_words, score_in_words
+from remix_cli.train.lines import say
 
 
 def sweep_tables(report: SweepReport) -> list[Table]:
     """What each arm is and costs; then its scores, and how far they are from the first arm's."""
-    costs = plain_table("Arms at their best setting (chosen on held-out rows)")
-    for column in ("arm", "setting", "held out", "trained", "active", "seconds", "GiB"):
-        costs.add_column(column, justify="left" if column in ("arm", "setting") else "right", overflow="fold")
-    for arm in report.arms:
-        costs.add_row(
-            arm.arm,
-            _setting(arm),
-            "-" if arm.validation is None else f"{arm.validation:.4f}",
-            f"{arm.trained_parameters:,}",
-            f"{arm.active_parameters:,}",
-            f"{arm.train_seconds:,.0f}",
-            f"{arm.peak_memory_gib:.1f}",
-        )
-    tables = [costs]
+    tables = [_costs(report)]
     for name in _names([arm.scores for arm in report.arms]):
-        title = _with_rows(name, report)
-        table = plain_table(f"{title}: mean over seeds, and difference from {report.reference} (95 % intervals)")
+        title = score_in_words(name, report.rows)
+        table = plain_table(f"{title}\nmean over seeds, and difference from {report.reference} (95 % intervals)")
         for column in ("arm", "runs", "score", "interval", "difference", "interval"):
             table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
         for arm in report.arms:
@@ -40,13 +28,67 @@ def sweep_tables(report: SweepReport) -> list[Table]:
     return tables
 
 
+def print_report(report: SweepReport, console: Console) -> None:
+    """Tables, what their columns are, and the verdict."""
+    costs, *scores = sweep_tables(report)
+    console.print(costs)
+    for line in cost_notes(report):
+        say(console, line)
+    for table in scores:
+        console.print()
+        console.print(table)
+    console.print()
+    for line in sweep_notes(report):
+        say(console, line)
+    if report.skipped:
+        say(console, f"not in these tables: {'; '.join(report.skipped)}")
+
+
+def _costs(report: SweepReport) -> Table:
+    metric = metric_in_words(report.metric)
+    table = plain_table("Arms at their best setting (chosen on held-out rows)")
+    for column in ("arm", "setting", "\n".join(metric.split()), "trained", "active", "seconds", "GiB"):
+        table.add_column(column, justify="left" if column in ("arm", "setting") else "right", overflow="fold")
+    if report.base is not None:
+        table.add_row("base model", "-", f"{report.base:.4f}", "", "", "", "")
+    for arm in report.arms:
+        table.add_row(
+            arm.arm,
+            _setting(arm),
+            "-" if arm.validation is None else f"{arm.validation:.4f}",
+            f"{arm.trained_parameters:,}",
+            f"{arm.active_parameters:,}",
+            f"{arm.train_seconds:,.0f}",
+            f"{arm.peak_memory_gib:.1f}",
+        )
+    return table
+
+
+def cost_notes(report: SweepReport) -> list[str]:
+    """What the columns of the first table are; to be read below it."""
+    if not report.arms:
+        return []
+    what = HELD_OUT_LOSS if report.metric == "eval_loss" else f"{report.metric}, on held-out rows while training"
+    runs = [arm.validation_runs for arm in report.arms]
+    lines = [f"{what}: after the last step, mean over {_how_many(runs, 'seed')}"]
+    if report.base is not None:
+        lines[0] += "; the base model's before the first"
+    return [*lines, "seconds: of the quickest run by the clock, whatever else the machine was doing"]
+
+
+def _how_many(counts: Sequence[int], what: str) -> str:
+    """`3 seeds`, `1 to 3 seeds`."""
+    said = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{said} {what if said == '1' else f'{what}s'}"
+
+
 def sweep_notes(report: SweepReport) -> list[str]:
     """The verdict in words: by the score that decides, then by the others; what it rests on, and what to mind."""
     lines = _decision(report) if report.decision and len(report.arms) > 1 else []
     for name in _names([arm.verdicts for arm in report.arms]):
         if report.decision and name == report.decision.score:
             continue
-        lines.append(f"{_with_rows(name, report)}, against {report.reference}:")
+        lines.append(f"{score_in_words(name, report.rows)}, against {report.reference}:")
         lines += [f"  {arm.arm}: {arm.verdicts[name]}" for arm in report.arms if name in arm.verdicts]
     known = [arm.held_out_rows for arm in report.arms if arm.held_out_rows is not None]
     if known:
@@ -70,7 +112,8 @@ def _decision(report: SweepReport) -> list[str]:
     decision = report.decision
     assert decision is not None
     scored = next(arm for arm in report.arms if arm.arm == decision.best).scores[decision.score]
-    title = _with_rows(decision.score, report)
+    title = score_in_words(decision.score, report.rows)
+    rows = _scored_rows(report)
     lines = [f"{decision.best} is best by {title}: {with_unit(scored.value, scored.share)} ({_interval(scored)})"]
     lines += [f"  {arm}: {words}" for arm, words in decision.against.items()]
     if decision.take != decision.best:
@@ -82,8 +125,8 @@ def _decision(report: SweepReport) -> list[str]:
         lines.append(
             f"take {decision.take} for now: it is ahead under one seed; more would say what training varies by"
         )
-    elif scored.count < FEW:
-        lines.append(f"take {decision.take} for now: it is ahead, on {scored.count} rows; give more, {FEW} at least")
+    elif rows is not None and rows < FEW:
+        lines.append(f"take {decision.take} for now: it is ahead, on {rows} rows; give more, {FEW} at least")
     else:
         lines.append(f"take {decision.take}: it is clearly ahead of all others")
     return [*lines, _rests_on(report)]
@@ -92,21 +135,22 @@ def _decision(report: SweepReport) -> list[str]:
 def _rests_on(report: SweepReport) -> str:
     decision = report.decision
     assert decision is not None
-    differences = [arm.differences[decision.score] for arm in report.arms if decision.score in arm.differences]
-    rows = f"{differences[0].count:,} scored rows, " if differences else ""
-    runs = [arm.runs for arm in report.arms]
-    seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    count = _scored_rows(report)
+    rows = "" if count is None else f"{count:,} scored rows, "
+    seeds = _how_many([arm.runs for arm in report.arms], "seed")
     tokens = max(arm.train_tokens for arm in report.arms)
-    said = f"this rests on {rows}{seeds} {'seed' if seeds == '1' else 'seeds'}, {tokens:,.0f} tokens of training each"
+    said = f"this rests on {rows}{seeds}, {tokens:,.0f} tokens of training each"
     if report.rows.get(decision.score.partition(" ")[0]) == HELD_OUT:
         said += "; the same rows chose the settings, so give eval.tasks rows of their own for a final figure"
     return said
 
 
-def _with_rows(name: str, report: SweepReport) -> str:
-    """`nll loss` of which rows: `nll loss (test.jsonl)`."""
-    rows = report.rows.get(name.partition(" ")[0])
-    return f"{name} ({rows})" if rows else name
+def _scored_rows(report: SweepReport) -> int | None:
+    """That the decision rests on; a score over seeds counts runs, a difference rows. None without a difference."""
+    decision = report.decision
+    assert decision is not None
+    counts = [arm.differences[decision.score].count for arm in report.arms if decision.score in arm.differences]
+    return counts[0] if counts else None
 
 
 def _names(of_arms: Sequence[Mapping[str, object]]) -> list[str]:

@@ -26,5 +26,6 @@ trackers.py     every step to every tracker, once
 tracker_tools.py  the trackers: how each is opened, and what it holds already
 signals.py      SIGTERM and Ctrl-C
 console.py      what a person sees while it runs
+lines.py        lines that fit the screen
 budget.py       `remix budget`: how large each method is for equal parameters
 """

@@ -12,6 +12,7 @@ from remix_cli.diagnostics.parameters import ParameterCounts, count_parameters
 from remix_cli.models import known_base, out_of_reach
 from remix_cli.recipe import Recipe
 from remix_cli.stored_json import Document
+from remix_cli.train.lines import say
 from remix_cli.train.micro_batch import passes_of
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.preview import describe_model, describe_taken, estimate_memory, print_size
@@ -77,5 +78,5 @@ def print_estimate(found: ShapeEstimate, console: Console) -> None:
         f"method    {recipe.adapter.method}: {recipe.method.summary}",
         f"steps     of {found.rows_per_step} rows each{describe_taken(found.passes)}",
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     print_size(found.counts, found.memory, console)

@@ -10,6 +10,7 @@ from remix_cli.data.splits import TrainingData
 from remix_cli.diagnostics.parameters import ParameterCounts
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.recipe import Recipe
+from remix_cli.train.lines import say
 from remix_cli.train.micro_batch import describe_router
 
 
@@ -49,7 +50,7 @@ class TrainingConsole:
 
     def line(self, text: str) -> None:
         if self.main:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
     def announce(self, recipe: Recipe, data: TrainingData, counts: ParameterCounts, step: int, total: int) -> None:
         """What is about to be trained, on what and how."""

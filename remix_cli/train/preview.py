@@ -24,6 +24,7 @@ from remix_cli.runs import Subject
 from remix_cli.stored_json import Document
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
+from remix_cli.train.lines import say
 from remix_cli.train.micro_batch import describe_router, passes_of
 from remix_cli.train.prepare import check_output, check_recipe
 from remix_cli.train.told_formats import tell_formats
@@ -256,31 +257,31 @@ def describe_taken(passes: int) -> str:
 def print_preview(p: Preview, console: Console) -> None:
     """Plain words first; supervised text is marked by brackets as well as by style."""
     for line in p.told:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     model, method = p.recipe.model, p.recipe.adapter.method
-    console.print(describe_model(model, p.counts), soft_wrap=True)
+    say(console, describe_model(model, p.counts))
     if model.about_dtype:
-        console.print(f"dtype     {model.about_dtype}", highlight=False, soft_wrap=True)
-    console.print(f"method    {method}: {p.recipe.method.summary}", highlight=False, soft_wrap=True)
-    console.print(f"train     {p.train}", highlight=False)
-    console.print(f"held out  {p.validation}", highlight=False)
+        say(console, f"dtype     {model.about_dtype}")
+    say(console, f"method    {method}: {p.recipe.method.summary}")
+    say(console, f"train     {p.train}")
+    say(console, f"held out  {p.validation}")
     few = too_few(p.held_out)
     if few:
-        console.print(f"warning   held-out rows: {few}", highlight=False, soft_wrap=True)
-    console.print(f"steps     {p.steps} of {p.rows_per_step} rows each{describe_taken(p.passes)}", highlight=False)
+        say(console, f"warning   held-out rows: {few}")
+    say(console, f"steps     {p.steps} of {p.rows_per_step} rows each{describe_taken(p.passes)}")
     if p.recipe.adapter_config().samples:
-        console.print(f"router    {describe_router(p.recipe.router)}", highlight=False)
-    console.print(f"padding   {p.padding:.1%} of the tokens of an epoch", highlight=False)
-    console.print(f"writes    {p.output}", highlight=False, soft_wrap=True)
+        say(console, f"router    {describe_router(p.recipe.router)}")
+    say(console, f"padding   {p.padding:.1%} of the tokens of an epoch")
+    say(console, f"writes    {p.output}")
     for source in p.sources:
-        console.print(f"\n{source.describe()}", highlight=False, soft_wrap=True)
+        say(console, f"\n{source.describe()}")
         if source.remark():
-            console.print(f"warning   {source.remark()}", highlight=False, soft_wrap=True)
-        console.print("A row as the model sees it; what it learns stands in «»:", highlight=False)
+            say(console, f"warning   {source.remark()}")
+        say(console, "A row as the model sees it; what it learns stands in «»:")
         text = Text()
         for piece, learnt in source.row:
             text.append(f"«{piece}»" if learnt else piece, style="bold" if learnt else "dim")
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True)  # broken nowhere: every space counts
     print_size(p.counts, p.memory, console)
 
 

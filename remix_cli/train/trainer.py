@@ -34,6 +34,7 @@ from remix_cli.train import checkpoints, optim, prepare
 from remix_cli.train.checkpoints import TrainingState
 from remix_cli.train.cluster_prompts import find_clusters, rows_to_cluster
 from remix_cli.train.console import TrainingConsole
+from remix_cli.train.lines import say
 from remix_cli.train.micro_batch import COUNTS_NOTHING
 from remix_cli.train.pace import Pace
 from remix_cli.train.record import Recorder, peak_memory, summarise, weights_of
@@ -78,7 +79,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
             problem = _problem_of(folder)
             if main:
                 line = f"{problem}; taken from the last checkpoint" if problem else "already complete; nothing to do"
-                console.print(f"{folder.path}: {line}", highlight=False, soft_wrap=True)
+                say(console, f"{folder.path}: {line}")
             if not problem:
                 return summary
         if main:
@@ -117,7 +118,7 @@ def _restore(setup: Setup, console: Console) -> TrainingState | None:
 
     def tell(line: str) -> None:
         if setup.is_main:
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
 
     checkpoint, skipped = checkpoints.newest_valid(setup.folder.checkpoints)
     for line in skipped:
@@ -150,7 +151,7 @@ def _open_folder(setup: Setup, state: TrainingState, resumed: bool, console: Con
     folder.write_recipe(setup.recipe, setup.begun_with)
 
     def tell(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
 
     try:
         return Recorder(setup.recipe, folder, state.step, state.evaluation_due, tell)
@@ -342,8 +343,8 @@ class Trainer:
         self.view.advance(done, float(sums.loss))
         if self.state.evaluation_due and self.recorder and self.adapter.config.routed:
             self.recorder.picture(done, list(self.adapter.routers), sums.routing.shares())
-        if not self._is_due(self.recipe.train.logging_steps):
-            return
+        if done > 1 and not self._is_due(self.recipe.train.logging_steps):
+            return  # the first says how long the others will take
         rate, router_rate = self._rates(step)
         self._record(
             {

@@ -65,10 +65,10 @@ def test_a_best_value_at_the_end_of_its_grid_is_marked_with_one_beyond_it():
     assert beyond(dropouts, {"dropout": 0.1}) == {"dropout": 0.2}
 
 
-def run_of(seed, losses, protocol):
+def run_of(seed, losses, protocol, rows="test.csv"):
     lines = [{"prompt": str(i), "task": "t", "nats": float(loss), "tokens": 1} for i, loss in enumerate(losses)]
     scores = {"loss": Score(float(np.mean(losses)), 0, 9, len(losses), share=False)}
-    result = TaskResult("nll", len(losses), scores, 1.0, len(losses), protocol, rows="test.csv")
+    result = TaskResult("nll", len(losses), scores, 1.0, len(losses), protocol, rows=rows)
     folder = Path(f"arm/seed{seed}/eval")
     return Evaluated("run", Report("adapter", [result]), folder, TrainingCosts(), lines_read={"nll": lines})
 
@@ -76,15 +76,19 @@ def run_of(seed, losses, protocol):
 @pytest.fixture
 def arms():
     """One LoRA, a pool that is level with it, and one that is clearly worse; three seeds each."""
+    return three_arms(60)
+
+
+def three_arms(rows):
     stored = Path(__file__).parents[1] / "evaluation" / "stored" / "report.json"
     protocol = Report.from_dict(json.loads(stored.read_text())).results[0].protocol
     protocol = replace(protocol, asked=replace(protocol.asked, task="nll", samples=None))
     random = np.random.default_rng(0)
-    items = random.random(60)
+    items = random.random(rows)
     of = {"LoRA": 1.0, "pool": 0.999, "soft": 1.5}
     runs = {}
     for name, loss in of.items():
-        runs[name] = [run_of(seed, items + loss + 0.01 * random.standard_normal(60), protocol) for seed in range(3)]
+        runs[name] = [run_of(seed, items + loss + 0.01 * random.standard_normal(rows), protocol) for seed in range(3)]
     return ArmsRuns(runs)
 
 
@@ -111,6 +115,27 @@ def test_under_one_seed_nothing_is_clearly_ahead(arms):
     assert said[2] == "take pool for now: it is ahead under one seed; more would say what training varies by"
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (29, "take pool for now: it is ahead, on 29 rows; give more, 30 at least"),
+        (30, "take pool: it is clearly ahead of all others"),
+    ],
+)
+def test_what_is_ahead_on_few_rows_is_not_called_clear(rows, said):
+    """It counted the seeds, of which nobody has thirty: nothing was ever clearly ahead."""
+    pair = ArmsRuns({name: three_arms(rows).runs_of[name] for name in ("soft", "pool")})
+    scores = {name: pair.scores(name) for name in pair.runs_of}
+    costs = (1, 1, 1.0, 5000.0, 1.0)
+    reports = []
+    for name in pair.runs_of:
+        apart = {} if name == "soft" else pair.differences(name, "soft")
+        differences = {key: one.found.score for key, one in apart.items()}
+        reports.append(ArmReport(name, "", 3, *costs, 1.0, [], rows, scores[name], differences, {}))
+    report = SweepReport("eval_loss", [0, 1, 2], "soft", reports, [], decide("eval_loss", scores, pair), {})
+    assert sweep_notes(report)[2] == said
+
+
 def test_the_verdict_says_what_it_rests_on(arms):
     scores = {name: arms.scores(name) for name in arms.runs_of}
     reports = []
@@ -126,7 +151,7 @@ def test_the_verdict_says_what_it_rests_on(arms):
     report = SweepReport("eval_loss", [0, 1, 2], "LoRA", reports, [], decision, {"nll": "held out"})
     assert SweepReport.from_dict(report.to_dict()) == report
     said = sweep_notes(report)
-    assert said[0].startswith("pool is best by nll loss (held out): ")
+    assert said[0].startswith("pool is best by held-out loss, nats per token: ")
     assert said[3] == "take LoRA: nothing separates it from the best, and it is the first of those listed"
     assert said[4].startswith(
         "this rests on 60 scored rows, 3 seeds, 5,000 tokens of training each; the same rows chose"

@@ -30,6 +30,23 @@ def test_a_run_costs_what_others_of_its_arm_took_or_else_its_work_says():
     assert forecast.seconds_left() == pytest.approx(30 + 40 + 15)
 
 
+def test_the_latest_run_says_how_fast_the_machine_is_and_what_was_before_only_until_then(tmp_path):
+    """A sweep that began on a busy machine was told hours that it took minutes for, to its end."""
+    forecast = Forecast(1)
+    forecast.awaited = {"a": Awaited("A", size(2.0), tmp_path), "b": Awaited("B", size(1.0))}
+    for seconds in (100.0, 300.0):
+        forecast.had_run("A", size(1.0), seconds)
+    assert not forecast.has_measured
+    assert forecast.seconds_left() == pytest.approx(3 * 200)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 0.5}\n')
+    assert forecast.has_measured
+    assert forecast.seconds_left() == pytest.approx(0.9 * 5 + 2.5)  # of ten steps one is done
+    del forecast.awaited["a"]
+    forecast.ran("A", size(1.0), 40.0)
+    forecast.ran("A", size(1.0), 4.0)
+    assert forecast.seconds_left() == pytest.approx(4)
+
+
 def test_several_processes_share_the_work_but_no_run_is_split():
     forecast = Forecast(4)
     forecast.ran("A", size(1.0), 10.0)

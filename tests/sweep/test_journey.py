@@ -9,7 +9,7 @@ from helpers.workers import in_this_process
 
 from remix_cli.recipe import load_recipe
 from remix_cli.recipe.sweep_grammar import load_sweep
-from remix_cli.sweep import forecast
+from remix_cli.sweep import forecast, runner, work
 
 
 @pytest.fixture
@@ -33,10 +33,14 @@ def test_one_command_leads_from_a_recipe_to_a_decision(plain, tmp_path, verb, mo
         "6 runs to search, then 2 more: the best of each arm under seed 1",
     ]
     assert "each run: 2 steps of 8 rows, 176 tokens" in lines
+    assert [line.split()[0] for line in lines[4:8]] == ["reading", "each", "warning:", "least,"]
+    assert lines[8] == "loading the model; how long all takes is known after the first step"
+    assert not [line for line in lines if len(line) > 80 and str(tmp_path) not in line]
     trained = [line for line in lines if "/8 trained  " in line]
     assert [line[:6] for line in trained] == [f"{number:>4}/8" for number in range(1, 9)]
-    assert all(line.endswith(" s left") for line in trained[:-1])
-    decided = out[out.index("is best by nll loss (held out): ") :]
+    assert all(" s left" in said for said in " ".join(out.split()).split("/8 trained ")[1:-1])
+    decided = " ".join(out.split())
+    decided = decided[decided.index("is best by held-out loss, nats per token: ") :]
     assert (
         "this rests on 8 scored rows, 2 seeds, 176 tokens of training each; the same rows chose the settings" in decided
     )
@@ -69,14 +73,27 @@ def test_hours_hold_as_many_seeds_as_fit(plain, tmp_path, verb, monkeypatch):
     monkeypatch.setattr(forecast.Forecast, "seconds_of_run", lambda *_: next(seconds))
     monkeypatch.setattr(forecast.Forecast, "seconds_of_scoring", lambda *_: 180.0)
     out, _ = verb("sweep", plain, "--hours", "0.4")  # a seed of both arms takes 18 minutes
-    assert "6 runs to search, then the best of each arm under as many seeds as 0.4 hours hold" in out
+    assert "6 runs to search, then the best of each arm under as many seeds as 0.4 hours\n  hold\n" in out
     assert "seeds that fit: 0, 1\n" in out
     assert json.loads((tmp_path / "run-sweep" / "sweep.json").read_text())["seeds"] == [0, 1]
     assert "asked for" not in out
     out, _ = verb("sweep", plain, "--hours", "0.01", f"output_dir={tmp_path}/other")
-    assert out.count("that is more than the 0.01 h asked for: Ctrl-C, then fewer arms (--only)") == 1
+    assert out.count("that is more than the 0.01 h asked for: Ctrl-C, then fewer arms") == 1
     _, err = verb("sweep", plain, "--hours", "1", "--seeds", "2", expect=2)
     assert "--seeds, --hours: one says how many seeds" in err
+
+
+def test_how_long_it_takes_is_said_once_the_first_step_is_done(plain, tmp_path, verb, monkeypatch):
+    in_this_process(monkeypatch)
+    monkeypatch.setattr(forecast, "last_logged", lambda _: forecast.Logged(1, 100.0))
+    lost = work.Failure("diverged at step 2", 3, work.Cause.DIVERGED)
+    monkeypatch.setattr(runner, "train_run", lambda _: lost)
+    out, _ = verb("sweep", plain, expect=3)
+    lines = out.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if "by the first steps" in line)
+    assert lines[at].startswith("     about 23 min left, until ")  # of six runs a step each, and four more whole
+    assert lines[at - 1].startswith("loading the model")
+    assert "   1/10 trained  " in lines[at + 1 : at + 3][-1]
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

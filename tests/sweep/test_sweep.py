@@ -222,14 +222,22 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     lost = {tmp_path / "out" / one["run"] for arm in document["arms"].values() for one in arm["searched"]} - set(scored)
     assert len(lost) == 1
     assert not any(RunFolder(folder).evaluations.exists() for folder in lost)
-    assert "nll loss (test.jsonl): mean over seeds, and difference from LoRA" in out
+    title = "loss on test.jsonl, nats per token\nmean over seeds, and difference from LoRA (95 % intervals)"
+    assert title in "\n".join(line.rstrip() for line in out.splitlines())
+    assert "held-out loss, nats per token: after the last step, mean over 2 seeds; the base" in out
     # the figures of the table, from the runs themselves
     report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
     for arm in report["arms"]:
         files = [tmp_path / "out" / report for report in document["arms"][arm["arm"]]["reports"]]
         losses = [work.scored_tasks(file)["nll"].scores["loss"].value for file in files]
         assert arm["scores"]["nll loss"]["value"] == pytest.approx(np.mean(losses))
-        assert arm["runs"] == 2
+        assert arm["runs"] == arm["validation_runs"] == 2
+        measured = [last_held_out(file.parent.parent) for file in files]
+        assert arm["validation"] == pytest.approx(np.mean([values[-1] for values in measured]))
+        assert report["base"] == pytest.approx(measured[1][0])  # that of another run: all began as the base model
+        assert f" {arm['validation']:.4f} " in out
+        seconds = [json.loads((file.parent.parent / "summary.json").read_text())["seconds"] for file in files]
+        assert arm["train_seconds"] == min(seconds)
         summary = json.loads((files[0].parent.parent / "summary.json").read_text())
         assert arm["trained_parameters"] == summary["parameters"]["trained"]
     # one arm alone leaves the other in the table
@@ -249,6 +257,11 @@ def test_a_sweep_searches_chooses_repeats_tests_once_and_tabulates(stage, tmp_pa
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
     verb("sweep", path)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
+
+
+def last_held_out(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["eval_loss"] for record in records if "eval_loss" in record]
 
 
 def test_an_arm_that_the_file_has_changed_is_refused_and_kept_out_of_the_table(stage, tmp_path, verb, monkeypatch):
@@ -287,7 +300,8 @@ def test_a_part_of_the_answers_is_no_answer(stage, tmp_path, verb, monkeypatch):
     verb("eval", arm / "seed1", "--limit", 1)
     found = json.loads(verb("compare", tmp_path / "out", "--json")[0])
     assert found["arms"][0]["scores"] == {}
-    assert found["skipped"] == ["nll: the runs of run were not asked the same (other data, other prompts); no mean"]
+    assert found["skipped"] == ["nll: other data, other prompts"]
+    assert "\nnot in these tables: nll: other data, other prompts\n" in verb("compare", tmp_path / "out")[0]
     verb("sweep", path)  # asks again
     assert json.loads(verb("compare", tmp_path / "out", "--json")[0])["arms"] == whole["arms"]
     for file in (arm / "seed0" / "eval").iterdir():

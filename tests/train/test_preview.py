@@ -25,7 +25,7 @@ def test_each_source_is_counted_and_a_row_of_it_shown(stage, tmp_path, verb):
     assert (first["name"], first["rows"], first["dropped"]) == ("rows.jsonl", 40, 0)
     assert second["rows"] == 3, "the fourth loses what is learnt at max_length"
     assert (second["conversations"], second["repeated"], second["dropped"]) == (4, 2, 1)
-    said = verb("validate", path)[0]
+    said = " ".join(verb("validate", path)[0].split())
     assert "other.jsonl (prompt_completion): 3 rows, 6 supervised tokens, longest 6, 2 said before, 1 dropped" in said
     assert "<bot>«w3 <eos>»" in said
     assert said.index("rows.jsonl (gsm8k): 40 rows") < said.index("other.jsonl (prompt_completion): 3 rows")
@@ -40,12 +40,12 @@ def test_a_source_of_which_hardly_anything_is_held_out_is_remarked_on(fraction, 
     few.write_text("".join(rows.read_text().splitlines(keepends=True)[:9]))
     recipe = recipe_text(model, rows, tmp_path / "out")
     recipe["data"] |= {"train": [*recipe["data"]["train"], {"path": str(few)}], "validation_fraction": fraction}
-    said = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe))[0]
+    said = " ".join(verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe))[0].split())
     assert f"{held} held out" in said
     assert (f"{held} of its rows held out, too few to say how it fares by itself" in said) == (held < 3)
     own = {"data": recipe["data"] | {"validation": [{"path": str(few), "format": "gsm8k"}], "allow_overlap": True}}
     del own["data"]["validation_fraction"]
-    said = verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe | own))[0]
+    said = " ".join(verb("validate", write_recipe(tmp_path / "recipe.yaml", recipe | own))[0].split())
     assert "of its rows held out" not in said
 
 
