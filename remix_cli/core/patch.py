@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,17 @@ from remix_cli.core.trace import RoutingState, Seed, Trace, selection_noise
 from remix_cli.errors import RecipeError, shortened
 
 PATIENCE = 1.0  # seconds for a pattern and all names: a regular expression may take years
+DEFAULT_TARGETS = AdapterConfig().target_modules
+# What the default stands for in models without layers of its names, first come first served: the feed-forward layers by
+# other names; where those are no layers, because all experts are one parameter, the attention's.
+STAND_INS = (
+    ("gate_up_proj", "down_proj"),  # Phi-3, GLM: gate and up in one
+    ("mlp.up_proj", "mlp.down_proj"),  # Nemotron: no gate
+    ("fc1", "fc2"),  # Phi-2, OPT
+    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    ("mlp.c_fc", "mlp.c_proj"),  # StarCoder2
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # Mixtral, Qwen3-MoE, GPT-OSS
+)
 
 
 class TargetError(ValueError):
@@ -29,24 +41,41 @@ def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that `patterns` select, in the model's order.
 
     A pattern is the end of a module's dotted name (`up_proj`, `mlp.up_proj`), a regular expression for the
-    whole name, or `all-linear`. The output embedding is never a target. Raises TargetError, with the names the model
-    has, if a pattern selects nothing.
+    whole name, or `all-linear`. The output embedding is never a target. The default patterns stand for others where
+    the model has no such names: see `meant_by`. Raises TargetError, with the names the model has, if a pattern selects
+    nothing.
     """
-    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
-    linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head]
+    linears = _linears(model)
     found: set[str] = set()
-    for pattern in patterns:
-        if pattern == ALL_LINEAR:
-            hits = set(linears)
-        else:
-            hits = {name for name in linears if name == pattern or name.endswith(f".{pattern}")}
-            hits |= _full_matches(pattern, linears)
+    for pattern in meant_by(model, patterns):
+        hits = _selected(pattern, linears)
         if not hits:
             have = ", ".join(last_names(linears)) or "no nn.Linear at all"
             raise TargetError(f"no linear layer matches {pattern!r}; this model has: {have}")
         found |= hits
     return [name for name in linears if name in found]
+
+
+def meant_by(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """`patterns`; for DEFAULT_TARGETS, if one of them selects nothing, the first of STAND_INS that all do."""
+    if patterns != DEFAULT_TARGETS:
+        return patterns
+    linears = _linears(model)
+    fitting = (row for row in (patterns, *STAND_INS) if all(_selected(pattern, linears) for pattern in row))
+    return next(fitting, patterns)
+
+
+def _linears(model: nn.Module) -> list[str]:
+    """Names of all linear layers but the output embedding, in the model's order."""
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    return [name for name, m in model.named_modules() if is_linear(m) and m is not head]
+
+
+def _selected(pattern: str, linears: list[str]) -> set[str]:
+    if pattern == ALL_LINEAR:
+        return set(linears)
+    return {n for n in linears if n == pattern or n.endswith(f".{pattern}")} | _full_matches(pattern, linears)
 
 
 def last_names(names: Iterable[str]) -> list[str]:
@@ -243,11 +272,12 @@ class Adapter:
 def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
     """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
 
-    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing, ValueError for a method
-    without a pool.
+    A and P are drawn from `seed` alone. The adapter's config names the targets that the model has (see `meant_by`).
+    Raises TargetError if a target matches nothing, ValueError for a method without a pool.
     """
     if config.pool is None:
         raise ValueError(f"{config.method} is not a method of pools; see remix_cli.methods")
+    config = replace(config, target_modules=meant_by(model, config.target_modules))
     targets = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     adapter = Adapter(model, config)

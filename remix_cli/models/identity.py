@@ -88,7 +88,9 @@ def _vocabulary(tokenizer: Any) -> str:
 def forward_settings(config: Any) -> dict[str, Any]:
     """SETTINGS that the config has, rotary frequencies among them. GGUF files hold numbers of single precision."""
     config = config.get_text_config()
-    found = {key: getattr(config, key) for key in SETTINGS if hasattr(config, key)}
+    by_layer = getattr(config, "per_layer_attributes", None) or ()  # which cannot be read from the config as a whole
+    found = {key: getattr(config, key) for key in SETTINGS if key not in by_layer and hasattr(config, key)}
+    found |= {key: [getattr(layer, key) for layer in config.per_layer_config] for key in SETTINGS if key in by_layer}
     if found.pop("use_sliding_window", True) is False:  # then versions differ in what they make of its size
         found.pop("sliding_window", None)
     found |= _flat("rope", getattr(config, "rope_parameters", None) or {})
