@@ -24,6 +24,7 @@ from remix_cli.data.formats import Example
 from remix_cli.data.formats.registry import FORMATS
 from remix_cli.data.rows import COLUMNS, EncodedConversation, Pack, Packer
 from remix_cli.data.sources import files_of
+from remix_cli.data.template import writes_date
 from remix_cli.errors import ArtefactError, BusyError, DataError, StorageError
 from remix_cli.recipe.sources import Data, Source
 from remix_cli.storage import is_sealed, publish_folder, seal, sha256, write_json
@@ -169,7 +170,7 @@ def contents_of(source: Source) -> list[str] | None:
 def _place_of(source: Source, contents: list[str] | None, tokenizer: Any, data: Data) -> Path | None:
     """Where the rows of a source are kept; None if they are not, for what they depend on cannot be told."""
     folder = cache_folder()
-    read_by = _state_of(tokenizer)
+    read_by = _state_of(tokenizer, data.template_date)
     own = FORMATS[source.format].where.startswith("remix_cli.data.formats.")
     if folder is None or contents is None or read_by is None or not own:
         return None
@@ -187,14 +188,14 @@ def _place_of(source: Source, contents: list[str] | None, tokenizer: Any, data: 
     return folder / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _state_of(tokenizer: Any) -> list[Any] | None:
+def _state_of(tokenizer: Any, day: str | None) -> list[Any] | None:
     """All that its reading of a text depends on; None for one that runs code of its own, which cannot be told."""
     if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
         return None
     template = tokenizer.chat_template or ""
     place = {"name_or_path", "is_local", "local_files_only", "vocab_file"}
     settings = {key: repr(value) for key, value in tokenizer.init_kwargs.items() if key not in place}
-    today = str(date.today()) if "strftime_now" in str(template) else ""  # such templates write the date
+    today = day or (str(date.today()) if writes_date(tokenizer) else "")
     names = [tokenizer.special_tokens_map, tokenizer.all_special_ids, tokenizer.eos_token_id]
     return [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), template, settings, names, today]
 

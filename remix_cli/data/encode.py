@@ -19,7 +19,7 @@ from remix_cli.data.formats import Example, Message, RowError, question, to_exam
 from remix_cli.data.formats.base import Conversation
 from remix_cli.data.rows import NOTHING, Encoded, EncodedConversation, Packer
 from remix_cli.data.sources import iterate_rows
-from remix_cli.data.template import Template
+from remix_cli.data.template import Template, writes_date
 from remix_cli.data.turns import Part
 from remix_cli.errors import DataError
 from remix_cli.recipe.sources import Data, Source
@@ -44,6 +44,7 @@ class Encoder:
         use_chat_template: bool | None,
         allow_special_tokens: bool = False,
         template_settings: dict[str, Any] | None = None,
+        template_date: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -51,8 +52,12 @@ class Encoder:
             raise DataError("data.use_chat_template: this tokenizer has no chat template; set it to false")
         if template_settings and not tokenizer.chat_template:
             raise DataError("data.chat_template_kwargs: this tokenizer has no chat template; leave them out")
+        if template_date and not writes_date(tokenizer):
+            raise DataError("data.template_date: this tokenizer has no chat template that writes a date; leave it out")
         self.chat = bool(tokenizer.chat_template) if use_chat_template is None else use_chat_template
-        self.template = Template(tokenizer, template_settings or {}) if tokenizer.chat_template else None
+        self.template: Template | None = None
+        if tokenizer.chat_template:
+            self.template = Template(tokenizer, template_settings or {}, template_date)
         self.special = special_ids(tokenizer)
         self.kept: set[str] = set()  # forms of conversations of which the template renders everything
         self.control: ControlTokens | None = None
@@ -68,6 +73,7 @@ class Encoder:
             data.use_chat_template,
             data.allow_special_tokens,
             data.chat_template_kwargs,
+            data.template_date,
         )
 
     def parts(self, example: Example) -> list[list[Part]]:

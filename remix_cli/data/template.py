@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from datetime import date, datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from remix_cli.data.formats import Message, RowError, without_mark
 from remix_cli.data.formats.base import Conversation
 from remix_cli.data.turns import Part, rows_of
 from remix_cli.errors import shortened
+from remix_cli.recipe.sources import Data
 
 # A rendering takes well under a millisecond; the first one compiles the template, in a few hundredths of a second.
 SECONDS, SECONDS_EACH = 1, 0.05
@@ -31,13 +33,39 @@ BYTES = 64_000_000
 WAIT = 120  # seconds, for a machine that is busy with other things
 AHEAD = 32_768  # bytes of questions that wait for the child: less than a pipe holds, so that asking never blocks
 
+DIRECTIVES = [*(f"%-{one}" for one in "dmyHIMSj"), *(f"%{one}" for one in "aAwdbBmyYHIpMSfjUWcxXGuVDFTeh"), "%%"]
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Does the chat template ask what day it is? Those of Llama 3.2, SmolLM3 and gpt-oss do."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def clock_stopped_at(day: str) -> str:
+    """What to put in front of a template for `strftime_now` to be of `day`, at midnight: a macro of that name.
+
+    transformers passes data to templates, no functions, so the format is filled in by the template's own language. The
+    empty expression at the end keeps a line break that the template may begin with.
+    """
+    then = datetime.fromisoformat(day)
+    filled = "".join(f" | replace('{one}', '{then.strftime(one)}')" for one in DIRECTIVES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+
+def day_for(tokenizer: Any, data: Data) -> str | None:
+    """Today, for a recipe's `data` whose rows the chat template writes the date into; else None."""
+    return str(date.today()) if data.use_chat_template is not False and writes_date(tokenizer) else None
+
 
 class Template:
     """Renders a tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any, settings: dict[str, Any]):
-        """`settings` are passed on to the template, which may read some (`enable_thinking` of several)."""
-        self.tokenizer, self.settings = tokenizer, settings
+    def __init__(self, tokenizer: Any, settings: dict[str, Any], day: str | None = None):
+        """`settings` are passed on to the template, which may read some (`enable_thinking` of several).
+
+        `day`, YYYY-MM-DD: what it takes for today; None: today.
+        """
+        self.tokenizer, self.settings, self.day = tokenizer, settings, day
         self.pipe: Connection | None = None  # to the child, once there is one
         self._end: Callable[[], str | None] = lambda: None  # ends the child
         self.refusal = ""  # what it died of
@@ -112,7 +140,7 @@ class Template:
         except OSError as error:
             raise RowError(f"the chat template cannot be rendered: no process for it ({error.strerror})") from None
         if not child:
-            _serve(self.tokenizer, self.settings, there)
+            _serve(self.tokenizer, self.settings, self.day, there)
         there.close()
         self.pipe = here
         self._end = weakref.finalize(self, _end, child, os.getpid(), here)
@@ -134,8 +162,9 @@ def _end(child: int, parent: int, pipe: Connection) -> str:
     return f"ended its process ({status})"
 
 
-def _serve(tokenizer: Any, settings: dict[str, Any], pipe: Connection) -> NoReturn:
+def _serve(tokenizer: Any, settings: dict[str, Any], day: str | None, pipe: Connection) -> NoReturn:
     """The child: answer until the parent has gone."""
+    clock = "" if day is None else clock_stopped_at(day)
     try:
         _leave_the_parent(pipe.fileno())
         count = 0
@@ -145,8 +174,9 @@ def _serve(tokenizer: Any, settings: dict[str, Any], pipe: Connection) -> NoRetu
             count += 1
             _limit(resource.RLIMIT_CPU, SECONDS + math.ceil(SECONDS_EACH * count))
             shown = [without_mark(message) for message in messages]
+            template = clock + tokenizer.get_chat_template(None, tools) if clock else None
             return tokenizer.apply_chat_template(
-                shown, tools=tools, tokenize=False, add_generation_prompt=generate, **settings
+                shown, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=generate, **settings
             )
 
         while True:

@@ -601,6 +601,12 @@ class Recipe(Strict):
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": begun.model.dtype})})
 
+    def with_date(self, day: str | None) -> "Recipe":
+        """With the day that the chat template takes for today, unless the recipe says one."""
+        if day is None or self.data.template_date is not None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"template_date": day})})
+
     @property
     def method(self) -> "Method":
         return method_named(self.adapter.method)

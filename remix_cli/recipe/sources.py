@@ -2,6 +2,7 @@
 
 import os
 import string
+from datetime import date
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
@@ -295,6 +296,13 @@ def columns_in(template: str) -> frozenset[str]:
 NONE_HELD_OUT = "data.validation_fraction: 0 holds none out"
 
 
+def _day(text: str) -> str:
+    try:
+        return str(date.fromisoformat(text))
+    except ValueError:
+        raise PydanticCustomError("day", "should be a day such as 2026-11-28") from None
+
+
 class Data(Strict):
     train: Annotated[list[Source], Field(min_length=1)]
     validation: list[Source] = Field([], description="Held-out rows; empty: cut from train.")
@@ -308,6 +316,10 @@ class Data(Strict):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="Settings that the chat template reads, e.g. `enable_thinking: false`."
+    )
+    template_date: Annotated[str, AfterValidator(_day)] | None = Field(
+        None,
+        description="The day, YYYY-MM-DD, that a chat template takes for today; by default that of the run's begin.",
     )
     allow_special_tokens: bool = Field(
         False, description="Let texts spell out control tokens such as <|im_end|>; by default these stay text."
@@ -333,7 +345,8 @@ class Data(Strict):
         """Keys that count for nothing here, each with the reason."""
         keys = self._unread_of_held_out()
         if self.use_chat_template is False:
-            keys["chat_template_kwargs"] = "is for the chat template, and data.use_chat_template is false"
+            reason = "is for the chat template, and data.use_chat_template is false"
+            keys |= dict.fromkeys(("chat_template_kwargs", "template_date"), reason)
         return keys
 
     def _unread_of_held_out(self) -> dict[str, str]:

@@ -51,7 +51,7 @@ from remix_cli.train.checkpoints import origin_of_last
 from remix_cli.train.prepare import check_recipe
 from remix_cli.train.resume import Change, compare_recipes
 from remix_cli.train.run_size import RunSize
-from remix_cli.train.told_formats import tell_formats
+from remix_cli.train.told_formats import day_of, tell_formats
 
 Say = Callable[[str], None]
 MOST_SEEDS = 10  # that a number of hours is filled with
@@ -96,6 +96,7 @@ def run_sweep(
     """
     sweep = with_formats(sweep)
     _check(sweep, allow_code)
+    sweep = with_one_date(sweep)
     with lock_folder(sweep.folder):
         if os.path.lexists(sweep.folder / FILE):
             read_record(sweep.folder / FILE)  # its other arms would be lost
@@ -128,6 +129,29 @@ def _all_with_formats(points: list[Point]) -> list[Point]:
             recipe = point.recipe.model_copy(update={"data": told.data, "eval": told.eval})
             made.append(replace(point, recipe=recipe))
     return made
+
+
+def with_one_date(sweep: Sweep) -> Sweep:
+    """All runs have the day that the first was begun on, where the chat template writes one: the same rows."""
+    begun = next((found for points in sweep.points.values() for p in points if (found := _date_of(sweep, p))), None)
+    days: dict[str, str | None] = {}  # by what decides it
+    points: dict[str, list[Point]] = {arm: [] for arm in sweep.points}
+    for point in itertools.chain.from_iterable(sweep.points.values()):
+        key = f"{point.recipe.model} {point.recipe.data.use_chat_template}"
+        if key not in days:
+            day = day_of(point.recipe)
+            days[key] = day and (begun or day)
+        points[point.arm].append(replace(point, recipe=point.recipe.with_date(days[key])))
+    return replace(sweep, points=points)
+
+
+def _date_of(sweep: Sweep, point: Point) -> str | None:
+    """That the run of the point was begun on, under the first seed that has one."""
+    for seed in sweep.seeds:
+        folder = RunFolder(sweep.under(point, seed).folder)
+        if folder.recipe.is_file():
+            return load_recipe(folder.recipe, stored=True).data.template_date
+    return None
 
 
 def _check(sweep: Sweep, allow_code: bool) -> None:

@@ -29,7 +29,7 @@ MAY_CHANGE_TRAIN = {
 STEPS = ("train.max_steps", "train.num_train_epochs")
 PLACES = ("train.shard_base",)  # where the base lies changes how passes round at most
 # Keys that came later, with the value at which a run is what it was before: it may be one that knew no such key.
-LATER = {"router.clusters": 0}
+LATER: dict[str, Any] = {"router.clusters": 0, "data.template_date": None}
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def check_same_recipe(new: Recipe, old: Recipe, folder: RunFolder) -> BegunWith:
 
 def compare_recipes(new: Recipe, old: Recipe) -> tuple[list[Change], BegunWith]:
     """What forbids a run of `old` to go on as `new`; and what may differ, as `old` has it."""
-    before, after = _binding(old), _binding(new)
+    before, after = _binding(old), _binding(new.with_date(old.data.template_date))
     differ = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     free = {key for key in differ if key in PLACES or _names_places(key, before.get(key), after.get(key))}
     if _is_open_ended(new) and _is_open_ended(old):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from remix_cli.compat.transformers import recompute_activations
@@ -23,6 +24,7 @@ from remix_cli.core.patch import Adapter, compile_unadapted
 from remix_cli.core.store import BaseIdentity, TrainedOn
 from remix_cli.data.encode import Encoder
 from remix_cli.data.splits import TrainingData, load_data
+from remix_cli.data.template import day_for
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import check_base, identify, load_model, load_tokenizer
 from remix_cli.recipe import Recipe
@@ -81,7 +83,10 @@ def set_up(
 
     `begun_with`: what the recipe said otherwise when the run was begun. `begins`: or is there a checkpoint?
     """
-    tokenizer, data = _read_data(recipe, accelerator)
+    tokenizer = load_tokenizer(recipe.model)
+    if begins:
+        recipe = recipe.with_date(_today(tokenizer, recipe, accelerator))
+    data = load_data(recipe, tokenizer, accelerator.num_processes)
     if not begins:
         data = _with_rows_as_begun(data, folder)
     model, identity, origin = _load_base(recipe, data, tokenizer, accelerator, begun_with)
@@ -121,9 +126,12 @@ def set_up(
     )
 
 
-def _read_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Any, TrainingData]:
-    tokenizer = load_tokenizer(recipe.model)
-    return tokenizer, load_data(recipe, tokenizer, accelerator.num_processes)
+def _today(tokenizer: Any, recipe: Recipe, accelerator: Accelerator) -> str | None:
+    """The first process's day, which the run keeps: tomorrow its rows would be others. None if no row shows it."""
+    day = [day_for(tokenizer, recipe.data)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(day)
+    return day[0]
 
 
 def _with_rows_as_begun(data: TrainingData, folder: RunFolder) -> TrainingData:

@@ -1,4 +1,4 @@
-"""The format of a source that names none: its first rows' columns tell it, or the user is asked."""
+"""The format of a source that names none: its first rows' columns tell it, or the user is asked. And their day."""
 
 import itertools
 from typing import NamedTuple
@@ -7,7 +7,9 @@ from pydantic import ValidationError
 
 from remix_cli.data.formats.registry import FORMATS, OF_ANY_ROW, PROVENANCE, formats_told_by
 from remix_cli.data.sources import check_source, iterate_rows
+from remix_cli.data.template import day_for
 from remix_cli.errors import DataError, shortened
+from remix_cli.models import load_tokenizer
 from remix_cli.recipe import Recipe
 from remix_cli.recipe.sources import Source
 from remix_cli.tasks.registry import task_class
@@ -42,6 +44,11 @@ def tell_formats(recipe: Recipe) -> Told:
     data = recipe.data.model_copy(update=rows)
     asked = recipe.eval.model_copy(update={"tasks": tasks})
     return Told(recipe.model_copy(update={"data": data, "eval": asked}), lines)
+
+
+def day_of(recipe: Recipe) -> str | None:
+    """Today, where the recipe's chat template writes the date into its rows. Raises RecipeError."""
+    return day_for(load_tokenizer(recipe.model), recipe.data)
 
 
 def _told(source: Source, key: str, lines: list[str]) -> Source:

@@ -58,7 +58,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False, overwrite: 
     prepare.check_output(recipe, resume=resume, overwrite=overwrite)
     if resume:
         before = load_recipe(folder.recipe, stored=True)
-        recipe = recipe.with_dtype_of(before)
+        recipe = recipe.with_dtype_of(before).with_date(before.data.template_date)
     accelerator = Accelerator(
         mixed_precision="fp16" if recipe.model.dtype == "float16" else "no",
         # rank 0 may tokenise, evaluate or write for a while

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from remix_cli.data.encode import Encoder
 from remix_cli.data.formats import RowError, to_example
+from remix_cli.data.template import clock_stopped_at
 from remix_cli.recipe.sources import Source
 
 FOLDER = Path(__file__).parent / "templates"
@@ -191,3 +193,32 @@ def test_a_system_text_that_only_the_question_at_hand_shows():
     called = [system, *CONVERSATIONS["tools"]]
     with pytest.raises(RowError, match=r"leaves out what message 1 \(system\) says"):
         encoder.rows(example_of("tools", messages=called))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("llama3_2", "05 Mar 2026"), ("gptoss", "2026-03-05"), ("smollm3", "05 March 2026")]
+)
+def test_a_template_that_writes_the_date_takes_the_day_that_it_is_given(name, said, monkeypatch):
+    """To the letter what it writes on that day, and no other day's rows."""
+
+    class Then(chat_template_utils.datetime):
+        @classmethod
+        def now(cls, *_):
+            return cls(2026, 3, 5)
+
+    tokenizer = encoder_of(name).tokenizer
+    given = Encoder(tokenizer, 10_000, True, template_date="2026-03-05").rows(example_of("several turns"))
+    other = Encoder(tokenizer, 10_000, True, template_date="2026-03-06").rows(example_of("several turns"))
+    assert said in tokenizer.decode(given[0][0])
+    assert given != other
+    monkeypatch.setattr(chat_template_utils, "datetime", Then)
+    assert given == Encoder(tokenizer, 10_000, True).rows(example_of("several turns"))
+
+
+def test_every_directive_of_a_format_is_filled_in():
+    written = "[{{ strftime_now('%A %a, %-d. %B (%b) %Y, %y-%m-%d %H:%M:%S 100%%') }}]"
+    tokenizer = spelling_tokenizer("\n" + written, "<|im_end|>")
+    shown = tokenizer.apply_chat_template(
+        [user("x")], tokenize=False, chat_template=clock_stopped_at("2026-03-05") + "\n" + written
+    )
+    assert shown == "\n[Thursday Thu, 5. March (Mar) 2026, 26-03-05 00:00:00 100%]"

@@ -321,7 +321,7 @@ OTHER = {  # for each key a value that is not its default
     | {"metric_for_best_model": "nll/loss", "early_stopping_threshold": 0.1, "early_stopping_patience": 2}
     | {"learning_rate": 0.2, "weight_decay": 0.1, "max_grad_norm": 2.0},
     "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9}
-    | {"chat_template_kwargs": {"enable_thinking": False}},
+    | {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2026-11-28"},
 }
 LEARNT = ("fixed", "selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
 HELD = {"train": [FILE], "validation": [HUB]}
@@ -343,7 +343,10 @@ FROZEN = {"adapter": ROUTED | {"init_from": "run", "train_loras": False}}
 UNREAD |= {f"train.{key}": FROZEN for key in ("learning_rate", "weight_decay", "max_grad_norm")}
 UNREAD |= {f"data.{key}": {"data": HELD} for key in ("validation_fraction", "split_seed")}
 UNREAD |= {"data.allow_overlap": {}, "data.validation_limit": {"data": {"train": [FILE], "validation_fraction": 0.0}}}
-UNREAD |= {"data.chat_template_kwargs": {"data": {"train": [FILE], "use_chat_template": False}}}
+UNREAD |= {
+    f"data.{key}": {"data": {"train": [FILE], "use_chat_template": False}}
+    for key in ("chat_template_kwargs", "template_date")
+}
 # other situations in which the same keys are unread
 MORE = [
     *[(f"alarm.{key}", {"adapter": ALL}) for key in OTHER["alarm"]],
