@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import close
+from helpers.common import ROOT, close
 from helpers.runs import run
 from helpers.tiny import recipe_text, write_recipe, write_rows, write_tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -22,6 +22,7 @@ from remix_cli.errors import Interrupted
 from remix_cli.recipe import load_recipe
 from remix_cli.runs import load_run
 from remix_cli.train import trainer
+from remix_cli.train.prepare import check_recipe
 
 SHAPE = {
     "vocab_size": 64,
@@ -94,11 +95,14 @@ FAMILIES = [
         | LATENT
         | {"head_dim": None, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
         | {"first_k_dense_replace": 1},
+        quick=True,
         peft=False,  # as in checkpoints of old, it takes gate_proj of whatever module for the routed experts'
     ),
     Family("Mixtral", "mixtral", ATTENTION, ("self_attn",) * 2, EXPERTS | {"num_local_experts": 4}),
     Family("Qwen3-MoE", "qwen3_moe", ATTENTION, ("self_attn",) * 2, EXPERTS | {"num_experts": 4}),
-    Family("GPT-OSS", "gpt_oss", ATTENTION, ("self_attn",) * 2, EXPERTS | {"num_local_experts": 4}, eager=True),
+    Family(
+        "GPT-OSS", "gpt_oss", ATTENTION, ("self_attn",) * 2, EXPERTS | {"num_local_experts": 4}, eager=True, quick=True
+    ),
     Family(
         "Qwen2-MoE",
         "qwen2_moe",
@@ -106,19 +110,24 @@ FAMILIES = [
         ("self_attn",) * 2,
         EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 12},
         refused=True,
-        quick=True,
     ),
 ]
 
 
-def write_base(folder, family: Family):
+def config_of(family: Family):
+    shape = {key: value for key, value in (SHAPE | family.shape).items() if value is not None}
+    return CONFIG_MAPPING[family.type](**shape)
+
+
+def write_base(folder, family: Family) -> None:
     """The family's folder: the tokenizer of every tiny model, and random weights of the family's class."""
     write_tiny_model(folder)
-    shape = {key: value for key, value in (SHAPE | family.shape).items() if value is not None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family.type](**shape))
-    model.float().save_pretrained(folder)
-    return folder
+    AutoModelForCausalLM.from_config(config_of(family)).float().save_pretrained(folder)
+
+
+def routers_of(family: Family) -> list[str]:
+    return [f"model.layers.{i}.{block}" for i, block in enumerate(family.blocks)]
 
 
 def recipe_of(tmp_path, output: str, **groups):
@@ -174,6 +183,30 @@ def logits_of(loaded, ids):
         return loaded.model(input_ids=ids, use_cache=False).logits
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_checks_find_where_adapters_and_routers_go(family, verb, tmp_path):
+    config_of(family).save_pretrained(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", 16)
+    groups = needed(family, verb, tmp_path)
+    adapter = check_recipe(load_recipe(recipe_of(tmp_path, "whole", **groups)))
+    assert adapter.config.target_modules == family.targets
+    assert {name.rpartition(".")[2] for name in adapter.linears} == set(family.targets)
+    assert list(adapter.routers) == routers_of(family)
+
+
+def test_the_page_of_methods_says_the_same_of_every_family():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("## Which layers")[2]
+    lines = [line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| "]
+    rows = {name: (default, more) for names, default, more in lines[1:] for name in names.split(", ")}
+    assert rows.keys() == {family.name for family in FAMILIES}
+    for family in FAMILIES:
+        default, more = rows[family.name]
+        assert tuple(re.findall(r"`(\w+)`", more if family.refused else default)) == family.targets
+        assert ("refused" in default) == family.refused
+        assert ("`model.attn_implementation: eager`" in more) == family.eager
+        assert ("PEFT" in more) != family.peft
+
+
 CASES = [pytest.param(f, id=f.name, marks=() if f.quick else pytest.mark.slow) for f in FAMILIES]
 
 
@@ -197,9 +230,7 @@ def test_a_user_goes_the_whole_way(family, verb, tmp_path, monkeypatch):
     assert nll["scores"]["loss"] == pytest.approx(losses[-1], rel=1e-5)
 
     routing = json.loads(verb("route-stats", whole, "--json", "--limit", "3")[0])
-    assert [block["name"] for block in routing["blocks"]] == [
-        f"model.layers.{i}.{block}" for i, block in enumerate(family.blocks)
-    ]
+    assert [block["name"] for block in routing["blocks"]] == routers_of(family)
     loaded = load_run(whole)
     assert loaded.stored.config.target_modules == family.targets
     assert {name.rpartition(".")[2] for name in loaded.adapter.linears} == set(family.targets)
