@@ -146,6 +146,11 @@ class RemixForCausalLM(Base):
     def forward(self, *args, **kwargs):
         if self._selection is None:
             return super().forward(*args, **kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "this model routes by sequence, and cannot tell sequences apart that are laid end to end; serve it "
+                "without continuous batching"
+            )
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name since transformers 5.24, and before
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._selection.prompt = None
