@@ -16,7 +16,7 @@ import numpy as np
 
 from remix_cli.data.control import NUMBER, ControlTokens, special_ids
 from remix_cli.data.formats import Example, Message, RowError, question, to_example, without_mark
-from remix_cli.data.formats.base import Conversation
+from remix_cli.data.formats.base import Conversation, in_column
 from remix_cli.data.rows import NOTHING, Encoded, EncodedConversation, Packer
 from remix_cli.data.sources import iterate_rows
 from remix_cli.data.template import Template, writes_date
@@ -299,7 +299,7 @@ def _each(examples: list[Example], made: Iterable[Made], first: int) -> list[Mad
     except RowError as error:
         example = examples[len(results)]
         where = example.origin or f"task {example.task}: conversation {first + len(results)}"
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {in_column(example.column, str(error))}") from None
     return results
 
 

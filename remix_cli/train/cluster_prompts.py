@@ -1,6 +1,6 @@
 """Find the prompts' clusters before the first step, on the base model: the new adapter changes nothing yet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -27,11 +27,17 @@ def rows_to_cluster(rows: Sequence[Row], clusters: int, seed: int) -> list[Row]:
 
 
 @torch.no_grad()
-def find_clusters(adapter: Adapter, rows: list[EncodedRow], batch_size: int, accelerator: Accelerator) -> None:
+def find_clusters(
+    adapter: Adapter,
+    rows: list[EncodedRow],
+    batch_size: int,
+    accelerator: Accelerator,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
     """Give every router the common part and the cluster centres of its inputs over the prompts of `rows`.
 
     Every process reckons with the same rows, as a sharded base needs; the first one's result holds for all, so that
-    no two route differently by rounding.
+    no two route differently by rounding. `advance` hears of rows done.
     """
     adapter.model.eval()
     means = {name: torch.zeros(len(rows), len(router.common)) for name, router in adapter.routers.items()}
@@ -46,6 +52,7 @@ def find_clusters(adapter: Adapter, rows: list[EncodedRow], batch_size: int, acc
     for chunk, decisions in in_chunks([len(row.input_ids) for row in rows], batch_size, measure):
         for name, decision in decisions.items():
             means[name][chunk] = decision.inputs[:, 0].float().cpu()
+        advance(len(chunk))
     for name, router in adapter.routers.items():
         prompts = means[name].to(accelerator.device)
         common = common_part(prompts)

@@ -1,6 +1,7 @@
 """What a person sees: a live display on a terminal, plain lines in a log file. Only rank 0 prints."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from remix_cli.evaluation.statistics import too_few
 from remix_cli.recipe import Recipe
 from remix_cli.train.lines import say
 from remix_cli.train.micro_batch import describe_router
+
+SILENCE = 15.0  # seconds after which one wants to hear how far it is
 
 
 class TrainingConsole:
@@ -71,6 +74,22 @@ class TrainingConsole:
             lines.append(f"warning   held-out rows: {few}")
         for line in [*lines, f"steps     {step} -> {total}, {data.plan.rows_per_step} rows each"]:
             self.line(line)
+
+    def counting(self, what: str, total: int) -> Callable[[int], None]:
+        """To be told of rows done of `total`; says how many there are, where it takes long."""
+        begun = said = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal said, done
+            done += count
+            now = time.monotonic()
+            if now - said >= SILENCE and done < total:
+                said = now
+                left = (now - begun) / done * (total - done)
+                self.line(f"          {done:,} of {total:,} {what}, {_clock(left)} left")
+
+        return advance
 
     def log(self, m: dict[str, Any]) -> None:
         """One line for a metrics record; fits 80 columns."""

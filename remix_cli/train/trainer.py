@@ -245,8 +245,12 @@ class Trainer:
         if not count:
             return
         rows = rows_to_cluster(self.setup.data.train.rows, count, self.recipe.seed)
-        self.view.line(f"clusters  {count}, of {len(rows)} training prompts as the base model reads them")
-        find_clusters(self.adapter, rows, self.recipe.train.per_device_eval_batch_size, self.accelerator)
+        every = len(self.setup.data.train.rows)
+        self.view.line(
+            f"clusters  {count}, by {len(rows):,} of {every:,} training prompts as the base model reads them"
+        )
+        size = self.recipe.train.per_device_eval_batch_size
+        find_clusters(self.adapter, rows, size, self.accelerator, self.view.counting("prompts read", len(rows)))
 
     def _go_on_training(self) -> None:
         """After an evaluation, whose time is none of the training's."""

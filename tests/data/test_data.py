@@ -206,7 +206,7 @@ def test_formats(form):
         ("arc", {"answerKey": "Z"}, "not among"),
         ("messages", {"messages": []}, "list of"),
         ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant's"),
-        ("messages", {"messages": [{"role": "robot", "content": "a"}]}, "message 1: the role"),
+        ("messages", {"messages": [{"role": "robot", "content": "a"}]}, "^column 'messages': message 1: the role"),
         ("messages", {"messages": "a"}, "list of {role, content}, is str"),
         ("messages", {"messages": None}, "list of {role, content}, is null"),
         ("arc", {"choices": {"text": "ab", "label": "AB"}}, "lists 'text' and 'label'"),
@@ -456,3 +456,13 @@ def test_row_ids_are_unique_within_a_step():
     row = EncodedRow(np.arange(5), np.ones(5, bool), "t")
     first, second = collate([row, row], 0), collate([row], 2)
     assert torch.cat([first.rows, second.rows]).tolist() == [0, 1, 2]
+
+
+def test_what_a_template_leaves_out_is_told_with_file_row_and_column(tokenizer, tmp_path, monkeypatch):
+    """The column as the file calls it."""
+    said = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"chat": said}) + "\n")
+    source = Source(path=str(tmp_path / "x.jsonl"), format="messages", columns={"messages": "chat"})
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("<user> {{ m.content }}", "<user>"))
+    with pytest.raises(DataError, match=r"x.jsonl: row 1: column 'chat': .* leaves out what message 1 \(user\) says"):
+        Encoder(tokenizer, 64, None).encode_rows(load_examples([source])[0])

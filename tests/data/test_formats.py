@@ -90,7 +90,7 @@ def test_rows_as_people_have_them(shape):
     ("form", "row", "message"),
     [
         ("sharegpt", {"conversations": [{"from": "me", "value": "a"}]}, "message 1: 'from' is 'me'"),
-        ("sharegpt", {"conversations": [{"from": "human"}]}, "message 1: no 'value'"),
+        ("sharegpt", {"conversations": [{"from": "human"}]}, "^column 'conversations': message 1: no 'value'"),
         ("sharegpt", {"conversations": "a"}, "should be a list of {from, value}, is str"),
         ("sharegpt", {"conversations": SHARED[1:]}, "the first message should not be the assistant's"),
         ("alpaca", {"instruction": "a"}, "no column 'output'"),

@@ -1,10 +1,13 @@
 """Lines are broken between words only, and what follows stands below what it belongs to."""
 
+import io
 import json
 
 import pytest
 from helpers.runs import TRAIN, recipe_for, run
+from rich.console import Console
 
+from remix_cli.train import console
 from remix_cli.train.lines import fitted
 
 PATH = "/somewhere/very/deep/that/is/longer/than/a/line/learning_rate=0.000333-seed0"
@@ -32,3 +35,16 @@ def test_the_first_step_is_logged_whatever_logging_steps_says(stage, tmp_path):
     run(recipe_for(stage, tmp_path / "run", train=TRAIN | {"max_steps": 5, "logging_steps": 3, "eval_steps": 5}))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "step_seconds" in record] == [1, 3, 5]
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch):
+    """Clusters are found before the first step, in minutes on a CPU."""
+    clock = iter([0.0, 5.0, 16.0, 20.0, 40.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    out = Console(file=io.StringIO(), width=80)
+    view = console.TrainingConsole.__new__(console.TrainingConsole)
+    view.console, view.main = out, True
+    advance = view.counting("prompts read", 512)
+    for count in (128, 128, 128, 128):
+        advance(count)
+    assert out.file.getvalue() == "          256 of 512 prompts read, 0:16 left\n"

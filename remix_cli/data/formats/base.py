@@ -54,6 +54,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()  # that the model may call
     weight: float = 1.0  # its tokens' losses are multiplied by it; 0: not trained on
     origin: Origin | None = field(default=None, compare=False)
+    column: str | None = field(default=None, compare=False)  # that holds all its messages, where one does
 
 
 class Conversation(NamedTuple):
@@ -69,6 +70,8 @@ def to_example(row: Row, source: "Source", origin: Origin | None = None) -> Exam
         read = reader_of(source.format)(_with_names(row, source.columns), source)
     except MissingColumn as error:
         raise RowError(f"{error}; {_remedy(error.column, row, source)}") from None
+    except RowError as error:
+        raise RowError(in_column(column_of_messages(source), str(error))) from None
     messages, tools = read if isinstance(read, Conversation) else Conversation(read, [])
     for number, message in enumerate(messages, start=1):
         if message["role"] in ("assistant", "text") and not message["content"].strip() and "tool_calls" not in message:
@@ -80,7 +83,21 @@ def to_example(row: Row, source: "Source", origin: Origin | None = None) -> Exam
     if source.learn == "last":
         messages = [*(_only_read(message) for message in messages[:-1]), messages[-1]]
     task, weight = _task_of(row, source), _weight_of(row, source)
-    return Example(tuple(messages), task, tuple(tools), weight, origin)
+    return Example(tuple(messages), task, tuple(tools), weight, origin, column_of_messages(source))
+
+
+IN_ONE_COLUMN = {"messages": "messages", "sharegpt": "conversations"}  # by format, the column of whole conversations
+
+
+def column_of_messages(source: "Source") -> str | None:
+    """As the file calls it; None for formats that make a conversation of several columns."""
+    name = IN_ONE_COLUMN.get(source.format)
+    return name and (source.columns.get(name) or name)
+
+
+def in_column(column: str | None, problem: str) -> str:
+    """The problem with the column that the message it speaks of stands in."""
+    return problem if column is None or "message " not in problem else f"column {column!r}: {problem}"
 
 
 def _with_names(row: Row, columns: dict[str, str | None]) -> Row:
