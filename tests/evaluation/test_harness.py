@@ -13,6 +13,7 @@ from helpers.tiny import recipe_text, write_recipe
 
 pytestmark = pytest.mark.agreement
 ROUTERS = {"token": {}, "clusters": {"level": "sequence", "clusters": 3}}
+IN_FRONT = {"adapter": {"method": "prompt", "virtual_tokens": 3}}  # by PEFT
 WORDS = [f"w{i}" for i in range(30)]
 
 
@@ -81,9 +82,11 @@ def trained(stage, tmp_path_factory):
             folder = tmp_path_factory.mktemp("trained")
             more = {"max_steps": 12, "learning_rate": 0.2, "eval_steps": None, "save_steps": None}
             evaluation = {"batch_size": 5}  # so that rows of several lengths are padded together
-            recipe = recipe_text(
-                *stage[:2], folder / "run", router=ROUTERS[name], train=more, eval=evaluation, adapter={"rank": 8}
-            )
+            recipe = recipe_text(*stage[:2], folder / "run", train=more, eval=evaluation, adapter={"rank": 8})
+            if name == "prompt":
+                recipe = {key: value for key, value in recipe.items() if key != "router"} | IN_FRONT
+            else:
+                recipe["router"] |= ROUTERS[name]
             train(load_recipe(write_recipe(folder / "r.yaml", recipe)), Console(quiet=True))
             made[name] = folder / "run"
         return made[name]
@@ -223,6 +226,45 @@ def cluster(model, ids):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
+def test_the_exported_folder_may_be_asked_here(verb, trained, exported, tasks, name):
+    """In one step, as the harness does, but padding takes no part."""
+    folder = exported(verb, name)
+    asked(verb, folder, tasks, "own_choice,own_answer", "--trust-remote-code")
+    theirs = by_the_harness(folder, tasks, ["own_choice", "own_answer"], 1)
+    for line, sample in zip(lines(folder, "model-lm-eval-own_choice.jsonl"), theirs["own_choice"], strict=True):
+        likely = [nats for ((nats, _),) in line["output"]]
+        assert likely == pytest.approx([r[0][0] for r in sample["resps"]], abs=1e-4)
+    texts = [line["output"] for line in lines(folder, "model-lm-eval-own_answer.jsonl")]
+    assert texts == [sample["resps"] for sample in theirs["own_answer"]]
+
+
+@pytest.mark.parametrize("name", [*ROUTERS, "prompt"])
+def test_answers_are_those_of_our_own_evaluation(verb, trained, tasks, name):
+    """The same tokens scored and continued by what the other tasks of `remix eval` use."""
+    from remix_cli.data.rows import EncodedRow
+    from remix_cli.evaluation.generate import Decoding, generate
+    from remix_cli.evaluation.nll import iter_row_losses
+    from remix_cli.runs import load_run
+
+    asked(verb, trained(name), tasks, "own_choice,own_answer")
+    run = load_run(trained(name))
+    questions = [json.loads(line) for line in (tasks / "rows.jsonl").read_text().splitlines()]
+    prompts = [run.tokenizer.encode(question["question"]) for question in questions]
+    rows = []
+    for prompt, question in zip(prompts, questions, strict=True):
+        for option in question["options"]:
+            ids = torch.tensor(prompt + run.tokenizer.encode(f" {option}"))
+            rows.append(EncodedRow(ids.numpy(), (torch.arange(len(ids)) >= len(prompt)).numpy(), "t"))
+    scored = {i: -loss.nats for i, loss in iter_row_losses(run.model, run.adapter, rows, 5)}
+    found = likely_nats(line["output"] for line in lines(trained(name), "adapter-lm-eval-own_choice.jsonl"))
+    assert [nats for options in found for nats in options] == pytest.approx([scored[i] for i in range(64)], abs=1e-4)
+    texts = dict(generate(run, prompts, list(range(16)), Decoding(8), 5))
+    mine = [line["output"][0][0] for line in lines(trained(name), "adapter-lm-eval-own_answer.jsonl")]
+    ours = [texts[i].partition("?")[0] for i in range(16)]
+    assert mine == [text.removeprefix(" ") for text in ours]  # the harness decodes an answer alone
+
+
+@pytest.mark.parametrize("name", ROUTERS)
 def test_batches_and_their_padding_change_nothing(trained, tasks, name):
     from remix_cli.evaluation.harness import Asked, evaluate_by_harness, load_tasks
     from remix_cli.runs import load_run
@@ -307,6 +349,18 @@ def test_an_interrupted_evaluation_asks_only_for_the_rest(trained, tasks):
     assert not kept.exists()
     assert 0 < evaluation.report.results[0].asked < 16
     assert lines(run.folder.path, "adapter-lm-eval-own_choice.jsonl") == whole
+
+
+def test_a_group_has_a_result_for_each_task_and_a_note(verb, trained, tasks, tmp_path):
+    for name in ("own_choice", "own_answer"):
+        (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text())
+    aggregate = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+    group = {"group": "both", "task": ["own_choice", "own_answer"], "aggregate_metric_list": aggregate}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    report = asked(verb, trained("token"), tmp_path, "both", "--limit", "5")
+    assert [result["task"] for result in report["results"]] == ["lm-eval-own_choice", "lm-eval-own_answer"]
+    (note,) = report["notes"]
+    assert note.startswith(f"both: acc {report['results'][0]['scores']['acc']:.4f}")
 
 
 def test_what_cannot_be_asked_is_said_in_one_line(verb, trained, tasks, tmp_path):
