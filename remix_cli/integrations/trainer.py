@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
+from remix_cli.compat.transformers import taken_for_adapted
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.step import BatchInputs, LoraGradient, MicroResult, accumulate_gradients, plan_passes
 from remix_cli.core.step_routing import StepRouting
@@ -81,7 +82,8 @@ class RemixTrainer(Trainer):
         self.remix = model
         self.router = router or RouterTraining()
         self.estimator = make_estimator(self.router.estimator)
-        super().__init__(model.base_model, *args, **kwargs)
+        with taken_for_adapted(model.base_model):
+            super().__init__(model.base_model, *args, **kwargs)
         self._check_settings()
         adapter = model.adapter
         for parameter in adapter.parameters().values():  # some trainers narrow what is trained

@@ -23,7 +23,7 @@ from helpers.features import (
 from helpers.tiny import fill_adapter, recipe_text, tiny_model, write_recipe, write_rows, write_tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig
 
 from remix_cli.core import BatchInputs, accumulate_gradients, make_estimator, plan_passes
@@ -266,6 +266,22 @@ def test_a_fixed_router_is_one_pass_and_stays(tmp_path):
     assert trainer.passes.total == 1
     for name, parameter in trainer.remix.adapter.router_parameters().items():
         assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("kind", [RemixTrainer, Trainer])
+def test_a_base_in_four_bits_is_trained_like_any_other(kind, tmp_path):
+    folder = write_tiny_model(tmp_path / "model")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits, device_map="cpu")
+    if kind is Trainer:  # what the compatibility is for
+        with pytest.raises(ValueError, match="purely quantized"):
+            Trainer(base, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+        return
+    trainer = trainer_of(tmp_path / "out", kind=RemixTrainer, model=base)
+    before = {name: p.clone() for name, p in trainer.remix.adapter.parameters().items()}
+    trainer.train()
+    assert {p.dtype for p in trainer.remix.adapter.parameters().values()} == {torch.float32}
+    assert all(not torch.equal(p, before[name]) for name, p in trainer.remix.adapter.parameters().items())
 
 
 @pytest.mark.parametrize(
