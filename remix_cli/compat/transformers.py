@@ -178,8 +178,8 @@ def recompute_activations(model: Any, settings: dict[str, Any]) -> None:
 def taken_for_adapted(model: Any) -> Iterator[None]:
     """Context: a Trainer that is made takes a quantised base with our adapter on it.
 
-    trainer_utils.py (`validate_quantization_for_training`) refuses quantised bases unless it finds PEFT on them, or this
-    mark of transformers' own adapters. Seen with transformers 5.24.
+    trainer_utils.py (`validate_quantization_for_training`) refuses quantised bases unless it finds PEFT on them, or
+    this mark of transformers' own adapters. Seen with transformers 5.24.
     """
     name = "_hf_peft_config_loaded"
     if not getattr(model, "is_quantized", False) or getattr(model, name, False):
