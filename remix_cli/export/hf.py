@@ -77,7 +77,7 @@ def _base_class(run: LoadedRun) -> str:
 def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) -> None:
     config = run.model.config.to_dict()
     module = CODE.removesuffix(".py")
-    # A name of transformers itself: `transformers serve` looks nowhere else, and this one comes to the class by auto_map.
+    # A name of transformers itself: `transformers serve` looks nowhere else; this one comes to the class by auto_map.
     config["architectures"] = ["AutoModelForCausalLM"]
     config["auto_map"] = {"AutoConfig": f"{module}.RemixConfig", "AutoModelForCausalLM": f"{module}.{CLASS}"}
     config["model_type"] = f"remix_{config['model_type']}"
