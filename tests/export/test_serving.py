@@ -38,7 +38,7 @@ def served(request, stage, tmp_path_factory):
     asked = [Example(({"role": "user", "content": question}, answer), "t") for question in QUESTIONS]
     prompts = [run.encoder.prompt_ids(example) for example in asked]
     answers = dict(generate(run, prompts, list(range(len(prompts))), Decoding(TOKENS), 4))
-    assert len(set(answers.values())) > 2, "answers must tell questions apart"
+    assert len(set(answers.values())) > 1, "answers must tell questions apart"
     return request.param, folder / "hf", [answers[i] for i in range(len(prompts))]
 
 
