@@ -105,11 +105,14 @@ def _full_matches(pattern: str, names: list[str]) -> set[str]:
 
 
 class Adapter:
-    """A routed adapter in place on `model`: its parts by name, its parameters, and its traces."""
+    """A routed adapter in place on `model`: its parts by name, its parameters, and its traces.
+
+    Its config names the targets that the model has, where the default stands for others: see `meant_by`.
+    """
 
     def __init__(self, model: nn.Module, config: AdapterConfig):
         self.model = model
-        self.config = config
+        self.config = replace(config, target_modules=meant_by(model, config.target_modules))
         self.routers: dict[str, Router] = {}
         self.linears: dict[str, RoutedLinear] = {}
         self.others: dict[str, nn.Parameter] = {}  # trained parameters by name, of methods without LoRAs of ours
@@ -272,12 +275,11 @@ class Adapter:
 def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
     """Freeze `model` and put pools and routers on its targets; B starts at zero, so outputs do not change.
 
-    A and P are drawn from `seed` alone. The adapter's config names the targets that the model has (see `meant_by`).
-    Raises TargetError if a target matches nothing, ValueError for a method without a pool.
+    A and P are drawn from `seed` alone. Raises TargetError if a target matches nothing, ValueError for a method
+    without a pool.
     """
     if config.pool is None:
         raise ValueError(f"{config.method} is not a method of pools; see remix_cli.methods")
-    config = replace(config, target_modules=meant_by(model, config.target_modules))
     targets = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     adapter = Adapter(model, config)
