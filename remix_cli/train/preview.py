@@ -94,6 +94,7 @@ class Preview:
     rows_per_step: int
     passes: int  # forward passes over each row of a step
     output: str  # where the run is written, or why it is not
+    targets: tuple[str, ...]  # what the default targets stand for in this model; empty where they are its own
 
     def to_dict(self) -> Document:
         return {
@@ -106,6 +107,7 @@ class Preview:
             "rows_per_step": self.rows_per_step,
             "passes": self.passes,
             "output": self.output,
+            "targets": list(self.targets),
             "model": self.recipe.model.model_dump(),
             "parameters": self.counts.to_dict(),
             "memory_gib": self.memory,
@@ -124,6 +126,7 @@ def preview(recipe: Recipe, processes: int = 1, *, resume: bool = False, overwri
         if _at_hand(task):
             task_class(task.task)(subject, task, Settings())  # which reads the rows and counts their tokens
     counts = count_parameters(adapter)
+    wanted, found = recipe.adapter_config().target_modules, adapter.config.target_modules
     config: Any = adapter.model.config
     memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()), processes)
     cut = not recipe.data.validation and recipe.data.holds_out
@@ -143,6 +146,7 @@ def preview(recipe: Recipe, processes: int = 1, *, resume: bool = False, overwri
         data.plan.rows_per_step,
         passes_of(recipe.router, recipe.adapter_config().samples).total,
         _output(recipe, resume, overwrite),
+        () if found == wanted or "target_modules" not in recipe.method.settings else found,
     )
 
 
@@ -263,6 +267,8 @@ def print_preview(p: Preview, console: Console) -> None:
     if model.about_dtype:
         say(console, f"dtype     {model.about_dtype}")
     say(console, f"method    {method}: {p.recipe.method.summary}")
+    if p.targets:
+        say(console, f"targets   {', '.join(p.targets)}: what the default means here")
     say(console, f"train     {p.train}")
     say(console, f"held out  {p.validation}")
     few = too_few(p.held_out)

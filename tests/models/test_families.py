@@ -216,7 +216,10 @@ def test_a_user_goes_the_whole_way(family, verb, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", 16)
     groups = needed(family, verb, tmp_path)
     path, whole = recipe_of(tmp_path, "whole", **groups), tmp_path / "whole"
-    assert "trained" in verb("validate", path)[0]
+    said = verb("validate", path)[0]
+    assert "trained" in said
+    stand_in = f"targets   {', '.join(family.targets)}: what the default means here"
+    assert (stand_in in said) == (family.targets != DEFAULT_TARGETS)
 
     run(load_recipe(path))
     stopped_and_resumed(load_recipe(recipe_of(tmp_path, "broken", **groups)), monkeypatch, step=2)

@@ -38,13 +38,16 @@ TRAINED = {
 }
 # File -> the part of its line that says what to do.
 REFUSED = {
-    "thinking.jsonl": "row 1: the chat template leaves out what message 2 (assistant) thinks (reasoning_content); use",
-    "picture.jsonl": "row 1: message 1: content has a part of type 'image', and only text is read; take the row out",
+    "thinking.jsonl": "row 1: column 'messages': the chat template leaves out what message 2 (assistant) thinks "
+    "(reasoning_content); use",
+    "picture.jsonl": "row 1: column 'messages': message 1: content has a part of type 'image', and only text is read; "
+    "take the row out",
     "no_answer.jsonl": "row 1: column 'messages' holds no message of the assistant's",
     "null.jsonl": "row 2: column 'completion' should be text, is null; name another column, or take the row out",
     "unknown.jsonl": 'has the columns a, b, which tell no format; set prompt: "{a}" and completion: "{b}"',
     "preferences.jsonl": "has the columns prompt, chosen, rejected, which tell no format; set prompt:",
-    "unknown_role.jsonl": "row 1: message 1: the role should be one of system, developer, user, assistant, tool",
+    "unknown_role.jsonl": "row 1: column 'messages': message 1: the role should be one of system, developer, user, "
+    "assistant, tool",
 }
 
 

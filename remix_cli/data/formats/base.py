@@ -96,8 +96,10 @@ def column_of_messages(source: "Source") -> str | None:
 
 
 def in_column(column: str | None, problem: str) -> str:
-    """The problem with the column that the message it speaks of stands in."""
-    return problem if column is None or "message " not in problem else f"column {column!r}: {problem}"
+    """The problem with the column that the message it speaks of stands in, if it does not name it itself."""
+    if column is None or "message " not in problem or f"column {column!r}" in problem:
+        return problem
+    return f"column {column!r}: {problem}"
 
 
 def _with_names(row: Row, columns: dict[str, str | None]) -> Row:
