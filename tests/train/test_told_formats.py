@@ -123,7 +123,8 @@ WRONG = {
     "thinking.jsonl": (
         lines({"messages": ASKED}, {"messages": [ASKED[0], ASKED[1] | {"thinking": "w9"}]}),
         {},
-        "row 2: column 'messages': the chat template leaves out what message 2 (assistant) thinks (reasoning_content); use a template "
+        "row 2: column 'messages': the chat template leaves out what message 2 (assistant) thinks "
+        "(reasoning_content); use a template "
         "that shows it, or take it out of the row",
     ),
     "blank.tsv": (
