@@ -59,7 +59,8 @@ class RouterTraining:
 
 
 class _Whole(nn.Module):
-    """The model as it is, in the place of DDP's: for the Trainer something that is wrapped already."""
+    """The model as it is, in the place of DDP's: for the Trainer something that is wrapped already. A step calls the
+    model itself."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -100,7 +101,8 @@ class RemixTrainer(Trainer):
         self.routers = list(adapter.router_parameters().values())
         self.model_accepts_loss_kwargs = True  # so that targets are counted over the whole step
         self._loss_shifts_labels = True
-        self._gradient_sums: GradientSums | None = None
+        processes = self.accelerator.num_processes
+        self._gradient_sums = GradientSums(self.loras, self.routers, processes, self.passes.with_gradient)
         self._results: list[MicroResult] = []  # of the step's micro-batches so far
         self._measured: dict[str, float] = {}  # of the last step, for the log
         if adapter.routers:
@@ -147,12 +149,12 @@ class RemixTrainer(Trainer):
         if targets is None:
             raise ValueError("labels: a batch without them has no loss; give the data collator's labels")
         if not self._results:
-            self._sums_of_gradients().begin(self.current_gradient_accumulation_steps)
+            self._gradient_sums.begin(self.current_gradient_accumulation_steps)
         seed = (self.args.seed, self.state.global_step)
         scaler = self.accelerator.scaler
         result = accumulate_gradients(
             self.remix.adapter,
-            lambda: self._token_losses(model, inputs) / targets,
+            lambda: self._token_losses(inputs) / targets,
             batch,
             self.passes,
             self.estimator,
@@ -160,11 +162,11 @@ class RemixTrainer(Trainer):
             backward=self._backward,
             loss_scale=scaler.get_scale() if scaler else 1.0,
             balance=self._balance(inputs, targets),
-            dropout_seed=seed_of_dropout(seed, int(self._first_row())),
+            dropout_seed=seed_of_dropout(seed, self._first_row()),
         )
         self._results.append(result)
         if self.accelerator.sync_gradients:
-            self._end_step(int(batch.mask.sum()))
+            self._end_step()
         return result.loss * self.accelerator.num_processes
 
     def _batch_inputs(self, inputs: dict[str, Any]) -> BatchInputs:
@@ -183,7 +185,7 @@ class RemixTrainer(Trainer):
         place = len(self._results) * self.accelerator.num_processes + self.accelerator.process_index
         return place * self.args.train_batch_size
 
-    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _token_losses(self, inputs: dict[str, Any]) -> Tensor:
         """(B, T), at the position of the logit; 0 where nothing is learnt."""
         ids = inputs["input_ids"]
         following = inputs.get("shift_labels")
@@ -192,11 +194,8 @@ class RemixTrainer(Trainer):
         positions = (following != IGNORED).flatten().nonzero().flatten()  # (S,)
         given = {name: value for name, value in inputs.items() if name not in LOSSES_ALONE}
         with self.accelerator.autocast():
-            logits = logits_at(self._routed(model), positions, **(given | {"use_cache": False}))
+            logits = logits_at(self.remix.base_model, positions, **(given | {"use_cache": False}))
         return at_positions(token_losses(logits, following.flatten()[positions]), positions, ids)
-
-    def _routed(self, model: nn.Module) -> nn.Module:
-        return model.module if isinstance(model, _Whole) else model
 
     def _balance(self, inputs: dict[str, Any], targets: Tensor | int) -> float | Tensor:
         """This micro-batch's share of the step's balance loss."""
@@ -206,22 +205,16 @@ class RemixTrainer(Trainer):
 
     def _backward(self, loss: Tensor) -> None:
         """Not the accelerator's, which would divide by accumulation steps; targets are counted over them all."""
-        self._sums_of_gradients().before_backward()
+        self._gradient_sums.before_backward()
         scaler = self.accelerator.scaler
         (scaler.scale(loss) if scaler else loss).backward()
 
-    def _sums_of_gradients(self) -> GradientSums:
-        if self._gradient_sums is None:
-            processes = self.accelerator.num_processes
-            self._gradient_sums = GradientSums(self.loras, self.routers, processes, self.passes.with_gradient)
-        return self._gradient_sums
-
-    def _end_step(self, tokens: int) -> None:
+    def _end_step(self) -> None:
         """Sums over the processes: of gradients, and of what estimator and log need."""
-        self._sums_of_gradients().finish()
+        self._gradient_sums.finish()
         config = self.remix.adapter.config
         nothing = StepRouting.none(len(self.routers), config.pool_size, self.accelerator.device)
-        sums = StepSums.of(self._results, nothing, self.estimator.sums, tokens, 0)
+        sums = StepSums.of(self._results, nothing, self.estimator.sums, tokens=0, signal=0)
         self._results = []
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         packed = sums.pack(rank, world)
