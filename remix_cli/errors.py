@@ -89,6 +89,8 @@ def shortened(text: str, length: int = 200) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Python's, torch's on a GPU and torch's on a CPU, which is a plain RuntimeError; without importing torch."""
+    """Python's, torch's and CUDA's own on a GPU, and torch's on a CPU; the last two have no class of their own."""
     names = {base.__name__ for base in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    if names & {"MemoryError", "OutOfMemoryError"}:
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory"))

@@ -5,8 +5,8 @@
 3. Those runs, and no others, are scored on the recipe's tasks.
 With a number of hours the seeds are not given: once all arms are chosen, as many follow as fit into what is left.
 
-What runs out of memory beside other runs is tried again alone, at the end. An arm of which a setting failed for
-another reason than divergence is not chosen from: the settings would not have been compared.
+What runs out of memory beside other runs is tried again at the end beside half as many, until it is alone. An arm of
+which a setting failed for another reason than divergence is not chosen from: the settings would not have been compared.
 """
 
 import functools
@@ -185,7 +185,11 @@ def check_same_recipes(sweep: Sweep) -> None:
 
 
 def _count(runs: int, folder: Path) -> str:
-    return f"{runs} run{'s' if runs > 1 else ''} in {folder} {'were' if runs > 1 else 'was'}"
+    return f"{_runs(runs)} in {folder} {'were' if runs > 1 else 'was'}"
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count > 1 else ''}"
 
 
 def _failed(failures: dict[str, Failure]) -> FailedRuns:
@@ -343,13 +347,15 @@ class _Sweep:
         return jobs
 
     def _do(self, jobs: list[Job]) -> None:
-        """These jobs and those that follow from them; what lacked memory again, by itself."""
-        self._at_once(jobs, self.processes)
-        if self.again:
-            self.say(f"     {len(self.again)} runs lacked memory; now one at a time")
+        """These jobs and those that follow from them; what lacked memory again, beside half as many others."""
+        processes = self.processes
+        self._at_once(jobs, processes)
+        while self.again:
             jobs, self.again = self.again, []
-            self.forecast.processes = 1
-            self._at_once(jobs, 1)
+            processes //= 2
+            self.say(f"     {_runs(len(jobs))} lacked memory; now {'one' if processes == 1 else processes} at a time")
+            self.forecast.processes = processes
+            self._at_once(jobs, processes)
 
     def _at_once(self, jobs: list[Job], processes: int) -> None:
         if not jobs:

@@ -18,10 +18,18 @@ FIRST = 20  # rows that are looked at
 
 
 class Told(NamedTuple):
-    """A recipe that says every format, and which of them its rows' columns told: a line each."""
+    """A recipe that says every format, and which of them its rows' columns told: a line for all of one kind."""
 
     recipe: Recipe
     lines: list[str]
+
+
+class _Of(NamedTuple):
+    """What told the format of a source."""
+
+    place: str
+    format: str
+    columns: str
 
 
 def tell_formats(recipe: Recipe) -> Told:
@@ -30,20 +38,20 @@ def tell_formats(recipe: Recipe) -> Told:
     Sources that `check_source` finds fault with stay as they are, and so do those of tasks with columns of their own
     and those of tasks that lie on the hub, which need not be fetched yet.
     """
-    lines: list[str] = []
+    told: list[_Of] = []
     rows = {}
     for part in ("train", "validation"):
         sources = getattr(recipe.data, part)
-        rows[part] = [_told(source, f"data.{part}.{i}", lines) for i, source in enumerate(sources)]
+        rows[part] = [_told(source, f"data.{part}.{i}", told) for i, source in enumerate(sources)]
     tasks = []
     for i, task in enumerate(recipe.eval.tasks):
         source = task.source
         if source is not None and source.is_local and not task_class(task.task).own_columns:
-            task = task.model_copy(update={"source": _told(source, f"eval.tasks.{i}.source", lines)})
+            task = task.model_copy(update={"source": _told(source, f"eval.tasks.{i}.source", told)})
         tasks.append(task)
     data = recipe.data.model_copy(update=rows)
     asked = recipe.eval.model_copy(update={"tasks": tasks})
-    return Told(recipe.model_copy(update={"data": data, "eval": asked}), lines)
+    return Told(recipe.model_copy(update={"data": data, "eval": asked}), _in_lines(told))
 
 
 def day_of(recipe: Recipe) -> str | None:
@@ -51,7 +59,24 @@ def day_of(recipe: Recipe) -> str | None:
     return day_for(load_tokenizer(recipe.model), recipe.data)
 
 
-def _told(source: Source, key: str, lines: list[str]) -> Source:
+def _in_lines(told: list[_Of]) -> list[str]:
+    """Sources alike share a line, in the order of the first of each kind."""
+    kinds: dict[tuple[str, str], dict[str, None]] = {}
+    for place, name, columns in told:
+        kinds.setdefault((name, columns), {})[place] = None
+    lines = []
+    for (name, columns), places in kinds.items():
+        lines.append(f"{_places(list(places))}: format {name}, told by the columns {columns}")
+    return lines
+
+
+def _places(places: list[str]) -> str:
+    if len(places) <= 2:
+        return " and ".join(places)
+    return f"{places[0]} and {len(places) - 1} more files"
+
+
+def _told(source: Source, key: str, found: list[_Of]) -> Source:
     if source.says_format or check_source(source, key):
         return source
     columns = _columns(source)
@@ -59,7 +84,7 @@ def _told(source: Source, key: str, lines: list[str]) -> Source:
     shown = shortened(", ".join(columns))
     if len(told) != 1:
         raise DataError(f"{key}.format: {source.named} has the columns {shown}, {_ask(told, columns)}")
-    lines.append(f"{source.place}: format {told[0]}, told by the columns {shown}")
+    found.append(_Of(source.place, told[0], shown))
     try:
         return Source.model_validate(source.model_dump(exclude_unset=True) | {"format": told[0]})
     except ValidationError as error:  # what this format does not read

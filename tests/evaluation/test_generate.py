@@ -5,6 +5,7 @@ import torch
 from helpers.tiny import recipe_text, write_recipe
 
 from remix_cli.data.chunks import in_chunks
+from remix_cli.errors import is_out_of_memory
 from remix_cli.evaluation.generate import Decoding, generate
 from remix_cli.runs import load_run
 
@@ -77,3 +78,10 @@ def test_sampled_tokens_follow_the_softmax(loaded):
     words = loaded.tokenizer.batch_decode([[i] for i in range(len(wanted))], skip_special_tokens=True)
     top = int(wanted.argmax())
     assert draws.count(words[top]) / 3000 == pytest.approx(float(wanted[top]), abs=0.03)
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+def test_an_allocation_that_cuda_itself_refuses_is_want_of_memory(error):
+    """Kernels recorded beside other processes ask the driver, not torch's allocator."""
+    assert is_out_of_memory(error("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"))
+    assert not is_out_of_memory(error("CUDA error: an illegal memory access was encountered"))

@@ -373,12 +373,14 @@ def test_an_arm_is_not_chosen_from_while_a_setting_of_it_failed(stage, tmp_path,
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]["chosen"] is not None
 
 
-def test_what_lacks_memory_is_tried_again_alone(stage, tmp_path, verb, monkeypatch):
+def test_what_lacks_memory_is_tried_again_beside_fewer(stage, tmp_path, verb, monkeypatch):
     in_this_process(monkeypatch)
-    failing(monkeypatch, [work.Failure("out of memory: OutOfMemoryError", 2, work.Cause.NO_MEMORY)])
+    lacking = [work.Failure("out of memory: OutOfMemoryError", 2, work.Cause.NO_MEMORY)]
+    failing(monkeypatch, lacking * 2)
     path = sweep_file(stage, tmp_path, TWO_RATES)
-    out, _ = verb("sweep", path, "--processes", "3")
-    assert "1 runs lacked memory; now one at a time" in out
+    out, _ = verb("sweep", path, "--processes", "4")
+    assert "1 run lacked memory; now 2 at a time" in out
+    assert "1 run lacked memory; now one at a time" in out
     arm = json.loads((tmp_path / "out" / "sweep.json").read_text())["arms"]["A"]
     assert all(one["error"] is None for one in arm["searched"])
     assert arm["chosen"] is not None

@@ -208,6 +208,20 @@ def test_the_columns_of_the_first_rows_tell_a_format(row, source, form, tmp_path
     assert line.startswith(f"rows.jsonl: format {form}, told by the columns ")
 
 
+def test_sources_alike_share_a_line(tmp_path):
+    rows = {"a": {"prompt": "w1", "completion": "w2"}, "b": {"prompt": "w3", "completion": "w4"}}
+    rows |= {"c": {"question": "w1", "answer": "w2"}, "d": rows["a"]}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(lines(row))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in rows]
+    recipe = {"model": {"name_or_path": "m"}, "data": {"train": sources}, "output_dir": "out"}
+    found = tell_formats(Recipe.model_validate(recipe))
+    assert found.lines == [
+        "a.jsonl and 2 more files: format prompt_completion, told by the columns prompt, completion",
+        "c.jsonl: format gsm8k, told by the columns question, answer",
+    ]
+
+
 @pytest.mark.parametrize("source", [{"format": "gsm8k"}, {"prompt": "{a}"}, {"completion": "{a}"}])
 def test_a_source_that_says_its_format_is_not_looked_into(source, tmp_path):
     found, said = told(tmp_path, [{"messages": ASKED}], **source)
