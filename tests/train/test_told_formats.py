@@ -261,4 +261,4 @@ def test_sources_of_tasks_are_told_too(tmp_path):
     }
     found, said = tell_formats(Recipe.model_validate(recipe))
     assert [task.source.format for task in found.eval.tasks] == ["messages", "prompt_completion"]
-    assert len(said) == 2
+    assert said == ["rows.jsonl: format messages, told by the columns messages"]  # one line for both
