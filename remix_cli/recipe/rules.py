@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from remix_cli.core.config import AdapterConfig
 from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.methods.registry import METHODS, method_named
 
 if TYPE_CHECKING:
     from remix_cli.recipe.schema import Router
 
-OF_A_CHOICE = ("fixed", "selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
+OF_TRAINING = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")  # keys of `router`
 
 
 def fill_defaults(values: Any) -> Any:
@@ -27,7 +28,21 @@ def fill_defaults(values: Any) -> Any:
     usual = dict(method.router_defaults)
     if method.router_rate_follows:
         usual["learning_rate"] = train["learning_rate"]
+    if "fixed" in method.router_settings and _chooses(adapter):
+        usual["fixed"] = not _says_training(adapter, groups["router"])
     return values | {"adapter": adapter, "router": usual | groups["router"], "train": train}
+
+
+def _chooses(adapter: dict[str, Any]) -> bool:
+    """Are there LoRAs to choose between?"""
+    n, k = (adapter.get(key, getattr(AdapterConfig, key)) for key in ("pool_size", "active"))
+    return n != k
+
+
+def _says_training(adapter: dict[str, Any], router: dict[str, Any]) -> bool:
+    """Is the router to learn, as far as these groups of a recipe say? One that nothing is said of is left alone, for
+    training it has not paid so far (docs/results/skills.md); with frozen LoRAs there is nothing else to train."""
+    return adapter.get("train_loras") is False or any(key in router for key in OF_TRAINING)
 
 
 def unread_of_router(name: str, router: "Router") -> dict[str, str]:
@@ -41,8 +56,7 @@ def unread_of_router(name: str, router: "Router") -> dict[str, str]:
     elif router.clusters:
         unread["unit_input"] = "scales what the router reads, and a cluster's centre has unit length"
     if router.fixed:
-        trained = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")
-        return unread | dict.fromkeys(trained, "says how the router is trained, and router.fixed is true")
+        return unread | dict.fromkeys(OF_TRAINING, "says how the router is trained, and router.fixed is true")
     if router.lora_gradient == "top" and not ESTIMATORS[router.estimator].samples_beside_top:
         unread["selections"] = f"counts samples, and {router.estimator} with lora_gradient: top draws none"
     return unread
@@ -53,7 +67,7 @@ def idle_in_router(name: str, all_active: bool, router: "Router") -> dict[str, s
     idle: dict[str, str] = {}
     if all_active and "selections" in method_named(name).router_settings:
         reason = "says how a choice is learnt, and with adapter.active = adapter.pool_size there is none"
-        return dict.fromkeys(OF_A_CHOICE, reason)
+        return dict.fromkeys(("fixed", *OF_TRAINING), reason)
     if all_active:  # the shares that the loss compares are equal whatever the router does
         idle["balance"] = "evens out a choice, and with adapter.active = adapter.pool_size there is none"
     if router.learning_rate == 0:

@@ -179,7 +179,8 @@ class Router(Strict):
     )
     fixed: bool = Field(
         False,
-        description="Never train the router: the top k of its random start, in training too, in one pass.",
+        description="Never train the router: the top k of its random start, in training too, in one pass. By default "
+        "so, unless another key says how it is trained.",
     )
     lora_gradient: Literal["mean", "one", "top"] = Field(
         "mean",

@@ -37,7 +37,7 @@ def passes_of(router: RouterRecipe, samples: bool, loras_learn: bool = True) -> 
 def describe_router(router: RouterRecipe) -> str:
     """How the router of a method that samples is trained, in a line."""
     if router.fixed:
-        return "fixed: the top k of its random start, in training too; one pass a batch"
+        return "fixed: the top k of its random start, in one pass a batch; router.fixed: false trains it"
     passes = passes_of(router, samples=True)
     sampled = f", M = {passes.samples}" if passes.samples else ""
     beside = "; the LoRAs learn from a pass under the top k" if passes.top else ""

@@ -441,3 +441,30 @@ def test_R11_a_tag_converts_nothing(value, message, tmp_path):
     for text, expected in plain.items():
         recipe = write(tmp_path, yaml.safe_dump(MINIMAL) + f"train:\n  max_steps: {text}\n")
         assert load_recipe(recipe).train.max_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "fixed"),
+    [
+        ({}, True),
+        ({"router": {"level": "sequence", "clusters": 4, "init_std": 1.0}}, True),
+        ({"router": {"fixed": False}}, False),
+        ({"router": {"selections": 2}}, False),  # says how it is trained, though as the default does
+        ({"router": {"estimator": "rtg"}}, False),
+        ({"router": {"lora_gradient": "top"}}, False),
+        ({"router": {"learning_rate": 0.1}}, False),
+        ({"router": {"max_grad_norm": 2.0}}, False),
+        ({"adapter": {"train_loras": False, "init_from": "run"}}, False),  # nothing else is left to train
+    ],
+)
+def test_a_router_that_nothing_is_said_of_is_not_trained(groups, fixed, tmp_path):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL | groups))
+    recipe = load_recipe(path)
+    assert recipe.router.fixed is fixed
+    stored = write(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json")))  # as a run keeps it
+    assert load_recipe(stored, stored=True).router == recipe.router
+
+
+def test_an_override_that_says_how_the_router_learns_trains_it(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    assert not load_recipe(path, ["router.learning_rate=0.1"]).router.fixed
