@@ -73,15 +73,16 @@ class _Whole(nn.Module):
 class RemixTrainer(Trainer):
     """transformers.Trainer for a RemixModel: `RemixTrainer(get_remix_model(...), args, router=RouterTraining(...))`.
 
-    All other arguments are the Trainer's. It makes a trainer of a Trainer's subclass, too, as the base class named
-    first: `class Mine(RemixTrainer, SomeTrainer)`. Raises ValueError for settings of the Trainer that it cannot keep.
+    Without `router` it stays as it begins. All other arguments are the Trainer's. It makes a trainer of a Trainer's
+    subclass, too, as the base class named first: `class Mine(RemixTrainer, SomeTrainer)`. Raises ValueError for
+    settings of the Trainer that it cannot keep.
     """
 
     def __init__(self, model: RemixModel, *args: Any, router: RouterTraining | None = None, **kwargs: Any):
         if not isinstance(model, RemixModel):
             raise ValueError("model: give what get_remix_model(model, config) returns")
         self.remix = model
-        self.router = router or RouterTraining()
+        self.router = router or RouterTraining(fixed=True)
         self.estimator = make_estimator(self.router.estimator)
         with taken_for_adapted(model.base_model):
             super().__init__(model.base_model, *args, **kwargs)
