@@ -69,8 +69,9 @@ def make_base(folder: Path, shape: dict[str, int], tokenizer: Any) -> None:
 
 
 def recipe_of(case: Case, base: Path, rows: Path, out: Path, steps: int, cpu: bool) -> dict[str, Any]:
-    """GSM8K rows, the default adapter, a checkpoint in the middle and at the end."""
+    """GSM8K rows, the default adapter and a router that learns, a checkpoint in the middle and at the end."""
     recipe: dict[str, Any] = {
+        "router": {"selections": 2},
         "model": {"name_or_path": str(base), "dtype": "float32" if cpu else "bfloat16"},
         "data": {
             "train": [{"path": str(rows), "format": "gsm8k"}],
