@@ -3,6 +3,7 @@
 model.py        get_remix_model, RemixModel: adapters on a transformers model; save, load, disable, switch
 trainer.py      RemixTrainer: transformers.Trainer and its subclasses
 sft_trainer.py  RemixSFTTrainer: the same for TRL's SFTTrainer
+axolotl.py      RemixPlugin: a plug-in of axolotl's, imported by it alone
 
 The names below may be imported from here.
 """

@@ -242,7 +242,8 @@ class RemixTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's kind, with one group for the LoRAs and one, at its own rate and without decay, for routers."""
         if self.optimizer is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.remix.base_model)
+            given = self.optimizer_cls_and_kwargs
+            kind, settings = given or self.get_optimizer_cls_and_kwargs(self.args, self.remix.base_model)
             groups = [{"params": self.loras, "weight_decay": self.args.weight_decay}]
             if self.routers and self.passes.router_learns:
                 groups.append({"params": self.routers, "weight_decay": 0.0, "lr": self.router.learning_rate})
