@@ -23,6 +23,15 @@ SELECTED = """The model of ONE prompt: the LoRAs that every router chose for it,
 that is exact for the answer to this prompt; another prompt would choose others. `selection.json` has the choice.
 """
 
+BY_SEQUENCE = """## Scoring it, serving it
+
+It routes by sequence: the prompt chooses once, for the whole answer. `generate` does so. In a call that gets prompt and
+answer together, as lm-evaluation-harness makes one for each likelihood, all tokens count as the prompt: the answer takes
+part in the choice, and such likelihoods are not the trained model's. `remix eval RUN --lm-eval TASKS` measures those.
+Engines that lay sequences end to end, such as vLLM and SGLang, cannot run it; `transformers serve` can, without
+continuous batching.
+"""
+
 KINDS = {
     "hf": """The model as trained, routing included. Needs transformers, torch and safetensors; no other package:
 
@@ -82,6 +91,8 @@ def card(run: LoadedRun, kind: str, price: dict[str, float]) -> str:
     if price:
         rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in price.items())
         parts.append(f"## What the approximation costs\n\n| on held-out rows | |\n|---|---|\n{rows}")
+    if kind == "hf" and c.level == "sequence":
+        parts.append(BY_SEQUENCE)
     parts += _scores(run) + _routing(run)
     return "\n\n".join(parts) + "\n"
 

@@ -40,6 +40,8 @@ def _export(run: LoadedRun, request: Request, say: Say) -> None:
     if request.form == "hf":
         agreement = export_hf(run, request.output, reference_base=request.reference_base)
         say(f"checked: the folder was loaded again; {agreement}")
+        if run.stored.config.level == "sequence":
+            say("engines such as vLLM and SGLang cannot run it (routing by sequence); for those: --format peft-merged")
     elif request.form == "peft":
         difference = export_peft(run, request.output)
         say(f"checked: the folder was loaded again; logits differ by {difference:.1e}")

@@ -50,9 +50,9 @@ def export_hf(run: LoadedRun, target: Path, *, reference_base: bool) -> Agreemen
     cannot hold, ArtefactError if the folder read back does not agree with the run, StorageError.
     """
     check_pool(run, "hf")
-    base_class = _base_class(run)
+    classes = _base_classes(run)
     with publish_folder(target) as scratch:
-        _write(run, scratch, base_class, reference_base)
+        _write(run, scratch, classes, reference_base)
         (scratch / "README.md").write_text(card(run, "hf", {}), encoding="utf-8")
         return _check(run, scratch)
 
@@ -67,25 +67,35 @@ def check_pool(run: LoadedRun, form: str) -> None:
         )
 
 
-def _base_class(run: LoadedRun) -> str:
-    name = type(run.model).__name__
-    if not hasattr(transformers, name):
-        raise RecipeError(f"--format hf: {name} is not a class of transformers itself, so the folder could not load it")
-    return name
+def _base_classes(run: LoadedRun) -> tuple[str, str]:
+    """Names of the model's class and of that of its part without the head."""
+    classes = type(run.model), type(run.model.base_model)
+    for one in classes:
+        if not hasattr(transformers, one.__name__):
+            raise RecipeError(
+                f"--format hf: {one.__name__} is not a class of transformers itself, so the folder could not load it"
+            )
+    return classes[0].__name__, classes[1].__name__
 
 
-def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) -> None:
+def _write(run: LoadedRun, folder: Path, classes: tuple[str, str], reference_base: bool) -> None:
     config = run.model.config.to_dict()
     module = CODE.removesuffix(".py")
     # A name of transformers itself: `transformers serve` looks nowhere else; this one comes to the class by auto_map.
     config["architectures"] = ["AutoModelForCausalLM"]
-    config["auto_map"] = {"AutoConfig": f"{module}.RemixConfig", "AutoModelForCausalLM": f"{module}.{CLASS}"}
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.RemixConfig",
+        "AutoModel": f"{module}.RemixModel",  # what engines build
+        "AutoModelForCausalLM": f"{module}.{CLASS}",
+    }
     config["model_type"] = f"remix_{config['model_type']}"
     config["remix"] = _description(run, reference_base)
     config["dtype"] = run.recipe.model.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     code = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
-    (folder / CODE).write_text(code.replace("LlamaForCausalLM", base_class), encoding="utf-8")
+    whole, headless = classes
+    code = code.replace("LlamaModel", headless).replace("LlamaForCausalLM", whole)
+    (folder / CODE).write_text(code, encoding="utf-8")
     run.model.generation_config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     tensors = _adapter_tensors(run)
@@ -94,7 +104,10 @@ def _write(run: LoadedRun, folder: Path, base_class: str, reference_base: bool) 
         return
     state = base_state(run)
     for name in run.adapter.linears:
-        state[f"{name}.weight"] = state[f"{name}.weight"][None]  # (1, D_out, D_in), as modeling_remix.py has it
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in state:
+                state[f"{name}.base.{part}"] = state.pop(f"{name}.{part}")
+        state[f"{name}.weight"] = torch.zeros(1)  # modeling_remix.py says why
     save_torch_state_dict(state | tensors, folder, max_shard_size=SHARD)
 
 
@@ -140,7 +153,7 @@ def _adapter_tensors(run: LoadedRun) -> dict[str, Tensor]:
         if part in ROUTER_PARTS:
             tensors[f"{module}.remix_router.{ROUTER_PARTS[part]}"] = tensor.contiguous()
         else:
-            tensors[name] = tensor.to(dtype).contiguous()
+            tensors[f"{name}.weight"] = tensor.to(dtype).contiguous()
     return tensors
 
 

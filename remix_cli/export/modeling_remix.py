@@ -6,6 +6,10 @@ Self-contained: needs torch, transformers and safetensors. Written by `remix exp
 
 For each token every block's router takes the k LoRAs with the largest P x and adds omega B_i A_i x for each of them.
 Routing depends on the input, so the LoRAs cannot be merged into the weights.
+
+What an inference engine that builds on transformers' models needs is kept here: AutoModel is the network without its
+head; all matrices but the routers' are plain nn.Linear modules under names of their own; routers decide inside the
+forward pass of the block that they belong to, without hooks, and keep float32.
 """
 
 import functools
@@ -15,20 +19,33 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM as Base  # the base model's own class
+from transformers import LlamaForCausalLM as Base  # the base model's own classes
+from transformers import LlamaModel as BaseModel
 
 
 class RemixRouter(nn.Module):
-    """gates (..., n r) for x (..., D): omega for the r columns of each chosen LoRA, 0 for the others; P in float32."""
+    """gates (..., n r) for x (..., D): omega for the r columns of each chosen LoRA, 0 for the others.
 
-    def __init__(self, width, c):
+    P stays in float32 whatever type the model is loaded in or moved to: rounded, it would choose other LoRAs.
+    """
+
+    def __init__(self, width, c, device=None):
         super().__init__()
         self.c = c
-        self.weight = nn.Parameter(torch.empty(c["pool_size"], width, dtype=torch.float32))
+        new = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(new(c["pool_size"], width))
         if c["clusters"]:  # then x is the mean over a prompt, and P reads the nearest of these centres instead
-            self.common = nn.Parameter(torch.empty(width, dtype=torch.float32))
-            self.centres = nn.Parameter(torch.empty(c["clusters"], width, dtype=torch.float32))
+            self.common = nn.Parameter(new(width))
+            self.centres = nn.Parameter(new(c["clusters"], width))
         self.gates = None
+
+    def _apply(self, fn, recurse=True):
+        exact = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != torch.float32:
+                parameter.data = exact[name].to(parameter.device, torch.float32)
+        return self
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -44,20 +61,19 @@ class RemixRouter(nn.Module):
 
 
 class RemixLinear(nn.Module):
-    """y = W x + sum over the chosen i of omega B_i A_i x, the pool stored stacked: A (n r, D_in), B (D_out, n r).
+    """y = W x + sum over the chosen i of omega B_i A_i x, the pool stacked: lora_A is (n r, D_in), lora_B (D_out, n r).
 
-    W is (1, D_out, D_in), a shape that the base model's own class refuses to load, for it would leave the pool out;
-    and this is no nn.Linear, which libraries that quantise would replace, pool and all.
+    Under the base layer's own name, `weight`, lies a single number that nothing reads. By its shape the base model's
+    class refuses the folder, which it would otherwise load without the pool.
     """
 
     def __init__(self, base, c, router):
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = nn.Parameter(torch.empty(1, base.out_features, base.in_features))
-        self.bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
-        stacked = c["pool_size"] * c["rank"]
-        self.lora_A = nn.Parameter(torch.empty(stacked, base.in_features))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, stacked))
+        device, stacked = base.weight.device, c["pool_size"] * c["rank"]
+        self.weight = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
+        self.base = base
+        self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, stacked, bias=False, device=device)
+        self.lora_B = nn.utils.skip_init(nn.Linear, stacked, base.out_features, bias=False, device=device)
         self.routes_itself = c["scope"] == "module"
         if self.routes_itself:
             self.remix_router = router
@@ -67,8 +83,24 @@ class RemixLinear(nn.Module):
     def forward(self, x):
         router = self.remix_router
         gates = _route(router, x) if self.routes_itself else router.gates
-        down = F.linear(x, self.lora_A.to(x.dtype)) * gates.to(x.dtype)
-        return F.linear(x, self.weight[0], self.bias) + F.linear(down, self.lora_B.to(x.dtype))
+        return self.base(x) + self.lora_B(self.lora_A(x) * gates.to(x.dtype))
+
+
+class _RoutedBlock:
+    """Before the block's own class: its router decides, then the block computes."""
+
+    def forward(self, *args, **kwargs):
+        router = self.remix_router
+        router.gates = _route(router, args[0] if args else kwargs["hidden_states"])
+        output = super().forward(*args, **kwargs)
+        if router.c["scope"] == "block":  # a router of the whole model serves the blocks that follow, too
+            router.gates = None
+        return output
+
+
+@functools.cache
+def _routed(block):
+    return type(f"Remix{block.__name__}", (_RoutedBlock, block), {})
 
 
 def _route(router, x):
@@ -88,37 +120,26 @@ class _Selection:
         self.prompt, self.kept = None, {}
 
 
-def _install(model, c):
-    """Put pools and routers in place of the targets, without values."""
+def _install(model, c, prefix=""):
+    """Put pools and routers in place of the targets, without values; `prefix` is missing from the names of `model`."""
     state = _Selection() if c["level"] == "sequence" else None
     routers = {}
-    for name in c["linears"]:
+    for name in (name.removeprefix(prefix) for name in c["linears"]):
         parent, _, child = name.rpartition(".")
-        base = model.get_submodule(name)
+        block = model.get_submodule(parent)
+        base = block.get_submodule(child)
         owner = name if c["scope"] == "module" else parent
         if c["scope"] == "model":  # the first block's, for all
             owner = next(iter(routers), owner)
         if owner not in routers:
             width = base.in_features if c["scope"] == "module" else model.config.get_text_config().hidden_size
-            routers[owner] = RemixRouter(width, c)
+            routers[owner] = RemixRouter(width, c, base.weight.device)
             object.__setattr__(routers[owner], "state", state)
             if c["scope"] != "module":
-                _attach(model.get_submodule(owner), routers[owner], c["scope"] == "block")
-        setattr(model.get_submodule(parent), child, RemixLinear(base, c, routers[owner]))
+                block.add_module("remix_router", routers[owner])
+                block.__class__ = _routed(type(block))
+        setattr(block, child, RemixLinear(base, c, routers[owner]))
     return state
-
-
-def _attach(block, router, forgets):
-    def before(_, args, kwargs):
-        router.gates = _route(router, args[0] if args else kwargs["hidden_states"])
-
-    def after(_, args, output):
-        router.gates = None
-
-    block.add_module("remix_router", router)
-    block.register_forward_pre_hook(before, with_kwargs=True)
-    if forgets:
-        block.register_forward_hook(after, always_call=True)
 
 
 class RemixConfig(Base.config_class):
@@ -127,20 +148,45 @@ class RemixConfig(Base.config_class):
     model_type = f"remix_{Base.config_class.model_type}"
 
 
-class RemixForCausalLM(Base):
+class _Remix:
+    """What the network with its head and without it have in common."""
+
     config_class = RemixConfig
-    # Routers decide in float32 whatever type the model is loaded in.
+    # Read by transformers, and by engines that make the parameters themselves
     _keep_in_fp32_modules_strict = sorted(
         {*(getattr(Base, "_keep_in_fp32_modules_strict", None) or ()), "remix_router"}
     )
 
     def __init__(self, config, *args, **kwargs):
+        if config.remix.get("base_model"):
+            raise ValueError(
+                "this folder names its base model and does not hold its weights: load it with "
+                "AutoModelForCausalLM.from_pretrained, or export it again without --reference-base"
+            )
         super().__init__(config, *args, **kwargs)
-        self._selection = _install(self, config.remix)
 
     def _init_weights(self, module):
         if not isinstance(module, RemixRouter):  # all values come from the files
             super()._init_weights(module)
+
+
+class RemixModel(_Remix, BaseModel):
+    """Hidden states instead of logits: from this class engines build the model, around attention and head of theirs."""
+
+    def __init__(self, config, *args, **kwargs):
+        if config.remix["level"] == "sequence":
+            raise ValueError(
+                "this model routes by sequence, for which it must know the prompt's end, and nothing tells it here: "
+                "serve it with `transformers serve`, or as one LoRA (remix export RUN --format peft-merged)"
+            )
+        super().__init__(config, *args, **kwargs)
+        _install(self, config.remix, f"{Base.base_model_prefix}.")
+
+
+class RemixForCausalLM(_Remix, Base):
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self._selection = _install(self, config.remix)
 
     @functools.wraps(Base.forward)
     def forward(self, *args, **kwargs):
@@ -174,13 +220,10 @@ class RemixForCausalLM(Base):
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(f"{path}: to keep layers on the host or on disk, export with the base model's weights")
         model.__class__, model.config.remix = cls, config.remix
-        dtype, values = model.dtype, dict(model.state_dict())
-        model._selection = _install(model, config.remix)
-        for name, parameter in model.named_parameters():
-            if name in tensors:  # to where the block's own weights are
-                block = name.rsplit(".", 2)[0] + "."
-                device = next(value.device for other, value in values.items() if other.startswith(block))
-                parameter.data = tensors[name].to(device, torch.float32 if "remix_router" in name else dtype)
-            else:
-                parameter.data = values[name].view(parameter.shape)
+        dtype = model.dtype
+        model._selection = _install(model, config.remix)  # each part where its base layer is
+        parameters = dict(model.named_parameters())
+        for name, tensor in tensors.items():
+            own = torch.float32 if "remix_router" in name else dtype
+            parameters[name].data = tensor.to(parameters[name].device, own)
         return model.eval()

@@ -4,6 +4,7 @@ The definition is written out below in float64, LoRA by LoRA, and shares no code
 must be those of the recorded eager path to the bit, outputs the definition's up to rounding.
 """
 
+import copy
 import importlib.util
 import re
 from contextlib import nullcontext
@@ -221,13 +222,12 @@ def exported(s: Setting):
     theirs.state = None
     if s.config.level == "sequence":
         theirs.state = SimpleNamespace(prompt=s.prompt.float(), kept={})
-    base = s.linear.base_layer
+    base = copy.deepcopy(s.linear.base_layer)
     linear = modeling_remix.RemixLinear(base, c, theirs)
     values = {name: tensor for name, tensor in s.router.named_buffers() if s.config.clusters}
     theirs.load_state_dict(values | {"weight": s.router.weight})
-    own = {"weight": base.weight[None], "bias": base.bias, "lora_A": s.linear.lora_A, "lora_B": s.linear.lora_B}
+    own = {"lora_A.weight": s.linear.lora_A, "lora_B.weight": s.linear.lora_B}
     linear.to(s.x.dtype).load_state_dict(own, strict=False)
-    theirs.float()
     gates = modeling_remix._route(theirs, s.x)
     return Weighting(gates.to(s.x.dtype), None), linear(s.x)
 
