@@ -2,8 +2,8 @@
 
 Arms from the simplest to train and to serve to the least simple, since of arms that nothing separates the first is
 taken: one LoRA of the rank that serves a token (k r), one of the whole pool's (n r), the pool under a router that is
-never trained, by token and by the prompt's cluster, and the pool with a router that learns. A recipe of another method
-stands in front of them. Each is tried at three learning rates.
+never trained, by token and by the prompt's cluster, and the pool with a router that learns; where there are tasks to
+score, the base model, too. A recipe of another method stands in front of them. Each is tried at three learning rates.
 """
 
 from typing import Any
@@ -24,6 +24,8 @@ def make_obvious(raw: RawRecipe, recipe: Recipe) -> None:
     """Turn the plain recipe `raw`, which says `recipe`, into the sweep file that somebody would have written."""
     values = raw.values
     arms = _arms(recipe, values.get("adapter", {}))
+    if values.get("eval", {}).get("tasks") and recipe.method.trains:
+        arms["base"] = {"adapter": {"method": "none"}}
     rates = {name: _rates(recipe, changes) for name, changes in arms.items()}
     common = next(iter(rates.values()))
     train = values.setdefault("train", {})

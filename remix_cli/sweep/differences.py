@@ -1,7 +1,7 @@
 """How far the arms of a sweep are apart, score by score, and what that says in words."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -95,13 +95,20 @@ class ArmsRuns:
         return found
 
     def _difference(self, arm: str, other: str, first: TaskResult, score: str) -> ArmDifference:
-        """By the seeds that both have, if these are two or more; what seeds vary by comes from all that have them."""
+        """By the seeds that both have, if these are two or more; what seeds vary by comes from all that have them.
+
+        An arm that is not trained is the same under every seed of the other, which alone varies.
+        """
         task = first.task
         ours, theirs = self.runs_of[arm], self.runs_of[other]
         shared = _shared_seeds(ours, theirs)
         values = self._values(task, score, first)
         spread = Spread.within(list(values.values()))
-        if len(shared) > 1:
+        if _is_trained(ours) != _is_trained(theirs):
+            runs = max(len(ours), len(theirs))
+            ours, theirs = (some if _is_trained(some) else some[:1] * runs for some in (ours, theirs))
+            spread = spread and replace(spread, variance=spread.variance / 2)  # it is counted for both arms
+        elif len(shared) > 1:
             ours, theirs = _of_seeds(ours, shared), _of_seeds(theirs, shared)
             alike = [name for name in values if len(_of_seeds(self.runs_of[name], shared)) == len(shared)]
             spread = Spread.paired(np.stack([_scores(_of_seeds(self.runs_of[n], shared), task, score) for n in alike]))
@@ -118,6 +125,10 @@ class ArmsRuns:
             if not _why_not([first], results) and all(score in result.scores for result in _present(results)):
                 found[name] = _scores(runs, task, score)
         return found
+
+
+def _is_trained(runs: list[Evaluated]) -> bool:
+    return runs[0].costs.trained_parameters != 0
 
 
 def _scores(runs: list[Evaluated], task: str, score: str) -> np.ndarray:

@@ -69,11 +69,16 @@ def cost_notes(report: SweepReport) -> list[str]:
     if not report.arms:
         return []
     what = HELD_OUT_LOSS if report.metric == "eval_loss" else f"{report.metric}, on held-out rows while training"
-    runs = [arm.validation_runs for arm in report.arms]
+    runs = [arm.validation_runs for arm in _trained(report)]
     lines = [f"{what}: after the last step, mean over {_how_many(runs, 'seed')}"]
     if report.base is not None:
         lines[0] += "; the base model's before the first"
     return [*lines, "seconds: of the quickest run by the clock, whatever else the machine was doing"]
+
+
+def _trained(report: SweepReport) -> list[ArmReport]:
+    """The arms that seeds say something of; all, if none was trained."""
+    return [arm for arm in report.arms if arm.trained_parameters] or report.arms
 
 
 def _how_many(counts: Sequence[int], what: str) -> str:
@@ -121,7 +126,7 @@ def _decision(report: SweepReport) -> list[str]:
     elif len(decision.level) > 1:
         others = ", ".join(arm for arm in decision.level if arm != decision.take)
         lines.append(f"take {decision.take}, though nothing separates {others} from it")
-    elif min(arm.runs for arm in report.arms) == 1:
+    elif min(arm.runs for arm in _trained(report)) == 1:
         lines.append(
             f"take {decision.take} for now: it is ahead under one seed; more would say what training varies by"
         )
@@ -137,7 +142,7 @@ def _rests_on(report: SweepReport) -> str:
     assert decision is not None
     count = _scored_rows(report)
     rows = "" if count is None else f"{count:,} scored rows, "
-    seeds = _how_many([arm.runs for arm in report.arms], "seed")
+    seeds = _how_many([arm.runs for arm in _trained(report)], "seed")
     tokens = max(arm.train_tokens for arm in report.arms)
     said = f"this rests on {rows}{seeds}, {tokens:,.0f} tokens of training each"
     if report.rows.get(decision.score.partition(" ")[0]) == HELD_OUT:

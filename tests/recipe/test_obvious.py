@@ -76,6 +76,16 @@ def test_a_router_that_the_recipe_leaves_fixed_is_trained_in_one_arm(plain):
     assert list(kinds(load_sweep(plain(router={"fixed": True})))) == list(POOL)
 
 
+def test_where_tasks_are_scored_so_is_the_base_model(plain):
+    points = load_sweep(plain(eval={"tasks": [{"task": "nll"}]})).points
+    assert list(points) == [*POOL, "base"]
+    (base,) = points["base"]
+    assert not base.recipe.method.trains
+    assert [len(some) for name, some in points.items() if name != "base"] == [3] * len(POOL)
+    none = load_sweep(plain(adapter={"method": "none"}, router={}, eval={"tasks": [{"task": "nll"}]})).points
+    assert "base" not in none
+
+
 @pytest.mark.parametrize(
     ("adapter", "wanted"),
     [

@@ -115,6 +115,27 @@ def test_under_one_seed_nothing_is_clearly_ahead(arms):
     assert said[2] == "take pool for now: it is ahead under one seed; more would say what training varies by"
 
 
+def test_what_is_not_trained_is_the_same_under_every_seed(arms):
+    """Beside arms of three seeds it was said to be worse under one seed, and the best to be ahead under one."""
+    (base,) = three_arms(60).runs_of["soft"][:1]
+    base.costs = TrainingCosts(trained_parameters=0)
+    runs = ArmsRuns({"pool": arms.runs_of["pool"], "base": [base]})
+    for one, other in (("base", "pool"), ("pool", "base")):
+        found = runs.differences(one, other)["nll loss"].found
+        assert found.seeds == 3
+        values = [np.mean([line["nats"] for line in run.lines_read["nll"]]) for run in runs.runs_of["pool"]]
+        assert found.variance.runs == pytest.approx(np.var(values, ddof=1) / 3)
+    scores = {name: runs.scores(name) for name in runs.runs_of}
+    costs = (1, 1.0, 5000.0, 1.0)
+    reports = [
+        ArmReport(name, "", len(some), int(name != "base"), *costs, 1.0, [], 60, scores[name], {}, {})
+        for name, some in runs.runs_of.items()
+    ]
+    said = sweep_notes(SweepReport("eval_loss", [0, 1, 2], "pool", reports, [], decide("eval_loss", scores, runs), {}))
+    assert said[2] == "take pool: it is clearly ahead of all others"
+    assert "3 seeds" in said[3]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
