@@ -26,9 +26,9 @@ that is exact for the answer to this prompt; another prompt would choose others.
 BY_SEQUENCE = """## Scoring it, serving it
 
 It routes by sequence: the prompt chooses once, for the whole answer. `generate` does so. In a call that gets prompt and
-answer together, as lm-evaluation-harness makes one for each likelihood, all tokens count as the prompt: the answer takes
-part in the choice, and such likelihoods are not the trained model's. `remix eval RUN --lm-eval TASKS` measures those.
-Engines that lay sequences end to end, such as vLLM and SGLang, cannot run it; `transformers serve` can, without
+answer together, as lm-evaluation-harness makes one for each likelihood, all tokens count as the prompt: the answer
+takes part in the choice, and such likelihoods are not the trained model's. `remix eval RUN --lm-eval TASKS` measures
+those. Engines that lay sequences end to end, such as vLLM and SGLang, cannot run it; `transformers serve` can, without
 continuous batching.
 """
 
