@@ -69,7 +69,7 @@ def check_top_p(top_p: float, temperature: float) -> None:
 
 
 class Bars:
-    """Progress bars on stderr, so that stdout stays for results; silent where stderr is no terminal."""
+    """Progress bars on stderr, so that stdout stays for results; silent where there is no terminal and no notebook."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -81,15 +81,17 @@ class Bars:
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.shown = console.is_terminal or console.is_jupyter
 
     def __enter__(self) -> "Bars":
-        if self.progress.console.is_terminal:
+        if self.shown:
             self.progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.progress.console.is_terminal:
+        if self.shown:
             self.progress.stop()
 
     def start(self, name: str, total: int, done: int = 0) -> "Bar":

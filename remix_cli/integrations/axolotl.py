@@ -68,11 +68,11 @@ RouterKeys = _keys("RouterKeys", RouterTraining)
 
 
 class RemixSettings(BaseModel):
-    """The group `remix`: the fields of AdapterConfig and of RouterTraining."""
+    """The group `remix`: the fields of AdapterConfig, and of RouterTraining; without `router` none is trained."""
 
     model_config = ConfigDict(extra="forbid")
     adapter: AdapterKeys = Field(default_factory=AdapterKeys)  # type: ignore[valid-type]
-    router: RouterKeys = Field(default_factory=RouterKeys)  # type: ignore[valid-type]
+    router: RouterKeys | None = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -83,8 +83,9 @@ class RemixSettings(BaseModel):
         """Raises ValueError for values that do not fit together."""
         return AdapterConfig(**dict(self.adapter))
 
-    def router_training(self) -> RouterTraining:
-        return RouterTraining(**dict(self.router))
+    def router_training(self) -> RouterTraining | None:
+        """None where the YAML has no such group: what the trainer does then, it says itself."""
+        return None if self.router is None else RouterTraining(**dict(self.router))
 
 
 class RemixArgs(BaseModel):

@@ -1,4 +1,4 @@
-"""What a person sees: a live display on a terminal, plain lines in a log file. Only rank 0 prints."""
+"""What a person sees: a live display on a terminal or in a notebook, plain lines in a log file. Only rank 0 prints."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class TrainingConsole:
         self.console, self.total, self.main = console, total, main
         self.step, self.begun, self.start = start, time.monotonic(), start
         self.live: Progress | None = None
-        if main and console.is_terminal:
+        if main and (console.is_terminal or console.is_jupyter):
             self.live = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=20),

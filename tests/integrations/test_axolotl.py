@@ -183,6 +183,14 @@ def test_its_steps_are_those_of_the_trainer(axolotl, tmp_path):
         assert torch.equal(parameter, model.adapter.parameters()[name]), name
 
 
+def test_a_yaml_that_says_nothing_of_the_router_leaves_it_as_the_trainer_does(axolotl, tmp_path):
+    cfg, plugin = config(axolotl, tmp_path, remix={"adapter": {"pool_size": 4, "active": 2}}), axolotl.RemixPlugin()
+    model, _ = plugin.load_adapter(tiny_model(), cfg)
+    args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+    alone = RemixTrainer(get_remix_model(tiny_model(), AdapterConfig()), args, train_dataset=feature_rows())
+    assert trainer_of(plugin, cfg, model, tmp_path).router == alone.router
+
+
 def test_an_optimizer_class_that_the_builder_gives_is_used(axolotl, tmp_path):
     cfg, plugin = config(axolotl, tmp_path), axolotl.RemixPlugin()
     model, _ = plugin.load_adapter(tiny_model(), cfg)
