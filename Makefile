@@ -55,7 +55,7 @@ kills: setup
 	$(BIN)/python tests/faults/faultlab.py errors
 	$(BIN)/python tests/faults/faultlab.py signals $(SIGNALS)
 
-# launches of several processes, for every estimator; the real model at length: about five minutes
+# launches of several processes, for every estimator; the real model at length: about twenty minutes
 slow: setup model
 	$(BIN)/python -m pytest -m slow
 
