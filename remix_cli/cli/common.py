@@ -9,6 +9,7 @@ import typer
 import remix_cli
 from remix_cli.errors import RecipeError
 from remix_cli.terminal import Console
+from remix_cli.train.lines import shows_progress
 
 
 def _print_version(asked: bool) -> None:
@@ -83,7 +84,7 @@ class Bars:
         )
         console = Console(stderr=True)
         self.progress = Progress(*columns, console=console, transient=True)
-        self.shown = console.is_terminal or console.is_jupyter
+        self.shown = shows_progress(console)
 
     def __enter__(self) -> "Bars":
         if self.shown:

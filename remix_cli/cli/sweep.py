@@ -11,6 +11,7 @@ from remix_cli.cli.common import AllowCode, Json, Overrides
 from remix_cli.errors import RecipeError, RemixError
 from remix_cli.streams import outlive
 from remix_cli.terminal import Console
+from remix_cli.train.lines import shows_progress
 
 if TYPE_CHECKING:
     from remix_cli.recipe.sweep_grammar import Sweep
@@ -63,7 +64,7 @@ def sweep(
     from remix_cli.sweep.runner import run_sweep
     from remix_cli.sweep.sweep_tables import print_report
 
-    with console.status("reading the rows") if console.is_terminal else nullcontext() as status:
+    with console.status("reading the rows") if shows_progress(console) else nullcontext() as status:
         run_sweep(plan, processes, say, allow_code, hours, lambda line: _show(status, line))
     found = sweep_report(plan.folder)
     outcome = write_outcome(plan, found)
@@ -77,7 +78,7 @@ def sweep(
 
 
 def _show(status: Any, line: str) -> None:
-    """On a terminal, one line that moves; in a log nothing."""
+    """On a terminal or in a notebook, one line that moves; in a log nothing."""
     if status is not None:
         status.update(line)
 
@@ -95,7 +96,8 @@ def _list_runs(plan: "Sweep", say: Any) -> None:
 def _say_how_many(plan: "Sweep", say: Any, hours: float | None) -> None:
     arms = len(plan.points)
     searched = sum(len(points) for points in plan.points.values())
-    more = (len(plan.seeds) - 1) * arms
+    trained = sum(points[0].recipe.method.trains for points in plan.points.values())
+    more = (len(plan.seeds) - 1) * trained
     lines = [f"{arms} arms: {', '.join(plan.points)}", f"{searched} runs to search"]
     if hours is not None:
         lines[-1] += f", then the best of each arm under as many seeds as {hours:g} hours hold"

@@ -23,9 +23,7 @@ BESIDE = "-sweep"  # the sweep's folder is that of the recipe's own run, with th
 def make_obvious(raw: RawRecipe, recipe: Recipe) -> None:
     """Turn the plain recipe `raw`, which says `recipe`, into the sweep file that somebody would have written."""
     values = raw.values
-    arms = _arms(recipe, values.get("adapter", {}))
-    if values.get("eval", {}).get("tasks") and recipe.method.trains:
-        arms["base"] = {"adapter": {"method": "none"}}
+    arms = _arms(recipe, values)
     rates = {name: _rates(recipe, changes) for name, changes in arms.items()}
     common = next(iter(rates.values()))
     train = values.setdefault("train", {})
@@ -43,9 +41,9 @@ def consecutive(first: int, count: int) -> list[int]:
     return [first + i for i in range(count)]
 
 
-def _arms(recipe: Recipe, given: dict[str, Any]) -> dict[str, Changes]:
-    """Name -> what it changes of `recipe`, but for learning rates. `given`: the `adapter` group as its file says it."""
-    own = recipe.adapter.method
+def _arms(recipe: Recipe, values: dict[str, Any]) -> dict[str, Changes]:
+    """Name -> what it changes of `recipe`, but for learning rates. `values`: what its file says."""
+    own, given = recipe.adapter.method, values.get("adapter", {})
     pool, is_recipes = _pool(recipe, given)
     alike = {key: given[key] for key in ("target_modules", "dropout") if key in given}
     n, k, r = pool["pool_size"], pool["active"], pool["rank"]
@@ -60,6 +58,8 @@ def _arms(recipe: Recipe, given: dict[str, Any]) -> dict[str, Changes]:
     of_pool: Changes = {} if is_recipes else {"adapter": {"method": "remix", **pool} | alike}
     for name, router in _routers(recipe, chooses=k < n).items():
         arms[name] = of_pool | router
+    if values.get("eval", {}).get("tasks") and recipe.method.trains:
+        arms["base"] = {"adapter": {"method": "none"}}
     return arms
 
 

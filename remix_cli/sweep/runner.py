@@ -36,7 +36,7 @@ from remix_cli.sweep.outcome import write_spelt_out
 from remix_cli.sweep.pool import Asked, Pool, Work
 from remix_cli.sweep.record import FILE, ArmRecord, SearchedPoint, SweepRecord, read_record
 from remix_cli.sweep.size import run_sizes
-from remix_cli.sweep.words import metric_in_words
+from remix_cli.sweep.words import how_many, metric_in_words
 from remix_cli.sweep.work import (
     Cause,
     Ended,
@@ -185,11 +185,7 @@ def check_same_recipes(sweep: Sweep) -> None:
 
 
 def _count(runs: int, folder: Path) -> str:
-    return f"{_runs(runs)} in {folder} {'were' if runs > 1 else 'was'}"
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'s' if count > 1 else ''}"
+    return f"{how_many([runs], 'run')} in {folder} {'were' if runs > 1 else 'was'}"
 
 
 def _failed(failures: dict[str, Failure]) -> FailedRuns:
@@ -248,7 +244,8 @@ def say_sizes(sweep: Sweep, say: Say) -> dict[Path, RunSize]:
     """Read the rows, and say how large the runs are. Raises DataError."""
     say("reading and encoding the rows")
     sizes = run_sizes(point for points in sweep.points.values() for point in points)
-    by_tokens = sorted(sizes.values(), key=lambda size: size.tokens)
+    trained = [size for size in sizes.values() if size.tokens] or list(sizes.values())
+    by_tokens = sorted(trained, key=lambda size: size.tokens)
     least, most = by_tokens[0], by_tokens[-1]
     more = f" to {most.describe()}" if most.tokens > least.tokens else ""
     say(f"each run: {least.describe()}{more}")
@@ -353,7 +350,8 @@ class _Sweep:
         while self.again:
             jobs, self.again = self.again, []
             processes //= 2
-            self.say(f"     {_runs(len(jobs))} lacked memory; now {'one' if processes == 1 else processes} at a time")
+            at_once = "one" if processes == 1 else processes
+            self.say(f"     {how_many([len(jobs)], 'run')} lacked memory; now {at_once} at a time")
             self.forecast.processes = processes
             self._at_once(jobs, processes)
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from remix_cli.evaluation.score_tables import number, plain_table, with_unit
 from remix_cli.evaluation.statistics import FEW, Score, too_few
 from remix_cli.sweep.report import ArmReport, SweepReport
-from remix_cli.sweep.words import HELD_OUT, HELD_OUT_LOSS, metric_in_words, score_in_words
+from remix_cli.sweep.words import HELD_OUT, HELD_OUT_LOSS, how_many, metric_in_words, score_in_words
 from remix_cli.train.lines import say
 
 
@@ -70,7 +70,7 @@ def cost_notes(report: SweepReport) -> list[str]:
         return []
     what = HELD_OUT_LOSS if report.metric == "eval_loss" else f"{report.metric}, on held-out rows while training"
     runs = [arm.validation_runs for arm in _trained(report)]
-    lines = [f"{what}: after the last step, mean over {_how_many(runs, 'seed')}"]
+    lines = [f"{what}: after the last step, mean over {how_many(runs, 'seed')}"]
     if report.base is not None:
         lines[0] += "; the base model's before the first"
     return [*lines, "seconds: of the quickest run by the clock, whatever else the machine was doing"]
@@ -79,12 +79,6 @@ def cost_notes(report: SweepReport) -> list[str]:
 def _trained(report: SweepReport) -> list[ArmReport]:
     """The arms that seeds say something of; all, if none was trained."""
     return [arm for arm in report.arms if arm.trained_parameters] or report.arms
-
-
-def _how_many(counts: Sequence[int], what: str) -> str:
-    """`3 seeds`, `1 to 3 seeds`."""
-    said = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"{said} {what if said == '1' else f'{what}s'}"
 
 
 def sweep_notes(report: SweepReport) -> list[str]:
@@ -142,7 +136,7 @@ def _rests_on(report: SweepReport) -> str:
     assert decision is not None
     count = _scored_rows(report)
     rows = "" if count is None else f"{count:,} scored rows, "
-    seeds = _how_many([arm.runs for arm in _trained(report)], "seed")
+    seeds = how_many([arm.runs for arm in _trained(report)], "seed")
     tokens = max(arm.train_tokens for arm in report.arms)
     said = f"this rests on {rows}{seeds}, {tokens:,.0f} tokens of training each"
     if report.rows.get(decision.score.partition(" ")[0]) == HELD_OUT:

@@ -1,6 +1,6 @@
-"""What scores are called before people: one name for a thing, wherever it stands."""
+"""What is said before people of scores and numbers: one name for a thing, wherever it stands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 HELD_OUT = "held out"  # as evaluations call the recipe's own held-out rows
 UNIT = "nats per token"
@@ -22,3 +22,9 @@ def score_in_words(name: str, rows: Mapping[str, str]) -> str:
     if score == "loss" and task.partition("@")[0] == "nll" and where:
         return HELD_OUT_LOSS if where == HELD_OUT else f"loss on {where}, {UNIT}"
     return f"{name} ({where})" if where else name
+
+
+def how_many(counts: Sequence[int], what: str) -> str:
+    """`3 seeds`, `1 to 3 seeds`."""
+    said = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{said} {what if said == '1' else f'{what}s'}"

@@ -11,7 +11,7 @@ from remix_cli.data.splits import TrainingData
 from remix_cli.diagnostics.parameters import ParameterCounts
 from remix_cli.evaluation.statistics import too_few
 from remix_cli.recipe import Recipe
-from remix_cli.train.lines import say
+from remix_cli.train.lines import say, shows_progress
 from remix_cli.train.micro_batch import describe_router
 
 SILENCE = 15.0  # seconds after which one wants to hear how far it is
@@ -26,7 +26,7 @@ class TrainingConsole:
         self.console, self.total, self.main = console, total, main
         self.step, self.begun, self.start = start, time.monotonic(), start
         self.live: Progress | None = None
-        if main and (console.is_terminal or console.is_jupyter):
+        if main and shows_progress(console):
             self.live = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=20),

@@ -32,3 +32,8 @@ def say(console: Console, text: str) -> None:
     """Print it so, at once: a log that is a file shows it as soon as it is said."""
     console.print(fitted(text, console.width), highlight=False, soft_wrap=True)
     console.file.flush()
+
+
+def shows_progress(console: Console) -> bool:
+    """Can a bar move there? On a terminal and in a notebook; a file would hold every state of it."""
+    return console.is_terminal or console.is_jupyter

@@ -38,20 +38,20 @@ def tell_formats(recipe: Recipe) -> Told:
     Sources that `check_source` finds fault with stay as they are, and so do those of tasks with columns of their own
     and those of tasks that lie on the hub, which need not be fetched yet.
     """
-    told: list[_Of] = []
+    found: list[_Of] = []
     rows = {}
     for part in ("train", "validation"):
         sources = getattr(recipe.data, part)
-        rows[part] = [_told(source, f"data.{part}.{i}", told) for i, source in enumerate(sources)]
+        rows[part] = [_told(source, f"data.{part}.{i}", found) for i, source in enumerate(sources)]
     tasks = []
     for i, task in enumerate(recipe.eval.tasks):
         source = task.source
         if source is not None and source.is_local and not task_class(task.task).own_columns:
-            task = task.model_copy(update={"source": _told(source, f"eval.tasks.{i}.source", told)})
+            task = task.model_copy(update={"source": _told(source, f"eval.tasks.{i}.source", found)})
         tasks.append(task)
     data = recipe.data.model_copy(update=rows)
     asked = recipe.eval.model_copy(update={"tasks": tasks})
-    return Told(recipe.model_copy(update={"data": data, "eval": asked}), _in_lines(told))
+    return Told(recipe.model_copy(update={"data": data, "eval": asked}), _in_lines(found))
 
 
 def day_of(recipe: Recipe) -> str | None:
@@ -59,10 +59,10 @@ def day_of(recipe: Recipe) -> str | None:
     return day_for(load_tokenizer(recipe.model), recipe.data)
 
 
-def _in_lines(told: list[_Of]) -> list[str]:
+def _in_lines(found: list[_Of]) -> list[str]:
     """Sources alike share a line, in the order of the first of each kind."""
     kinds: dict[tuple[str, str], dict[str, None]] = {}
-    for place, name, columns in told:
+    for place, name, columns in found:
         kinds.setdefault((name, columns), {})[place] = None
     lines = []
     for (name, columns), places in kinds.items():

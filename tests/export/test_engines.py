@@ -199,6 +199,13 @@ def built_by_an_engine(folder, dtype, remakes):
     return model, head
 
 
+def logits_by(model, head):
+    """(all tokens, vocabulary) of a network that an engine built, with attention of its own in every layer."""
+    engines = dict.fromkeys(range(len(model.layers)), causal_by_position)
+    options = {"position_ids": POSITIONS, "use_cache": False, "attention_instances": engines}
+    return F.linear(model(input_ids=FLAT, return_dict=False, **options)[0], head)[0]
+
+
 @pytest.mark.parametrize("remakes", [True, False], ids=["as vLLM", "as SGLang"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("router", SCOPES, ids=str)
@@ -208,10 +215,7 @@ def test_what_an_engine_builds_gives_the_runs_logits(exported, router, dtype, re
     model, head = built_by_an_engine(folder, dtype, remakes)
     assert all(p.dtype == torch.float32 for p in routers_of(model).values())
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
-    engines = dict.fromkeys(range(len(model.layers)), causal_by_position)
-    options = {"position_ids": POSITIONS, "use_cache": False, "attention_instances": engines}
-    hidden = model(input_ids=FLAT, return_dict=False, **options)[0]
-    logits = F.linear(hidden, head)[0]
+    logits = logits_by(model, head)
     if dtype == torch.float32:
         assert close(logits, logits_of(run), 1e-5)
     else:  # by transformers itself in that type, which chooses alike
@@ -276,10 +280,7 @@ def test_a_real_model_through_an_engines_steps(demo_model, stage, tmp_path):
     model = loaded(tmp_path / "hf")
     assert close(model(input_ids=FLAT, position_ids=POSITIONS, use_cache=False).logits[0], expected, 1e-5)
     built, head = built_by_an_engine(tmp_path / "hf", torch.float32, True)
-    engines = dict.fromkeys(range(len(built.layers)), causal_by_position)
-    options = {"position_ids": POSITIONS, "use_cache": False, "attention_instances": engines}
-    hidden = built(input_ids=FLAT, return_dict=False, **options)[0]
-    assert close(F.linear(hidden, head)[0], expected, 1e-5)
+    assert close(logits_by(built, head), expected, 1e-5)
 
 
 @pytest.mark.slow
