@@ -8,6 +8,7 @@ already is not run again; the table is OUT/table.md.
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4-bit sharded": {"train": {"shard_base": True}, "model": {"quantization": "4bit"}},
 }
 ROWS_A_CARD = 8
+ADAPTER = "adapter/adapter.safetensors"
 MEASURED = 5  # last steps whose median counts: the first ones wait for memory and kernels
 
 
@@ -149,15 +151,22 @@ def watch(process: subprocess.Popen, folder: Path) -> dict[str, float]:
     return {"first_step_s": first or 0.0, "checkpoint_s": saved or 0.0, "host_gib": most}
 
 
-def estimate_gib(recipe: Path, cards: int) -> float:
+def estimating(recipe: Path, cards: int) -> subprocess.Popen:
+    """`remix validate` beside the run, so that the cards do not wait for it."""
     command = [sys.executable, "-m", "remix_cli", "validate", str(recipe), "--processes", str(cards), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return sum(json.loads(done.stdout)["memory_gib"].values()) if done.returncode == 0 else 0.0
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def estimate_gib(estimate: subprocess.Popen) -> float:
+    out, _ = estimate.communicate()
+    return sum(json.loads(out)["memory_gib"].values()) if estimate.returncode == 0 else 0.0
 
 
 def measure(case: Case, recipe: Path, folder: Path, cpu: bool) -> dict[str, Any]:
+    estimate = estimating(recipe, case.cards)
     process = launched(recipe, case.cards, cpu, "--overwrite")
     seen = watch(process, folder)
+    expected = estimate_gib(estimate)
     steps = steps_in(folder)
     if process.returncode or not steps:
         last = recipe.with_suffix(".log").read_text().strip().splitlines()
@@ -165,31 +174,42 @@ def measure(case: Case, recipe: Path, folder: Path, cpu: bool) -> dict[str, Any]
         return {"failed": errors[0][:200] if errors else f"exit {process.returncode}"}
     speed = statistics.median(step["tokens_per_second"] for step in steps[-MEASURED:])
     peak = max(step.get("peak_memory_gib") or 0.0 for step in steps)
-    measured = {"tokens_per_second": speed, "peak_gib": peak, "estimate_gib": estimate_gib(recipe, case.cards)}
+    measured = {"tokens_per_second": speed, "peak_gib": peak, "estimate_gib": expected}
     return measured | seen | {"steps": len(steps)}
 
 
-def kill_and_go_on(case: Case, recipe: Path, folder: Path, on: int, cpu: bool) -> dict[str, Any]:
-    """Killed behind the checkpoint in the middle, gone on with on `on` cards: how far from the unbroken run?"""
-    final = folder / "adapter" / "adapter.safetensors"
-    wanted = load_file(final)
-    process = launched(recipe, case.cards, cpu, "--overwrite")
-    time.sleep(1)
+def kill_and_go_on(case: Case, recipe: Path, folder: Path, on: list[int], cpu: bool) -> list[dict[str, Any]]:
+    """Killed behind the checkpoint in the middle; copies of it go on at once on each of `on` cards: how far from the
+    unbroken run do they end?"""
+    wanted = load_file(folder / ADAPTER)
+    shutil.rmtree(folder)  # the unbroken run's checkpoints would be taken for the new run's
+    process = launched(recipe, case.cards, cpu)
     while process.poll() is None and not list((folder / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    begun = time.monotonic()
-    more = ["train.shard_base=false"] if on == 1 and "sharded" in case.layout else []
-    again = launched(recipe, on, cpu, *more, "--resume")
-    again.wait()
-    if again.returncode:
-        return {"killed_on": case.cards, "resumed_on": on, "failed": f"exit {again.returncode}"}
-    found = load_file(final)
-    same = all(found[name].equal(tensor) for name, tensor in wanted.items())
-    far = max(float((found[n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in wanted.items())
-    seconds = time.monotonic() - begun
-    return {"killed_on": case.cards, "resumed_on": on, "same_bits": same, "distance": far, "seconds": seconds}
+    if (folder / ADAPTER).exists():
+        return [
+            {"killed_on": case.cards, "resumed_on": cards, "failed": "it had ended before the kill"} for cards in on
+        ]
+    started = []
+    for cards in on:
+        copy = folder.with_name(f"{folder.name}-on-{cards}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        more = ["train.shard_base=false"] if cards == 1 and "sharded" in case.layout else []
+        started.append((cards, copy, launched(recipe, cards, cpu, f"output_dir={copy}", *more, "--resume")))
+    results = []
+    for cards, copy, again in started:
+        result: dict[str, Any] = {"killed_on": case.cards, "resumed_on": cards}
+        if again.wait():
+            results.append(result | {"failed": f"exit {again.returncode}"})
+            continue
+        found = load_file(copy / ADAPTER)
+        same = all(found[name].equal(tensor) for name, tensor in wanted.items())
+        far = max(float((found[n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in wanted.items())
+        results.append(result | {"same_bits": same, "distance": far})
+    return results
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -213,7 +233,7 @@ def table(results: list[dict[str, Any]]) -> str:
         )
     for r in results:
         if "killed_on" in r:
-            what = "failed" if "failed" in r else "same bits" if r["same_bits"] else f"distance {r['distance']:.1e}"
+            what = r["failed"] if "failed" in r else "same bits" if r["same_bits"] else f"distance {r['distance']:.1e}"
             where = f"{r['shape']} {r['layout']}: killed on {r['killed_on']}, resumed on {r['resumed_on']}"
             lines.append(f"\n{where}: {what}")
     return "\n".join(lines) + "\n"
@@ -265,8 +285,8 @@ def main() -> None:
             measured = measure(case, recipe, folder, asked.cpu)
             keep(known | measured)
             if case.cards == max(cards) > 1 and case.layout == "sharded" and "failed" not in measured:
-                for on in (case.cards, case.cards // 2):
-                    keep(known | kill_and_go_on(case, recipe, folder, on, asked.cpu))
+                for result in kill_and_go_on(case, recipe, folder, [case.cards, case.cards // 2], asked.cpu):
+                    keep(known | result)
 
 
 if __name__ == "__main__":
