@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from remix_cli.compat.transformers import taken_for_adapted
 from remix_cli.core.estimators.registry import make_estimator
@@ -38,6 +39,8 @@ from remix_cli.train.sums import StepSums
 ESTIMATOR_FILE = "remix_estimator.json"  # in a checkpoint: what the estimator has learnt
 IGNORED = -100  # the label of a token that is not learnt
 LOSSES_ALONE = ("labels", "shift_labels")  # of a batch, what the model is not given
+WHOLE_MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # how their names begin
+MADE_OF_A_MODEL = ("params", "model", "optimizer_dict")  # settings that stand in the place of groups of parameters
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,28 @@ class RemixTrainer(Trainer):
         for name, (asked_for, instead) in refused.items():
             if asked_for:
                 raise ValueError(f"{name}: not with routed adapters; {instead}")
+        if self.optimizer is None:
+            self._optimizer_kind()
+
+    def _optimizer_kind(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """The class that the arguments ask for, and its settings. Raises ValueError if it takes no groups of parameters
+        or is not installed."""
+        args: Any = self.args
+        given = self.optimizer_cls_and_kwargs
+        name = OptimizerNames(args.optim).value
+        asked_for = f"optim: {name}" if given is None else f"optimizer_cls_and_kwargs: {given[0]}"
+        refusal = "is made of a whole model, of which only LoRAs and routers are trained here; use adamw_torch"
+        if given is None and name.startswith(WHOLE_MODEL_OPTIMIZERS):
+            raise ValueError(f"{asked_for} {refusal}")  # before transformers asks to install it
+        try:
+            kind, settings = given or self.get_optimizer_cls_and_kwargs(args, self.remix.base_model)
+        except (ImportError, ValueError) as error:  # transformers raises either where a package is missing
+            said = str(error).rstrip(".")
+            raise ValueError(f"{asked_for} is not to be had here ({said}); adamw_torch is always there") from error
+        takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        if not takes_groups or set(settings) & set(MADE_OF_A_MODEL):
+            raise ValueError(f"{asked_for} {refusal}")
+        return kind, settings
 
     # One step.
 
@@ -242,8 +267,7 @@ class RemixTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's kind, with one group for the LoRAs and one, at its own rate and without decay, for routers."""
         if self.optimizer is None:
-            given = self.optimizer_cls_and_kwargs
-            kind, settings = given or self.get_optimizer_cls_and_kwargs(self.args, self.remix.base_model)
+            kind, settings = self._optimizer_kind()
             groups = [{"params": self.loras, "weight_decay": self.args.weight_decay}]
             if self.routers and self.passes.router_learns:
                 groups.append({"params": self.routers, "weight_decay": 0.0, "lr": self.router.learning_rate})

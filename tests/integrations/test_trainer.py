@@ -1,9 +1,11 @@
 """RemixTrainer against `remix train` and a plain loop; its own checkpoints; what it refuses."""
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from helpers.features import (
     CONFIG,
     ROUTER,
     FirstGradients,
+    InOrder,
     Stops,
     collate_features,
     feature_rows,
@@ -24,6 +27,7 @@ from helpers.tiny import fill_adapter, recipe_text, tiny_model, write_recipe, wr
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from remix_cli.core import BatchInputs, accumulate_gradients, make_estimator, plan_passes
@@ -295,6 +299,53 @@ def test_a_base_in_four_bits_is_trained_like_any_other(kind, tmp_path):
 def test_settings_that_cannot_be_kept_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, **changes)
+
+
+OF_A_WHOLE_MODEL = ("galore", "apollo", "lomo", "adalomo")
+COMES_IN_A_PACKAGE = {  # the module that transformers imports for an optimizer which torch does not have
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu_fused": "torch_npu",
+    "adamw_anyprecision": "torchdistx",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+    "grokadamw": "grokadamw",
+    "schedule_free_radam": "schedulefree",
+    "schedule_free_adamw": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
+    "stable_adamw": "optimi",
+}
+
+
+@pytest.mark.parametrize("optim", [kind.value for kind in OptimizerNames])
+def test_every_optimizer_of_transformers_trains_both_groups_or_is_refused(optim, tmp_path):
+    """The partition is written down here, so that a new one of transformers must be put into it."""
+    options = {"optim": optim, "max_steps": 8, "save_strategy": "no"}
+    module = COMES_IN_A_PACKAGE.get(optim)
+    why = "is made of a whole model" if optim.startswith(OF_A_WHOLE_MODEL) else ""
+    if module and importlib.util.find_spec(module) is None:
+        why = "is not to be had here"
+    if why:
+        with pytest.raises(ValueError, match=rf"^optim: {optim} {why} .*adamw_torch") as refused:
+            trainer_of(tmp_path, **options)
+        assert "\n" not in str(refused.value)
+        return
+    trainer = trainer_of(tmp_path, **options)
+    fill_adapter(trainer.remix.adapter)  # so that no gradient is zero
+    before = {name: p.clone() for name, p in trainer.remix.adapter.parameters().items()}
+    trainer.train()
+    assert [float(group["lr"]) for group in trainer.optimizer.param_groups] == pytest.approx([1e-2, 0.1])
+    for name, parameter in trainer.remix.adapter.parameters().items():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_an_optimizer_of_ones_own_takes_the_groups_too(tmp_path):
+    """torch's Muon, which transformers has no name for; and what makes one of a whole model is refused."""
+    trainer = trainer_of(tmp_path, kind=partial(InOrder, optimizer_cls_and_kwargs=(torch.optim.Muon, {"lr": 1e-2})))
+    trainer.train()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-2, 0.1]
+    with pytest.raises(ValueError, match=r"^optimizer_cls_and_kwargs: .* is made of a whole model"):
+        trainer_of(tmp_path, kind=partial(InOrder, optimizer_cls_and_kwargs=(lambda: torch.optim.SGD, {"lr": 1e-2})))
 
 
 def test_a_model_without_an_adapter_is_refused(tmp_path):
