@@ -29,9 +29,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sharded": {"train": {"shard_base": True}},
     "4-bit sharded": {"train": {"shard_base": True}, "model": {"quantization": "4bit"}},
 }
-ROWS_A_CARD = 8
 ADAPTER = "adapter/adapter.safetensors"
-MEASURED = 5  # last steps whose median counts: the first ones wait for memory and kernels
+WARM_UP = 3  # steps that wait for memory and kernels; they do not count
+LENGTH = 512
+JOINED = 8  # GSM8K rows in one: more than LENGTH tokens, so that every step has as many tokens as any other
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,34 @@ def make_base(folder: Path, shape: dict[str, int], tokenizer: Any) -> None:
     config.save_pretrained(folder)  # last: whoever finds it finds the weights, too
 
 
-def recipe_of(case: Case, base: Path, rows: Path, out: Path, steps: int, cpu: bool) -> dict[str, Any]:
-    """GSM8K rows, the default adapter and a router that learns, a checkpoint in the middle and at the end."""
+def join_rows(path: Path, out: Path) -> None:
+    """GSM8K's rows, several in one, all but the first question to be learnt."""
+    with path.open() as lines:
+        rows = [json.loads(line) for line in lines]
+    with out.open("w") as file:
+        for i in range(0, len(rows) - JOINED + 1, JOINED):
+            texts = [f"{row['question']}\n{row['answer']}" for row in rows[i : i + JOINED]]
+            prompt, completion = rows[i]["question"], "\n\n".join(texts)[len(rows[i]["question"]) :]
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+
+
+def recipe_of(case: Case, base: Path, rows: Path, out: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Joined GSM8K rows, the default adapter and a router that learns, a checkpoint in the middle and at the end."""
     recipe: dict[str, Any] = {
         "router": {"selections": 2},
-        "model": {"name_or_path": str(base), "dtype": "float32" if cpu else "bfloat16"},
+        "model": {"name_or_path": str(base), "dtype": "float32" if asked.cpu else "bfloat16"},
         "data": {
-            "train": [{"path": str(rows), "format": "gsm8k"}],
+            "train": [{"path": str(rows)}],
             "validation_fraction": 0.01,
             "validation_limit": 8,
-            "max_length": 512,
+            "max_length": LENGTH,
             "use_chat_template": False,
         },
         "train": {
-            "max_steps": steps,
-            "per_device_train_batch_size": ROWS_A_CARD,
+            "max_steps": asked.steps,
+            "per_device_train_batch_size": asked.batch,
             "per_device_eval_batch_size": 4,
-            "save_steps": max(1, steps // 2),
+            "save_steps": max(1, asked.steps // 2),
             "logging_steps": 1,
             "gradient_checkpointing": case.shape == "70b",
         },
@@ -114,22 +126,29 @@ def steps_in(folder: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if "tokens_per_second" in record]
 
 
-def host_gib(launcher: int) -> float:
-    """Memory of a process and all that it has started; pages that several share count once (Pss)."""
-    parents, sizes = {}, {}
+def family(launcher: int) -> list[int]:
+    """A process and all that it has started: each rank leads a group of its own."""
+    parents = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            lines = (process / "smaps_rollup").read_text().splitlines()
         except (OSError, ValueError):
             continue
-        sizes[int(process.name)] = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    found = [launcher]
+    for process in found:  # grows while it is read
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def host_gib(launcher: int) -> float:
+    """Memory of `family`; pages that several share count once (Pss)."""
     total = 0
-    for process, size in sizes.items():
-        ancestor: int | None = process
-        while ancestor is not None and ancestor != launcher:
-            ancestor = parents.get(ancestor)
-        total += size if ancestor == launcher else 0
+    for process in family(launcher):
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total / 2**20
 
 
@@ -172,7 +191,10 @@ def measure(case: Case, recipe: Path, folder: Path, cpu: bool) -> dict[str, Any]
         last = recipe.with_suffix(".log").read_text().strip().splitlines()
         errors = [line for line in last if "error:" in line] or last[-1:]
         return {"failed": errors[0][:200] if errors else f"exit {process.returncode}"}
-    speed = statistics.median(step["tokens_per_second"] for step in steps[-MEASURED:])
+    saving = yaml.safe_load(recipe.read_text())["train"]["save_steps"]
+    # the step behind a checkpoint has waited for it, as has the last
+    counted = [step for step in steps[WARM_UP:-1] if (step["step"] - 1) % saving]
+    speed = statistics.median(step["tokens_per_second"] for step in counted)
     peak = max(step.get("peak_memory_gib") or 0.0 for step in steps)
     measured = {"tokens_per_second": speed, "peak_gib": peak, "estimate_gib": expected}
     return measured | seen | {"steps": len(steps)}
@@ -186,7 +208,8 @@ def kill_and_go_on(case: Case, recipe: Path, folder: Path, on: list[int], cpu: b
     process = launched(recipe, case.cards, cpu)
     while process.poll() is None and not list((folder / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in family(process.pid):
+        os.kill(one, signal.SIGKILL)
     process.wait()
     if (folder / ADAPTER).exists():
         return [
@@ -249,6 +272,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="so many layers instead of the shape's")
     parser.add_argument("--cards", nargs="+", type=int, help="by default 1, 2, 4 ... as many as there are")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens a card and step")
     parser.add_argument("--cpu", action="store_true")
     asked = parser.parse_args()
     there = torch.cuda.device_count()
@@ -265,6 +289,8 @@ def main() -> None:
         print(json.dumps(result), flush=True)
 
     tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    rows = asked.out / "rows.jsonl"
+    join_rows(asked.rows, rows)
     for shape in asked.shapes:
         numbers = SHAPES[shape] | ({"num_hidden_layers": asked.depth} if asked.depth else {})
         base = asked.out / f"base-{shape}"
@@ -277,7 +303,7 @@ def main() -> None:
             if any(known.items() <= result.items() and "killed_on" not in result for result in results):
                 continue
             folder = asked.out / case.name
-            values = recipe_of(case, base, asked.rows, folder, asked.steps, asked.cpu)
+            values = recipe_of(case, base, rows, folder, asked)
             if case.cards == 1:
                 values["train"].pop("shard_base", None)
             recipe = asked.out / f"{case.name}.yaml"

@@ -330,6 +330,26 @@ def test_an_added_token_is_one_token_unless_it_is_left_in_pieces():
     assert len(tokenizer("<end>", split_special_tokens=True)["input_ids"]) == 5
 
 
+def test_a_tokenizer_without_its_merges_splits_its_own_words():
+    """As transformers 5.17 reads the SentencePiece vocabulary of a GGUF file: the pieces are there, how to join not."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {piece: number for number, piece in enumerate(["<unk>", "\u2581", *"aehnrtu", "re", "\u2581return"])}
+    merges = [("r", "e"), ("re", "t"), ("ret", "u"), ("retu", "r"), ("retur", "n"), ("\u2581", "return")]
+    whole = vocab | {piece: len(vocab) + i for i, piece in enumerate(["ret", "retu", "retur", "return"])}
+
+    def made(vocab, merges):
+        backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+        backend.normalizer = normalizers.Replace(" ", "\u2581")
+        return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+    splits_its_words = for_tokenizers.splits_its_words
+    assert splits_its_words(made(whole, merges)) is None
+    assert splits_its_words(made(vocab, [])) == "return"
+    assert splits_its_words(made({"<unk>": 0, "a": 1}, [])) is None
+
+
 def test_datasets_logs_what_it_raises_unless_told_to_say_nothing(tmp_path):
     import datasets
 

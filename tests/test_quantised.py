@@ -9,6 +9,7 @@ from helpers.common import close
 from helpers.tiny import fill_adapter, recipe_text, tiny_model, write_recipe
 from transformers import AutoModelForCausalLM
 
+from remix_cli.compat.bitsandbytes import packed_layers
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import apply_adapter
 from remix_cli.models import load_model
@@ -53,6 +54,20 @@ def test_the_pool_is_added_to_the_quantised_layers_output(folder, bits):
     assert all(p.grad is not None for p in adapter.lora_parameters().values())
     with adapter.disabled(), torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, rounded)
+
+
+def test_four_bit_weights_to_be_shared_out_are_called_numbers_and_compute_the_same(folder):
+    """FSDP2 of torch 2.11 makes every shard a parameter that may learn, which bytes may not."""
+    model = load_model(Model(name_or_path=str(folder), dtype="float32", quantization="4bit"), torch.device("cpu"))
+    ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        layers = packed_layers(model)
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+    for name in layers:
+        weight = model.get_submodule(name).weight
+        torch.nn.Parameter(weight.detach().as_subclass(torch.Tensor))  # raises for bytes
+    assert len(layers) == 14
 
 
 def dequantised(model, bits):

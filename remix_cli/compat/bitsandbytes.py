@@ -47,10 +47,15 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
     The state is an attribute of the weight, which is lost where the weight becomes another tensor (a shard of FSDP's):
     nn/modules.py, `fix_4bit_weight_quant_state_from_module`, then takes that of the layer. Seen with bitsandbytes 0.50.
+
+    The weights' bytes are called 16-bit numbers from now on, as `bnb_4bit_quant_storage` would have it: up to torch
+    2.11 at least, FSDP2 makes every shard a parameter that may learn, which bytes may not
+    (_fsdp_param.py, `_init_sharded_param`). Nothing computes with them as they stand.
     """
     found = {}
     for name, module in _four_bit(model):
         module.quant_state = module.weight.quant_state
+        module.weight.data = module.weight.data.flatten().view(torch.bfloat16).unsqueeze(1)
         found[name] = PackedLayer(
             module.in_features,
             module.out_features,

@@ -39,7 +39,8 @@ def drawing_from(seed: int) -> Iterator[None]:
     """
     import torch
 
-    with torch.random.fork_rng():
+    used = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # unsaid, several cards give a warning
+    with torch.random.fork_rng(devices=used):
         torch.manual_seed(seed)
         yield
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from remix_cli.compat.bitsandbytes import keep_differentiable, no_advice
+from remix_cli.compat.tokenizers import splits_its_words
 from remix_cli.compat.transformers import advises_eager, cast_parameters, dequantised, quiet
 from remix_cli.errors import ArtefactError, RecipeError, shortened
 from remix_cli.models.known_shapes import KnownBase
@@ -31,6 +32,13 @@ def load_tokenizer(model: Model) -> Any:
     tokenizer = loading(model, lambda: AutoTokenizer.from_pretrained(**_where(model)))
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"model.name_or_path: the tokenizer of {model.name_or_path} has no end-of-sequence token")
+    word = splits_its_words(tokenizer)
+    if word:
+        raise RecipeError(
+            f"model.name_or_path: transformers {transformers.__version__} misreads the tokenizer of "
+            f'{model.name_or_path}: it splits "{word}", which is one of its tokens; pip install -U transformers'
+            + (", or give the model as a folder" if _is_gguf(model) else ", and save the folder anew")
+        )
     return tokenizer
 
 
