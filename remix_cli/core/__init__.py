@@ -14,6 +14,7 @@ clusters.py     which prompts belong together
 locality.py     which linears are read at their own position alone
 patch.py        find targets, apply and remove the adapter
 step.py         the gradients of one micro-batch: M sampled passes, LoRA and router gradients
+precondition.py  gradients of LoRAs scaled by the inverse Gram matrix of their other factor
 step_routing.py  how the routers chose in one training step: sums that add up
 trace.py        the one way in and out during a forward pass: set the mode, collect what was chosen
 store.py        the adapter folder: remix_config.json and adapter.safetensors
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from remix_cli.core.layer import RoutedLinear as RoutedLinear
     from remix_cli.core.patch import Adapter as Adapter
     from remix_cli.core.patch import apply_adapter as apply_adapter
+    from remix_cli.core.precondition import precondition_gradients as precondition_gradients
     from remix_cli.core.router import Router as Router
     from remix_cli.core.step import BatchInputs as BatchInputs
     from remix_cli.core.step import accumulate_gradients as accumulate_gradients
@@ -52,6 +54,7 @@ _PUBLIC = {
     "BatchInputs": "step",
     "accumulate_gradients": "step",
     "plan_passes": "step",
+    "precondition_gradients": "precondition",
     "load_stored": "store",
     "save_adapter": "store",
     "Decision": "trace",

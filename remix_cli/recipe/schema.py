@@ -221,6 +221,11 @@ class Train(Strict):
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precondition: Literal["riemannian"] | None = Field(
+        None,
+        description="riemannian: before clipping and AdamW, scale the gradient of each LoRA's A by the inverse of "
+        "B^T B and that of B by the inverse of A A^T.",
+    )
     group_by_length: bool = Field(True, description="Batches of like length: less padding.")
     torch_compile: bool = Field(
         False, description="Compile what is not adapted (attention, norms): a minute at the start, faster on a GPU."
@@ -279,7 +284,7 @@ class Train(Strict):
     @model_serializer(mode="wrap")
     def _dump_without_silent_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A run that says nothing in younger keys is the run that it was before them."""
-        younger = ("early_stopping_patience", "early_stopping_threshold")
+        younger = ("early_stopping_patience", "early_stopping_threshold", "precondition")
         silent = [key for key in younger if getattr(self, key) == type(self).model_fields[key].default]
         return {key: value for key, value in dump(self).items() if key not in silent}
 
@@ -481,8 +486,13 @@ class Recipe(Strict):
             unread["warmup_ratio"] = "needs a schedule with a warm-up, as train.lr_scheduler_type constant_with_warmup"
         if self.train.early_stopping_patience is None:
             unread["early_stopping_threshold"] = "belongs to train.early_stopping_patience, and there is none"
+        pool, method = self.method.pool, self.adapter.method
+        if pool is None:
+            unread["precondition"] = f"scales gradients of LoRAs of remix's own, and adapter.method {method} has none"
+        elif pool.shares_a:
+            unread["precondition"] = f"needs an A for each B, and adapter.method {method} has one for all"
         if not self.adapter.train_loras:
-            keys = ("learning_rate", "weight_decay", "max_grad_norm")
+            keys = ("learning_rate", "weight_decay", "max_grad_norm", "precondition")
             unread |= dict.fromkeys(keys, "says how the LoRAs learn, and adapter.train_loras is false")
         if not self.data.holds_out:
             measured = ("eval_steps", "eval_tasks_limit", "per_device_eval_batch_size")

@@ -3,8 +3,8 @@
 How it departs from a textbook loop: a step's gradient comes from M sampled passes (core/step.py); losses are
 multiplied by their rows' weights and divided by the step's supervised tokens over all micro-batches and ranks, each
 counted with its row's weight, so that weights compare rows and leave the learning rate alone (the routers' rewards are
-these losses, too); router and LoRA gradients are clipped apart; data order and draws are functions of (seed, step), so
-a checkpoint holds no random state.
+these losses, too); LoRA gradients may be preconditioned (core/precondition.py); router and LoRA gradients are clipped
+apart; data order and draws are functions of (seed, step), so a checkpoint holds no random state.
 """
 
 import math
@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
+from remix_cli.core.precondition import precondition_gradients
 from remix_cli.core.step import MicroResult
 from remix_cli.core.step_routing import StepRouting
 from remix_cli.core.store import load_stored, save_adapter
@@ -275,6 +276,8 @@ class Trainer:
         if world > 1:
             packed = self.accelerator.reduce(packed, "sum")
         self.accelerator.unscale_gradients(self.optimizer)
+        if self.recipe.train.precondition:  # before clipping, which is of what AdamW is given: docs/methods.md
+            precondition_gradients(self.adapter)
         device = self.setup.device
         lora_norm = optim.clip(self.setup.loras, self.recipe.train.max_grad_norm, device)
         router_norm = optim.clip(self.setup.routers, self.recipe.router.max_grad_norm, device)

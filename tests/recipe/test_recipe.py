@@ -319,7 +319,7 @@ OTHER = {  # for each key a value that is not its default
     "train": {"warmup_ratio": 0.1, "eval_steps": 5, "eval_tasks_limit": 5, "per_device_eval_batch_size": 2}
     | {"project": "mine"}
     | {"metric_for_best_model": "nll/loss", "early_stopping_threshold": 0.1, "early_stopping_patience": 2}
-    | {"learning_rate": 0.2, "weight_decay": 0.1, "max_grad_norm": 2.0},
+    | {"learning_rate": 0.2, "weight_decay": 0.1, "max_grad_norm": 2.0, "precondition": "riemannian"},
     "data": {"validation_fraction": 0.2, "split_seed": 3, "allow_overlap": True, "validation_limit": 9}
     | {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2026-11-28"},
 }
@@ -340,7 +340,7 @@ UNREAD |= {
 }
 UNREAD |= {"train.early_stopping_threshold": {}}
 FROZEN = {"adapter": ROUTED | {"init_from": "run", "train_loras": False}}
-UNREAD |= {f"train.{key}": FROZEN for key in ("learning_rate", "weight_decay", "max_grad_norm")}
+UNREAD |= {f"train.{key}": FROZEN for key in ("learning_rate", "weight_decay", "max_grad_norm", "precondition")}
 UNREAD |= {f"data.{key}": {"data": HELD} for key in ("validation_fraction", "split_seed")}
 UNREAD |= {"data.allow_overlap": {}, "data.validation_limit": {"data": {"train": [FILE], "validation_fraction": 0.0}}}
 UNREAD |= {
@@ -357,6 +357,7 @@ MORE = [
     ("router.estimator", {"router": {"learning_rate": 0}}),
     ("router.max_grad_norm", {"router": {"learning_rate": 0}}),
     ("train.eval_tasks_limit", {"eval": {"tasks": []}}),
+    *[("train.precondition", {"adapter": {"method": name}}) for name in ("hydralora", "dora", "prompt", "none")],
     ("data.split_seed", {"data": {"train": [FILE], "validation_fraction": 0.0}}),
 ]
 # Every other key, and who reads it whatever else is set. Sources and tasks have tests of their own (above, and in
