@@ -91,10 +91,10 @@ def _cut_from_train(recipe: Recipe, sources: list[Conversations]) -> list[np.nda
     if data.validation:
         return [np.empty(0, dtype=int) for _ in sources]
     random = np.random.default_rng([recipe.seed if data.split_seed is None else data.split_seed, 1])
-    share = min(data.validation_fraction, data.validation_limit / sum(source.count for source in sources))
+    sizes = _held_out_sizes([source.count for source in sources], data.validation_fraction, data.validation_limit)
     held = []
-    for one in sources:
-        out = random.permutation(one.count)[: round(one.count * share)]
+    for one, size in zip(sources, sizes, strict=True):
+        out = random.permutation(one.count)[:size]
         if len(out) == one.count:
             raise DataError(
                 f"data.validation_fraction: {data.validation_fraction} holds out all {one.count} rows of "
@@ -102,6 +102,21 @@ def _cut_from_train(recipe: Recipe, sources: list[Conversations]) -> list[np.nda
             )
         held.append(np.sort(out))
     return held
+
+
+def _held_out_sizes(counts: list[int], fraction: float, limit: int) -> list[int]:
+    """How many rows each source of `counts` rows gives: alike shares, about `limit` rows together at most.
+
+    Where every share is less than half a row, the largest sources give one each, so that something is held out.
+    """
+    total = sum(counts)
+    share = min(fraction, limit / total)
+    sizes = [round(count * share) for count in counts]
+    if share > 0 and not any(sizes):
+        largest = sorted(range(len(counts)), key=lambda i: -counts[i])
+        for i in largest[: max(1, round(total * share))]:
+            sizes[i] = min(1, counts[i] - 1)
+    return sizes
 
 
 def _trained_on(sources: list[Conversations], held: list[np.ndarray]) -> list[np.ndarray]:

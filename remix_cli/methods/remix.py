@@ -6,7 +6,7 @@ from remix_cli.methods.pooled import ROUTER, Pooled
 
 
 class Remix(Pooled):
-    summary = "k of n LoRAs with one constant weight, router by policy gradient (arXiv 2603.10160)"
+    summary = "k of n LoRAs with one constant weight, router fixed or by policy gradient (arXiv 2603.10160)"
     title = "ReMix"
     settings = ("pool_size", "active", "omega", *LINEARS, "train_loras")
     router_settings = ("fixed", "clusters", "selections", "estimator", "lora_gradient", *ROUTER)

@@ -8,7 +8,9 @@ import pytest
 from remix_cli.data.encode import load_examples
 from remix_cli.data.formats import Origin
 from remix_cli.data.sources import check_source, iterate_rows, load_rows
+from remix_cli.data.splits import held_out_examples
 from remix_cli.errors import DataError
+from remix_cli.recipe import Recipe
 from remix_cli.recipe.sources import Source
 
 
@@ -166,3 +168,19 @@ def test_parquet_packs_itself(tmp_path):
     (tmp_path / "rows.parquet.gz").write_bytes(b"")
     (problem,) = check_source(Source(path=str(tmp_path / "rows.parquet.gz")), "data.train.0")
     assert problem.endswith("rows.parquet.gz: parquet packs itself; unpack the file with gunzip")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "held_out"),
+    [
+        ([10, 20, 12], {"validation_limit": 2}, ["1", "2"]),
+        ([10, 20, 12], {"validation_fraction": 0.02}, ["1"]),
+        ([10, 20, 12], {"validation_fraction": 0.1}, ["0", "1", "1", "2"]),
+    ],
+)
+def test_something_is_held_out_of_many_small_sources(tmp_path, sizes, more, held_out):
+    """Where no source's share is half a row, the largest give one each."""
+    sources = [{"path": write(tmp_path / f"{i}.jsonl", *[str(i)] * size)} for i, size in enumerate(sizes)]
+    model = {"name_or_path": "unread"}
+    recipe = Recipe.model_validate({"model": model, "data": {"train": sources} | more, "output_dir": "unwritten"})
+    assert [example.messages[0]["content"] for example in held_out_examples(recipe)] == held_out
