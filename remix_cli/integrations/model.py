@@ -7,17 +7,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from remix_cli.compat.bitsandbytes import packed_layers
 from remix_cli.compat.transformers import recompute_activations
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import Adapter, apply_adapter
-from remix_cli.core.store import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, TrainedOn, load_stored
+from remix_cli.core.store import CONFIG_FILE, WEIGHTS_FILE, BaseIdentity, StoredAdapter, TrainedOn, load_stored
 from remix_cli.core.store import save_adapter as write_adapter
 from remix_cli.core.trace import Trace
 from remix_cli.errors import ArtefactError
 from remix_cli.export.hub import check_push, push
 from remix_cli.models.identity import identity_of
+from remix_cli.train.shard import shard_base
 
 DEFAULT = "default"
 
@@ -49,6 +53,7 @@ class RemixModel(nn.Module):
         self.base_model: Any = model
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter = ""
+        self._shared: BaseIdentity | None = None  # what the base is, once no process has all of it
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,7 +69,9 @@ class RemixModel(nn.Module):
         return self.adapters[self.active_adapter]
 
     def add_adapter(self, adapter_name: str, config: AdapterConfig, *, seed: int = 0) -> None:
-        """A new one, active from now on. Raises ValueError for a name that is taken, TargetError."""
+        """A new one, active from now on. Raises ValueError for a name that is taken or a shared base, TargetError."""
+        if self._shared:
+            raise ValueError(f"adapter {adapter_name!r}: add it before the base is shared out, which a trainer does")
         if not adapter_name or adapter_name in self.adapters:
             raise ValueError(f"adapter {adapter_name!r}: give a name that is not one of {list(self.adapters)}")
         self._take_off()
@@ -152,6 +159,23 @@ class RemixModel(nn.Module):
 
         recompute_activations(self.base_model, {"use_reentrant": False, "context_fn": contexts})
 
+    def share_base(self, device: torch.device, processes: int, *, offload: bool = False, tokenizer: Any = None) -> None:
+        """Shard the frozen base over the processes by FSDP2; the adapter is whole on each, with the first one's values.
+
+        The first one's weights are everybody's; the others may have theirs on the meta device. Every pass is a
+        collective from now on, and folders name the tokenizer that is given here. `offload`: layers that do not run lie
+        in host memory. Raises RecipeError if the processes' models are not alike.
+        """
+        told: list[Any] = [identity_of(self.base_model, tokenizer) if dist.get_rank() == 0 else None]
+        broadcast_object_list(told)
+        packed_layers(self.base_model)  # so that a shard of a 4-bit layer is one that older torch takes
+        shard_base(self.base_model, self.adapter, device, processes, offload)
+        self._shared = told[0]
+
+    @property
+    def shares_base(self) -> bool:
+        return self._shared is not None
+
     # What is trained.
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -172,7 +196,7 @@ class RemixModel(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(folder, self.adapter, identity_of(self.base_model, tokenizer), TrainedOn())
+        write_adapter(folder, self.adapter, self._shared or identity_of(self.base_model, tokenizer), TrainedOn())
 
     def load_adapter(self, folder: str | Path, adapter_name: str = DEFAULT, *, tokenizer: Any = None) -> None:
         """Put the adapter of `folder` on, active from now on: of save_pretrained, or of a run (best/, adapter/).
@@ -180,7 +204,11 @@ class RemixModel(nn.Module):
         Raises ArtefactError for a damaged folder, another base model or tokenizer; ValueError for a name that is taken.
         """
         stored = _read(folder)
-        other = stored.identity.differences(identity_of(self.base_model, tokenizer))
+        base = self.base_model
+        if next(base.parameters()).is_meta:  # of a process that only gets its share: the first one checks
+            other = []
+        else:
+            other = stored.identity.differences(self._shared or identity_of(base, tokenizer))
         if other:
             raise ArtefactError(
                 f"{folder}: trained on another {' and '.join(other)}; use {stored.identity.base_model} as it was then"

@@ -3,10 +3,13 @@
 What departs from an ordinary Trainer is its `training_step`: a batch takes M passes under sampled selections, and the
 router's gradient is formed from their losses (core/step.py). Gradients are summed over the processes here, once a step,
 because DDP counts backward passes and knows nothing of the router's gradient; so the model is not wrapped in it.
+Launched by accelerate for FSDP2, the frozen base is shared out as `remix train` does it (train/shard.py), and to
+accelerate it is a launch of plain processes: adapters stay whole, so all else here is the same.
 Checkpoints hold the adapter, as `remix train` writes it, and what the Trainer writes itself. Draws are functions of
 (args.seed, global step, row), so that a resumed run draws what an unbroken one would have.
 """
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
+from remix_cli.compat.accelerate import asks_for_deepspeed, take_fsdp_launch
 from remix_cli.compat.transformers import taken_for_adapted
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.step import BatchInputs, LoraGradient, MicroResult, accumulate_gradients, plan_passes
@@ -41,6 +45,8 @@ IGNORED = -100  # the label of a token that is not learnt
 LOSSES_ALONE = ("labels", "shift_labels")  # of a batch, what the model is not given
 WHOLE_MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # how their names begin
 MADE_OF_A_MODEL = ("params", "model", "optimizer_dict")  # settings that stand in the place of groups of parameters
+
+fsdp_launch = functools.cache(take_fsdp_launch)  # of this process, whose first trainer hides it from accelerate
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,15 @@ class RemixTrainer(Trainer):
         self.remix = model
         self.router = router or RouterTraining(fixed=True)
         self.estimator = make_estimator(self.router.estimator)
+        self.launch = fsdp_launch()
         with taken_for_adapted(model.base_model):
             super().__init__(model.base_model, *args, **kwargs)
         self._check_settings()
         adapter = model.adapter
         for parameter in adapter.parameters().values():  # some trainers narrow what is trained
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        if self.launch:
+            self._share_base(self.launch.offload)
         self.passes = plan_passes(
             self.router.estimator,
             selections=self.router.selections,
@@ -113,6 +122,19 @@ class RemixTrainer(Trainer):
             adapter.find_local()  # by a pass of its own, before anything is wrapped
         self._recompute_activations()
 
+    def _share_base(self, offload: bool) -> None:
+        accelerator = self.accelerator
+        accelerator.device_placement = False  # of models and batches: what is sharded stands where it is
+        if not self.remix.shares_base:  # a second trainer of the same model finds it done
+            self.remix.share_base(
+                accelerator.device, accelerator.num_processes, offload=offload, tokenizer=self.processing_class
+            )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Not a base that is to be shared out: no device need hold all of it."""
+        if not self.launch:
+            super()._move_model_to_device(model, device)
+
     def _recompute_activations(self) -> None:
         """If the arguments ask for it. They must not ask any more when the Trainer would do it, to whom nobody can
         give the context in which a recomputation repeats its selections."""
@@ -123,9 +145,17 @@ class RemixTrainer(Trainer):
 
     def _check_settings(self) -> None:
         args: Any = self.args
+        launched = self.launch is not None
+        fsdp2 = "launch with accelerate's file for FSDP, with fsdp_version: 2, which shares the base out"
         refused = {
-            "fsdp": (self.is_fsdp_enabled, "launch `remix train` with train.shard_base"),
-            "deepspeed": (self.is_deepspeed_enabled, "launch `remix train` with train.shard_base"),
+            "fsdp": (self.is_fsdp_enabled, fsdp2),  # of the arguments: a launch file's is hidden
+            "fsdp_version": (self.launch is not None and self.launch.version != 2, "set it to 2 in the launch file"),
+            "FSDP": (launched and self.accelerator.num_processes == 1, "one process has nobody to share with"),
+            "even_batches": (
+                launched and not self.accelerator.even_batches,
+                "leave it at True; passes are collectives",
+            ),
+            "deepspeed": (self.is_deepspeed_enabled or asks_for_deepspeed(), fsdp2),
             "DataParallel": (args.n_gpu > 1, "launch with `accelerate launch` or torchrun, or show one GPU"),
             "torch_compile": (args.torch_compile, "leave it out"),
             "label_smoothing_factor": (args.label_smoothing_factor != 0, "leave it at 0"),
