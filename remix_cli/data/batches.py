@@ -189,16 +189,52 @@ def _repeats(count: int, weight: float) -> int:
 
 
 def micro_batches(
-    rows: np.ndarray, lengths: np.ndarray, size: int, rank: int, world: int, equally_many: bool = False
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    size: int,
+    rank: int,
+    world: int,
+    equally_many: bool = False,
+    tokens: int | None = None,
 ) -> list[tuple[int, np.ndarray, bool]]:
     """This rank's micro-batches of a step: (id of the first row, row numbers, does it count), longest rows first.
 
-    With `equally_many` a rank that has fewer than others ends with the step's first one, which does not count there.
+    Each has `size` rows, or with `tokens` as many as fit into so many padded positions. With `equally_many` a rank that
+    has fewer than others ends with the step's first one, which does not count there.
     """
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    cuts = [(i, rows[i : i + size], True) for i in range(0, len(rows), size)]
+    starts = range(0, len(rows), size) if tokens is None else starts_by_tokens(lengths[rows], tokens, world)
+    ends = [*starts[1:], len(rows)]
+    cuts = [(i, rows[i:end], True) for i, end in zip(starts, ends, strict=True)]
     mine = cuts[rank::world]
     if equally_many and len(mine) < len(cuts[::world]):
         first, part, _ = cuts[0]
         mine.append((first, part, False))
     return mine
+
+
+def starts_by_tokens(lengths: np.ndarray, tokens: int, world: int) -> list[int]:
+    """Where to cut rows of descending `lengths` so that no part takes more than `tokens` positions, padding counted.
+
+    Of the ways that need no more rounds of `world` parts the one whose largest part is smallest, so that the ranks are
+    busy equally long. A row that is longer than `tokens` is a part by itself.
+    """
+    rounds = -(-len(_full_parts(lengths, tokens)) // world)
+    low, high = rounded_up(int(lengths[0])), max(tokens, rounded_up(int(lengths[0])))
+    while low < high:
+        middle = (low + high) // 2
+        if len(_full_parts(lengths, middle)) <= rounds * world:
+            high = middle
+        else:
+            low = middle + 1
+    return _full_parts(lengths, high)
+
+
+def _full_parts(lengths: np.ndarray, tokens: int) -> list[int]:
+    """Where parts begin that are each as full as `tokens` positions allow."""
+    starts = []
+    start = 0
+    while start < len(lengths):
+        starts.append(start)
+        start += max(1, tokens // rounded_up(int(lengths[start])))
+    return starts

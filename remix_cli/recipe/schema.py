@@ -217,6 +217,11 @@ class Train(Strict):
     per_device_train_batch_size: Positive = 8
     per_device_eval_batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1
+    tokens_per_batch: Positive | None = Field(
+        None,
+        description="Micro-batches of at most so many tokens, padding counted, instead of "
+        "per_device_train_batch_size rows; a step keeps its rows.",
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -563,6 +568,7 @@ class Recipe(Strict):
             "train.shard_base": train.shard_base,
             "model.quantization": self.model.quantization != "none",
             "model.attn_implementation: eager": self.model.attn_implementation == "eager",
+            "train.tokens_per_batch": train.tokens_per_batch is not None,  # few batches would have the shape of another
         }
         for name, used in other.items():
             if train.cuda_graphs and used:

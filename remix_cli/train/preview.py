@@ -182,7 +182,8 @@ def _padding(recipe: Recipe, data: TrainingData, processes: int) -> float:
     real, padded = 0, 0
     for rows in data.plan.epoch(0):
         for rank in range(processes):
-            cuts = micro_batches(rows, data.train.lengths, recipe.train.per_device_train_batch_size, rank, processes)
+            size, tokens = recipe.train.per_device_train_batch_size, recipe.train.tokens_per_batch
+            cuts = micro_batches(rows, data.train.lengths, size, rank, processes, tokens=tokens)
             for _, part, _ in cuts:
                 lengths = data.train.lengths[part]
                 real += int(lengths.sum())
@@ -215,7 +216,7 @@ def estimate_memory(
 ) -> dict[str, float]:
     """GiB on one device at the longest batch, by formula; an estimate, the frameworks' own overhead is left out."""
     size = 4 if recipe.model.dtype == "float32" else 2
-    tokens = recipe.train.per_device_train_batch_size * longest
+    tokens = _tokens_at_once(recipe, longest)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * hidden)
     stacked = recipe.adapter.pool_size * recipe.adapter.rank
@@ -246,6 +247,15 @@ def estimate_memory(
         "router inputs of more selections": traces,
     }
     return {name: round(value / GIB, 3) for name, value in parts.items()}
+
+
+def _tokens_at_once(recipe: Recipe, longest: int) -> int:
+    """Of the largest micro-batch, if all rows are as long as the longest."""
+    train = recipe.train
+    if train.tokens_per_batch is None:
+        return train.per_device_train_batch_size * longest
+    in_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * longest
+    return max(longest, min(train.tokens_per_batch, in_a_step))
 
 
 def describe_model(model: Model, counts: ParameterCounts) -> str:

@@ -296,6 +296,7 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
             equally_many=bool(self.recipe.train.shard_base),
+            tokens=self.recipe.train.tokens_per_batch,
         )
         self.setup.gradient_sums.begin(len(cuts))
         results: list[MicroResult] = []

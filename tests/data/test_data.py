@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.tiny import CHAT, WORDS, write_tiny_model
 
-from remix_cli.data.batches import Plan, collate, micro_batches
+from remix_cli.data.batches import Plan, collate, micro_batches, starts_by_tokens
 from remix_cli.data.encode import Encoder, load_examples
 from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.data.rows import EncodedRow
@@ -450,6 +450,38 @@ def test_ranks_share_the_micro_batches_of_one_rank_with_accumulation():
     assert [len(parts) for parts in each] == [2, 2, 2]
     assert [[part[0] for part in parts] for parts in each] == [[0, 9], [3, 0], [6, 0]]
     assert [counts for parts in each for _, _, counts in parts] == [True, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_by_tokens_hold_all_rows_in_as_few_rounds_and_as_evenly_as_can_be(world):
+    lengths = np.random.default_rng(0).integers(5, 200, 60)
+    rows = np.random.default_rng(1).permutation(60)[:40]
+    limit = 1000
+    parts = sorted(part for rank in range(world) for part in micro_batches(rows, lengths, 3, rank, world, tokens=limit))
+
+    def padded(part):
+        return len(part) * -(-int(lengths[part].max()) // 8) * 8
+
+    assert sorted(np.concatenate([part for _, part, _ in parts])) == sorted(rows)
+    assert [first for first, _, _ in parts] == np.cumsum([0, *(len(part) for _, part, _ in parts[:-1])]).tolist()
+    loads = [padded(part) for _, part, _ in parts]
+    assert max(loads) <= limit
+    fewest = -(-sum(-(-int(n) // 8) * 8 for n in lengths[rows]) // limit)  # if padding were nothing
+    assert len(parts) <= -(-(fewest + 1) // world) * world
+    assert max(padded(part) for _, part, _ in micro_batches(rows, lengths, 3, 0, 1, tokens=10**6)) == 40 * 200
+
+
+@pytest.mark.parametrize(
+    ("tokens", "world", "starts"), [(64, 1, [0, 5]), (80, 1, [0]), (80, 2, [0, 5]), (32, 2, [0, 3, 6, 9])]
+)
+def test_micro_batches_by_tokens_are_alike_where_a_full_one_would_leave_a_small_one(tokens, world, starts):
+    assert starts_by_tokens(np.full(10, 8), tokens, world) == starts
+
+
+def test_a_row_longer_than_a_micro_batch_by_tokens_stands_alone():
+    lengths = np.array([100, 8, 8, 8])
+    cuts = micro_batches(np.arange(4), lengths, 3, 0, 1, tokens=24)
+    assert [part.tolist() for _, part, _ in cuts] == [[0], [1, 2, 3]]
 
 
 def test_row_ids_are_unique_within_a_step():

@@ -371,6 +371,7 @@ ALWAYS_READ = {
     "data.train.* data.validation.* eval.tasks.*": "data.sources, tasks",
     "train.num_train_epochs train.max_steps": "data.splits; max_steps is said to override num_train_epochs",
     "train.per_device_train_batch_size train.gradient_accumulation_steps train.group_by_length": "data.batches",
+    "train.tokens_per_batch": "data.batches",
     "adapter.train_loras": "train.setup; false without init_from or without a router that learns is refused",
     "train.lr_scheduler_type": "train.optim",
     "train.torch_compile train.cuda_graphs train.shard_base": "train.trainer",

@@ -233,6 +233,18 @@ def test_validate_counts_the_processes(stage, tmp_path, verb):
     assert sharded["memory_gib"].keys() == alone["memory_gib"].keys()
 
 
+def test_a_run_by_tokens_ends_where_a_run_by_rows_ends(stage, tmp_path):
+    """The same rows in the same steps, cut otherwise, which rounding alone can tell."""
+    sizes = {"rows": {}, "tokens": {"tokens_per_batch": 48}}
+    more = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    for name, size in sizes.items():
+        run(recipe_for(stage, tmp_path / name, train={"max_steps": 6} | more | size, adapter={"dropout": 0}))
+    rows, tokens = (load_file(tmp_path / name / "adapter" / "adapter.safetensors") for name in sizes)
+    assert any(not tokens[name].equal(rows[name]) for name in rows), "cut alike"
+    for name in rows:
+        assert close(tokens[name], rows[name], 5e-3), name
+
+
 def test_the_estimate_of_a_sharded_base():
     """Llama 3 8B over 8: an eighth of the layers, the embeddings whole, two layers gathered."""
     config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
