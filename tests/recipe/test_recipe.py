@@ -470,3 +470,8 @@ def test_a_router_that_nothing_is_said_of_is_not_trained(groups, fixed, tmp_path
 def test_an_override_that_says_how_the_router_learns_trains_it(tmp_path):
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
     assert not load_recipe(path, ["router.learning_rate=0.1"]).router.fixed
+
+
+def test_recorded_steps_refuse_micro_batches_that_have_each_its_shape(tmp_path):
+    (line,) = problems(tmp_path, MINIMAL | {"train": {"cuda_graphs": True, "tokens_per_batch": 64}})
+    assert "train.cuda_graphs: cannot be combined with train.tokens_per_batch" in line
