@@ -226,10 +226,10 @@ class Train(Strict):
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precondition: Literal["riemannian"] | None = Field(
+    precondition: Literal["riemannian", "riemannian_unit"] | None = Field(
         None,
         description="riemannian: before clipping and AdamW, scale the gradient of each LoRA's A by the inverse of "
-        "B^T B and that of B by the inverse of A A^T.",
+        "B^T B and that of B by the inverse of A A^T; riemannian_unit: by these at unit mean eigenvalue.",
     )
     group_by_length: bool = Field(True, description="Batches of like length: less padding.")
     torch_compile: bool = Field(
@@ -289,7 +289,7 @@ class Train(Strict):
     @model_serializer(mode="wrap")
     def _dump_without_silent_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A run that says nothing in younger keys is the run that it was before them."""
-        younger = ("early_stopping_patience", "early_stopping_threshold", "precondition")
+        younger = ("early_stopping_patience", "early_stopping_threshold", "precondition", "tokens_per_batch")
         silent = [key for key in younger if getattr(self, key) == type(self).model_fields[key].default]
         return {key: value for key, value in dump(self).items() if key not in silent}
 

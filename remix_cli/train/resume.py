@@ -29,7 +29,7 @@ MAY_CHANGE_TRAIN = {
 STEPS = ("train.max_steps", "train.num_train_epochs")
 PLACES = ("train.shard_base",)  # where the base lies changes how passes round at most
 # Keys that came later, with the value at which a run is what it was before: it may be one that knew no such key.
-LATER: dict[str, Any] = {"router.clusters": 0, "data.template_date": None, "train.tokens_per_batch": None}
+LATER: dict[str, Any] = {"router.clusters": 0, "data.template_date": None}
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
