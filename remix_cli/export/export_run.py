@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from remix_cli.export.hf import export_hf
-from remix_cli.export.holds import check_holds
+from remix_cli.export.holds import check_holds, check_peft_loads
 from remix_cli.export.hub import check_push, push
 from remix_cli.export.merged_formats import export_merged, export_one_lora, export_selection
 from remix_cli.export.peft_experts import export_peft_experts
@@ -37,11 +37,13 @@ def export_run(folder: RunFolder, request: Request, say: Say) -> None:
 
 
 def _export(run: LoadedRun, request: Request, say: Say) -> None:
+    check_peft_loads(request.form, run.stored)
     if request.form == "hf":
         agreement = export_hf(run, request.output, reference_base=request.reference_base)
         say(f"checked: the folder was loaded again; {agreement}")
         if run.stored.config.level == "sequence":
             say("engines such as vLLM and SGLang cannot run it (routing by sequence); for those: --format peft-merged")
+            say("likelihoods by lm_eval would be another model's; use: remix eval RUN --lm-eval TASKS (see README.md)")
     elif request.form == "peft":
         difference = export_peft(run, request.output)
         say(f"checked: the folder was loaded again; logits differ by {difference:.1e}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remix_cli.core.config import AdapterConfig
 from remix_cli.core.store import StoredAdapter, load_stored
-from remix_cli.export.holds import check_holds
+from remix_cli.export.holds import check_holds, check_peft_loads
 from remix_cli.storage import publish_folder
 
 README = """# LoRAs of a ReMix pool
@@ -33,6 +33,7 @@ def export_peft_experts(adapter_folder: Path, target: Path) -> Path:
     """Write the folder `target`, whole or not at all. Raises ArtefactError, RecipeError, StorageError."""
     stored = load_stored(adapter_folder)
     check_holds("peft-experts", stored.config.method)
+    check_peft_loads("peft-experts", stored)
     with publish_folder(target) as scratch:
         for i in range(stored.config.pool_size):
             _write_lora(scratch / f"lora-{i}", stored, i)

@@ -70,6 +70,9 @@ def test_the_hf_folder_is_the_routed_model(verb, trained, tmp_path, router, refe
     run, logits = ours(trained(**router))
     out, _ = verb("export", run.folder.path, "-o", tmp_path / "hf", *(["--reference-base"] if reference else []))
     assert "checked" in out
+    by_sequence = router.get("level") == "sequence"
+    assert out.count("--lm-eval") == by_sequence  # of a likelihood no pass can tell where its prompt ends
+    assert (tmp_path / "hf" / "README.md").read_text().count("--lm-eval") == by_sequence
     model = load_exported(tmp_path / "hf", torch.float32).requires_grad_(False)
     assert close(model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits, logits, 1e-5)
     wide = load_exported(tmp_path / "hf", torch.bfloat16)
@@ -80,7 +83,7 @@ def test_the_hf_folder_is_the_routed_model(verb, trained, tmp_path, router, refe
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with run.adapter.tracing(Trace(prompt=mask.bool(), record=False)):
         expected = run.model.generate(input_ids=IDS, **options)
-    for use_cache in (True, False) if router.get("level") != "sequence" else (True,):
+    for use_cache in (True,) if by_sequence else (True, False):
         assert torch.equal(model.generate(input_ids=IDS, use_cache=use_cache, **options), expected)
     again = model.generate(input_ids=IDS.flip(0), **(options | {"attention_mask": mask.flip(0)}))
     assert torch.equal(again, expected.flip(0))  # another prompt chooses anew
