@@ -29,8 +29,11 @@ FLOOR = 1e-12  # in the units of A A^T, where entries of 1e-6 already make more
 
 
 @torch.no_grad()
-def precondition_gradients(adapter: Adapter, damping: float = DAMPING) -> None:
+def precondition_gradients(adapter: Adapter, damping: float = DAMPING, *, unit: bool = False) -> None:
     """Scale the gradients of all LoRAs of `adapter`, in place; those of routers stay as they are.
+
+    `unit`: each Gram matrix is first divided by the mean of its eigenvalues. Every factor's gradient comes out in the
+    same direction, and about as long as it was: the scaling knows neither w nor the size of the other factor.
 
     For whole gradients: after the last micro-batch, without a loss scale. A few launches for each linear and no wait
     for the device. What is not finite, of a gradient or a LoRA, gives gradients that are not. Raises ValueError for
@@ -45,7 +48,8 @@ def precondition_gradients(adapter: Adapter, damping: float = DAMPING) -> None:
     a = [_rows_by_lora(linear.lora_A, config.pool_size) for linear in linears]  # (n, r, D_in) each
     b = [_columns_by_lora(linear.lora_B, config.pool_size) for linear in linears]  # (n, r, D_out) each
     grams = torch.cat([factor @ factor.mT for factor in a + b])
-    inverses = damped_inverses(grams, damping) / config.scale**2
+    inverses = damped_inverses(grams, damping)
+    inverses = inverses * _mean_eigenvalues(grams)[:, None, None] if unit else inverses / config.scale**2
     of_a, of_b = inverses.unflatten(0, (2, len(linears), -1))  # (linears, n, r, r) each
     for linear, inverse_a, inverse_b in zip(linears, of_a, of_b, strict=True):
         if linear.lora_A.grad is not None:
@@ -62,12 +66,16 @@ def damped_inverses(grams: Tensor, damping: float) -> Tensor:
     By one factorisation M = L L^T for all of them, so each inverse is symmetric and positive to the last bit. L is not
     checked, which would be a wait for the device: with this damping it exists unless M is not finite.
     """
-    mean = grams.diagonal(dim1=-2, dim2=-1).mean(-1)  # (P,)
     one = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    damped = grams + (damping * mean + FLOOR)[:, None, None] * one
+    damped = grams + (damping * _mean_eigenvalues(grams) + FLOOR)[:, None, None] * one
     lower = torch.linalg.cholesky_ex(damped).L
     inverse_lower = torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
     return inverse_lower.mT @ inverse_lower
+
+
+def _mean_eigenvalues(grams: Tensor) -> Tensor:
+    """(P,) from (P, r, r)."""
+    return grams.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def _rows_by_lora(stacked: Tensor, pool_size: int) -> Tensor:

@@ -277,7 +277,8 @@ class Trainer:
             packed = self.accelerator.reduce(packed, "sum")
         self.accelerator.unscale_gradients(self.optimizer)
         if self.recipe.train.precondition:  # before clipping, which is of what AdamW is given: docs/methods.md
-            precondition_gradients(self.adapter)
+            unit = self.recipe.train.precondition == "riemannian_unit"
+            precondition_gradients(self.adapter, unit=unit)
         device = self.setup.device
         lora_norm = optim.clip(self.setup.loras, self.recipe.train.max_grad_norm, device)
         router_norm = optim.clip(self.setup.routers, self.recipe.router.max_grad_norm, device)

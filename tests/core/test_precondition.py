@@ -45,14 +45,15 @@ def inverse_of(gram: Tensor, damping: float) -> Tensor:
     return vectors @ torch.diag(1 / damped) @ vectors.T
 
 
+@pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("method", list(POOLS))
-def test_every_lora_is_scaled_by_the_gram_matrix_of_its_other_factor(method):
+def test_every_lora_is_scaled_by_the_gram_matrix_of_its_other_factor(method, unit):
     """As published, with omega B in the place of B: LoRA by LoRA, column by column of A and row by row of B."""
     adapter = adapter_of(method)
     give_gradients(adapter)
     before = {name: p.grad.clone() for name, p in adapter.parameters().items()}
     places = {name: p.grad.data_ptr() for name, p in adapter.parameters().items()}
-    precondition_gradients(adapter)
+    precondition_gradients(adapter, unit=unit)
     omega = adapter.config.scale
     for name, linear in adapter.linears.items():
         for i in range(adapter.config.pool_size):
@@ -60,6 +61,9 @@ def test_every_lora_is_scaled_by_the_gram_matrix_of_its_other_factor(method):
             a, b = linear.lora_A.detach()[own], linear.lora_B.detach()[:, own]
             for_a = inverse_of((omega * b).T @ (omega * b), DAMPING)
             for_b = inverse_of((omega * a) @ (omega * a).T, DAMPING)
+            if unit:
+                for_a = for_a * omega**2 * (b**2).sum() / RANK
+                for_b = for_b * omega**2 * (a**2).sum() / RANK
             for column in range(a.shape[1]):
                 expected = for_a @ before[f"{name}.lora_A"][own, column]
                 assert close(linear.lora_A.grad[own, column], expected, 1e-9)
@@ -132,7 +136,8 @@ def test_a_step_does_not_depend_on_how_the_product_is_split(mixed, damping):
     assert all(close(after[name], before[name], 1e-6) for name in before)
 
 
-def test_where_b_is_zero_a_stays_and_b_moves():
+@pytest.mark.parametrize("unit", [False, True])
+def test_where_b_is_zero_a_stays_and_b_moves(unit):
     """As every run begins, in float32; and a B that has hardly begun gives nothing that is not finite."""
     for start in (0.0, 1e-20, 1e-7):
         adapter = apply_adapter(tiny_model(), AdapterConfig(pool_size=4, active=2, rank=RANK), seed=0)
@@ -141,7 +146,7 @@ def test_where_b_is_zero_a_stays_and_b_moves():
         slopes = {name: slope.float() for name, slope in slopes_of(adapter).items()}
         omega = adapter.config.scale
         sum((slopes[n] * (omega * x.lora_B @ x.lora_A)).sum() for n, x in adapter.linears.items()).backward()
-        precondition_gradients(adapter)
+        precondition_gradients(adapter, unit=unit)
         for linear in adapter.linears.values():
             assert linear.lora_A.grad.isfinite().all()
             assert linear.lora_B.grad.isfinite().all()

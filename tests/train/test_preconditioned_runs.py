@@ -20,7 +20,7 @@ from remix_cli.train import trainer
 
 ON = {"precondition": "riemannian"}
 ROUTERS = {"remix": {"estimator": "control_variate", "selections": 2}}
-LIMIT = 0.01  # of the gradient's norm: so low that steps are clipped
+LIMIT = 0.005  # of the gradient's norm: so low that steps are clipped
 ROUNDING = 1e-3  # of float32: the columns of a B that has taken one step are hardly different in a model so small
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's, of AdamW
 
@@ -43,21 +43,23 @@ def recorded(monkeypatch):
     seen = []
     original = trainer.precondition_gradients
 
-    def record(adapter):
+    def record(adapter, **how):
         named = adapter.lora_parameters().items()
         values = {name: p.detach().double().clone() for name, p in named}
         seen.append((values, {name: p.grad.double().clone() for name, p in named}))
-        original(adapter)
+        original(adapter, **how)
 
     monkeypatch.setattr(trainer, "precondition_gradients", record)
     return seen
 
 
 def scaled(gradient, other, omega):
-    """(r, D): a gradient of a factor, times the inverse of omega^2 times the damped Gram matrix of the `other`."""
+    """(r, D): a gradient of a factor, times the inverse of omega^2 times the damped Gram matrix of the `other`; without
+    omega, divided by its mean eigenvalue instead."""
     gram = sum(torch.outer(column, column) for column in other.T)  # (r, r)
     damping = DAMPING * gram.trace() / len(gram) + FLOOR
-    return torch.inverse(gram + damping * torch.eye(len(gram), dtype=gram.dtype)) @ gradient / omega**2
+    length = omega**2 if omega else len(gram) / gram.trace()
+    return torch.inverse(gram + damping * torch.eye(len(gram), dtype=gram.dtype)) @ gradient / length
 
 
 def preconditioned(values, gradients, rank, omega):
@@ -78,11 +80,14 @@ def norm_of(gradients):
     return torch.stack([g.norm() for g in gradients.values()]).norm()
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "remix", "mixlora"])
-def test_two_steps_are_adamw_on_the_preconditioned_clipped_gradient(method, stage, monkeypatch, tmp_path):
+WAYS = [(method, "riemannian") for method in ("lora", "rslora", "remix", "mixlora")]
+
+
+@pytest.mark.parametrize(("method", "way"), [*WAYS, ("rslora", "riemannian_unit"), ("remix", "riemannian_unit")])
+def test_two_steps_are_adamw_on_the_preconditioned_clipped_gradient(method, way, stage, monkeypatch, tmp_path):
     """Written out: first preconditioned, then clipped, then AdamW; the log has the norm between the first two."""
     seen = recorded(monkeypatch)
-    recipe = recipe_of(stage, tmp_path / "run", method, max_steps=2, max_grad_norm=LIMIT, **ON)
+    recipe = recipe_of(stage, tmp_path / "run", method, max_steps=2, max_grad_norm=LIMIT, precondition=way)
     run(recipe)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [record for record in records if "lora_grad_norm" in record]
@@ -91,7 +96,7 @@ def test_two_steps_are_adamw_on_the_preconditioned_clipped_gradient(method, stag
     assert len(seen) == len(logged) == 2
     parameters = dict(seen[0][0])
     for step, ((values, gradients), record) in enumerate(zip(seen, logged, strict=True), start=1):
-        made = preconditioned(values, gradients, config.rank, config.scale)
+        made = preconditioned(values, gradients, config.rank, config.scale if way == "riemannian" else None)
         norm = norm_of(made)
         assert norm > LIMIT
         assert close(torch.tensor(record["lora_grad_norm"]), norm, ROUNDING)
