@@ -346,6 +346,14 @@ class RemixTrainer(Trainer):
 
     # Folders.
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own, of the weights that an evaluation has: schedule-free optimizers train at others, to which
+        the next step goes back. On every process, so that all keep the same."""
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()
+        super().save_model(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The adapter, the tokenizer, and what the estimator has learnt."""
         if not self.args.should_save:

@@ -339,6 +339,37 @@ def test_every_optimizer_of_transformers_trains_both_groups_or_is_refused(optim,
         assert not torch.equal(parameter, before[name]), name
 
 
+class TrainsElsewhere(torch.optim.SGD):
+    """As schedule-free optimizers do: while it trains, weights stand 1 beside those that are meant."""
+
+    def _shift(self, training: bool) -> None:
+        for group in self.param_groups:
+            if group.setdefault("train_mode", False) != training:
+                group["train_mode"] = training
+                for parameter in group["params"]:
+                    parameter.data += 1 if training else -1
+
+    def train(self):
+        self._shift(True)
+
+    def eval(self):
+        self._shift(False)
+
+
+def test_what_is_saved_is_what_is_evaluated(tmp_path):
+    kind = partial(InOrder, optimizer_cls_and_kwargs=(TrainsElsewhere, {"lr": 1e-3}))
+    trainer = trainer_of(tmp_path, kind=kind, router=dataclasses.replace(ROUTER, learning_rate=1e-3))
+    trainer.train()
+    for step in (2, 4):
+        for name, tensor in load_stored(tmp_path / f"checkpoint-{step}").tensors.items():
+            if name.endswith("lora_B"):  # which began at zero
+                assert tensor.abs().max() < 0.1, (step, name)
+    resumed = trainer_of(tmp_path, kind=kind, router=trainer.router)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in resumed.remix.adapter.tensors().items():
+        assert torch.equal(tensor, trainer.remix.adapter.tensors()[name]), name
+
+
 def test_an_optimizer_of_ones_own_takes_the_groups_too(tmp_path):
     """torch's Muon, which transformers has no name for; and what makes one of a whole model is refused."""
     trainer = trainer_of(tmp_path, kind=partial(InOrder, optimizer_cls_and_kwargs=(torch.optim.Muon, {"lr": 1e-2})))
