@@ -1,8 +1,12 @@
 """Which format can hold which method, by what the methods say of themselves; and what PEFT's cannot hold."""
 
-from remix_cli.core.store import StoredAdapter
+from typing import TYPE_CHECKING
+
 from remix_cli.errors import RecipeError
 from remix_cli.methods.registry import method_named
+
+if TYPE_CHECKING:  # which loads torch
+    from remix_cli.core.store import StoredAdapter
 
 PEFT_FORMS = ("peft", "peft-merged", "peft-experts")
 EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj"}  # what the experts' layers were called while they were modules
@@ -20,7 +24,7 @@ def check_holds(form: str, name: str) -> None:
     raise RecipeError(f"--format {form}: {name} {method.unexported}; use --format {others}")
 
 
-def check_peft_loads(form: str, stored: StoredAdapter) -> None:
+def check_peft_loads(form: str, stored: "StoredAdapter") -> None:
     """Raises RecipeError for LoRAs that PEFT would lose: on layers called as experts' are, in a base that has experts.
 
     PEFT takes such names for the experts', which in many models are one parameter by now: it puts empty LoRAs on that,
