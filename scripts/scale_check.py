@@ -237,7 +237,11 @@ def kill_and_go_on(case: Case, recipe: Path, folder: Path, on: list[int], cpu: b
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a line a run; speed as a ratio to one card's whole base of the same shape, where that was measured."""
-    one = {r["shape"]: r["tokens_per_second"] for r in results if r.get("cards") == 1 and "tokens_per_second" in r}
+    one = {
+        r["shape"]: r["tokens_per_second"]
+        for r in results
+        if (r["layout"], r["cards"]) == ("whole", 1) and "tokens_per_second" in r
+    }
     lines = [
         "| shape | base | cards | tokens/s | ratio | peak GiB | estimate | host GiB | first step s | checkpoint s |"
     ]
