@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def measure(case: Case, recipe: Path, folder: Path, cpu: bool) -> dict[str, Any]
     saving = yaml.safe_load(recipe.read_text())["train"]["save_steps"]
     # the step behind a checkpoint has waited for it, as has the last
     counted = [step for step in steps[WARM_UP:-1] if (step["step"] - 1) % saving]
-    speed = statistics.median(step["tokens_per_second"] for step in counted)
+    speed = statistics.median(step["tokens_per_second"] for step in counted or steps)
     peak = max(step.get("peak_memory_gib") or 0.0 for step in steps)
     measured = {"tokens_per_second": speed, "peak_gib": peak, "estimate_gib": expected}
     return measured | seen | {"steps": len(steps)}
@@ -209,7 +210,8 @@ def kill_and_go_on(case: Case, recipe: Path, folder: Path, on: list[int], cpu: b
     while process.poll() is None and not list((folder / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.05)
     for one in family(process.pid):
-        os.kill(one, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
     process.wait()
     if (folder / ADAPTER).exists():
         return [

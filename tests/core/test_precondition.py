@@ -179,6 +179,9 @@ def test_nothing_waits_for_the_device():
     for parameter in adapter.parameters().values():
         parameter.grad = torch.empty_like(parameter)
     precondition_gradients(adapter)
+    for parameter in adapter.lora_parameters().values():
+        assert parameter.grad.is_meta
+        assert parameter.grad._version == 1, "written once, with no number asked for on the way"
 
 
 def test_one_a_for_all_is_refused():
