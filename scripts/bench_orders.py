@@ -5,8 +5,8 @@
 RunLoRA (arXiv 2312.03415) chooses the order of products by counted operations. Forward and backward of one adapted
 layer, x (T, D_in), W (D_out, D_in), A (r, D_in), B (D_out, r), can be
 
-    used     x W' + s (x A') B'       the backward pass through A and B one by one      3 T r (D_in + D_out) for the LoRA
-    merged   x (W + s B A)'           the same sum for the gradient of x          2 T r (D_in + D_out) + 2 r D_in D_out
+    used     x W' + s (x A') B'   the backward pass through A and B one by one   3 T r (D_in + D_out) for the LoRA
+    merged   x (W + s B A)'       the same sum for the gradient of x       2 T r (D_in + D_out) + 2 r D_in D_out
 
 and no other order has fewer unless r is near D. "counted" is the ratio of all multiplications, those with W among
 them; "time" the median of paired repeats; "lost" how far each one's output is from float64's, as a share of what the
