@@ -35,9 +35,9 @@ from remix_cli.models import DTYPES, known_base, skeleton
 from remix_cli.models.loading import load_config
 from remix_cli.recipe import Recipe, load_recipe
 from remix_cli.recipe.schema import Model
+from remix_cli.train.memory import estimate_memory
 from remix_cli.train.micro_batch import EagerGradients
 from remix_cli.train.optim import make_optimizer
-from remix_cli.train.preview import estimate_memory
 
 GIB = 2**30
 
@@ -124,8 +124,7 @@ def measured(recipe: Recipe, base: Any, device: torch.device, repeats: int) -> I
         row: dict[str, Any] = {"rows": rows, "length": length}
         adapter = apply_adapter(base, recipe.adapter_config(), seed=0)
         adapter.find_local()
-        config = base.config.get_text_config()
-        estimate = estimate_memory(recipe.model_copy(update={"train": sized}), config, counts, length)
+        estimate = estimate_memory(recipe.model_copy(update={"train": sized}), base, counts, length)
         row["estimated"] = sum(estimate.values())
         if recipe.train.gradient_checkpointing:
             base.gradient_checkpointing_enable(
@@ -223,7 +222,7 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
         remove()
         counted = apply_adapter(model, recipe.adapter_config(), seed=0)
-        estimate = sum(estimate_memory(recipe, model.config, count_parameters(counted), int(v["length"])).values())
+        estimate = sum(estimate_memory(recipe, model, count_parameters(counted), int(v["length"])).values())
         counted.remove()
         rows.append(v | {"ms": ms, "peak_gib": peak, "estimated_gib": estimate})
         figures = f"{ms:.0f}", f"{ms / rows[0]['ms']:.2f}", f"{peak:.1f}", f"{estimate:.1f}"

@@ -3,6 +3,7 @@
 told_formats.py the formats that a recipe leaves out
 prepare.py      refusals that cost nothing
 preview.py      what `remix validate` shows
+memory.py       what a step takes, by formula
 by_shape.py     and of a base that is out of reach, by its published shape
 setup.py        from a recipe to everything a run needs, one frozen value
 resume.py       may this run go on from what another process left?

@@ -4,7 +4,6 @@ Then there is no tokenizer either, so no row is read, and the longest batch is a
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
@@ -13,9 +12,10 @@ from remix_cli.models import known_base, out_of_reach
 from remix_cli.recipe import Recipe
 from remix_cli.stored_json import Document
 from remix_cli.train.lines import say
+from remix_cli.train.memory import estimate_memory
 from remix_cli.train.micro_batch import passes_of
 from remix_cli.train.prepare import check_recipe
-from remix_cli.train.preview import describe_model, describe_taken, estimate_memory, print_size
+from remix_cli.train.preview import describe_model, describe_taken, print_size
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,13 @@ def estimate_by_shape(recipe: Recipe, processes: int = 1) -> ShapeEstimate:
     """
     adapter = check_recipe(recipe)
     counts, longest = count_parameters(adapter), recipe.data.max_length
-    config: Any = adapter.model.config
     return ShapeEstimate(
         recipe,
         longest,
         recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * processes,
         passes_of(recipe.router, recipe.adapter_config().samples).total,
         counts,
-        estimate_memory(recipe, config.get_text_config(), counts, longest, processes),
+        estimate_memory(recipe, adapter.model, counts, longest, processes),
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from remix_cli.cross_entropy import CHUNK
 from remix_cli.data.batches import micro_batches, rounded_up
 from remix_cli.data.encode import Encoder
 from remix_cli.data.rows import Encoded, EncodedRow
@@ -25,11 +24,11 @@ from remix_cli.stored_json import Document
 from remix_cli.tasks.base import Settings
 from remix_cli.tasks.registry import task_class
 from remix_cli.train.lines import say
+from remix_cli.train.memory import estimate_memory
 from remix_cli.train.micro_batch import describe_router, passes_of
 from remix_cli.train.prepare import check_output, check_recipe
 from remix_cli.train.told_formats import tell_formats
 
-GIB = 2**30
 ENOUGH = 3  # held-out rows of a source: with fewer, its own held-out loss is a matter of one row or two
 
 
@@ -127,8 +126,7 @@ def preview(recipe: Recipe, processes: int = 1, *, resume: bool = False, overwri
             task_class(task.task)(subject, task, Settings())  # which reads the rows and counts their tokens
     counts = count_parameters(adapter)
     wanted, found = recipe.adapter_config().target_modules, adapter.config.target_modules
-    config: Any = adapter.model.config
-    memory = estimate_memory(recipe, config.get_text_config(), counts, int(data.train.lengths.max()), processes)
+    memory = estimate_memory(recipe, adapter.model, counts, int(data.train.lengths.max()), processes)
     cut = not recipe.data.validation and recipe.data.holds_out
     held_out: Sequence[int | None] = data.held_out_of if cut else [None] * len(data.sources)
     sources = zip(recipe.data.train, data.sources, held_out, strict=True)
@@ -209,53 +207,6 @@ def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
             pieces.append((tokenizer.decode(row.input_ids[start:i]), bool(row.supervised[start])))
             start = i
     return pieces
-
-
-def estimate_memory(
-    recipe: Recipe, config: Any, counts: ParameterCounts, longest: int, processes: int = 1
-) -> dict[str, float]:
-    """GiB on one device at the longest batch, by formula; an estimate, the frameworks' own overhead is left out."""
-    size = 4 if recipe.model.dtype == "float32" else 2
-    tokens = _tokens_at_once(recipe, longest)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", 4 * hidden)
-    stacked = recipe.adapter.pool_size * recipe.adapter.rank
-    # Values that a layer's backward pass needs for each token, fitted to measured peaks (docs/performance.md).
-    kept = 7.2 * hidden + 4.2 * inner + 2 * 3 * stacked
-    if recipe.train.gradient_checkpointing:
-        activations = tokens * (kept + layers * hidden) * size
-    else:
-        activations = tokens * layers * kept * size
-    logits = tokens * config.vocab_size * 2 * size + 3 * CHUNK * 4
-    inputs = layers * tokens * hidden * size  # of the routers, for one selection
-    passes = passes_of(recipe.router, recipe.adapter_config().samples, recipe.adapter.train_loras)
-    # A pass with gradient keeps them anyway; those of other passes outlive its activations.
-    before = passes.with_gradient - 1
-    traces = max(before * inputs, passes.total * inputs - activations - logits)
-    base = counts.base
-    outer = (1 if getattr(config, "tie_word_embeddings", False) else 2) * config.vocab_size * hidden
-    if recipe.train.shard_base and processes > 1:  # embeddings and output layer stay gathered, two layers come and go
-        share = 0 if recipe.train.shard_base == "offload" else (base - outer) // processes
-        base = share + outer + 2 * (base - outer) // layers
-    # Embeddings and output layer keep their type; NF4, doubly quantised, takes 4.127 bits a weight.
-    packed = {"none": size, "8bit": 1.0, "4bit": 4.127 / 8}[recipe.model.quantization]
-    parts = {
-        "base weights": outer * size + (base - outer) * packed,
-        "adapter, gradient, optimizer": counts.trained * 16,
-        "activations of one pass": activations,
-        "logits and loss": logits,
-        "router inputs of more selections": traces,
-    }
-    return {name: round(value / GIB, 3) for name, value in parts.items()}
-
-
-def _tokens_at_once(recipe: Recipe, longest: int) -> int:
-    """Of the largest micro-batch, if all rows are as long as the longest."""
-    train = recipe.train
-    if train.tokens_per_batch is None:
-        return train.per_device_train_batch_size * longest
-    in_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * longest
-    return max(longest, min(train.tokens_per_batch, in_a_step))
 
 
 def describe_model(model: Model, counts: ParameterCounts) -> str:

@@ -15,7 +15,7 @@ from remix_cli.diagnostics.parameters import count_parameters
 from remix_cli.methods.apply import apply_method
 from remix_cli.models import known_base, skeleton
 from remix_cli.recipe import load_recipe
-from remix_cli.train.preview import estimate_memory
+from remix_cli.train.memory import estimate_memory
 
 CARDS = sorted((ROOT / "configs" / "cards").glob("*.yaml"))
 NAME = re.compile(r"(?P<base>[\w.-]+)-(?P<card>\d+)gb")
@@ -45,7 +45,7 @@ def estimate_of(path, times: int = 1) -> float:
         base = known_base(recipe.model)
         assert base is not None
         adapter = apply_method(skeleton(base), recipe.adapter_config(), seed=0)
-        counted[name] = adapter.model.config, count_parameters(adapter)
+        counted[name] = adapter.model, count_parameters(adapter)
     return sum(estimate_memory(recipe, *counted[name], recipe.data.max_length).values())
 
 
@@ -96,15 +96,19 @@ def test_recipes_of_one_base_train_alike_and_differ_in_how_they_use_the_card():
 def test_the_page_lists_them_all_with_their_figures():
     page = (ROOT / "docs" / "cards.md").read_text()
     rows = re.findall(
-        r"^\| \S.* \| (\d+) GB \| `configs/cards/(\S+)` \| (\d+) \| (.*) \| ([\d.]+) \|$", page, re.MULTILINE
+        r"^\| \S.* \| (\d+) GB \| `configs/cards/(\S+)` \| (\d+) \| (.*) \| ([\d.]+) \| ([\d.]*) +\| ([\d,]*) +\|$",
+        page,
+        re.MULTILINE,
     )
     assert sorted(row[1] for row in rows) == [path.name for path in CARDS]
-    for card, name, batch, how, gib in rows:
+    for card, name, batch, how, gib, peak, pace in rows:
         path = ROOT / "configs" / "cards" / name
         recipe = load_recipe(path)
         assert int(card) == named(path)[1]
         assert int(batch) == recipe.train.per_device_train_batch_size
         assert gib == f"{estimate_of(path):.1f}"
+        assert not peak or 0.99 < float(peak) / estimate_of(path) < 1.05, "what an H200 allocated at most"
+        assert bool(peak) == (f"{peak} GiB, {pace} tokens/s" in path.read_text())
         assert ("4 bits" in how) == (recipe.model.quantization == "4bit")
         assert ("recomputed" in how) == recipe.train.gradient_checkpointing
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,8 +16,10 @@ from safetensors.torch import load_file
 
 from remix_cli.diagnostics.parameters import ParameterCounts
 from remix_cli.errors import RecipeError
+from remix_cli.models import known_base, skeleton
 from remix_cli.recipe import Recipe, load_recipe
-from remix_cli.train.preview import estimate_memory
+from remix_cli.recipe.schema import Model
+from remix_cli.train.memory import estimate_memory
 from remix_cli.train.shard import as_launched
 
 GRADIENTS = """
@@ -247,13 +248,14 @@ def test_a_run_by_tokens_ends_where_a_run_by_rows_ends(stage, tmp_path):
 
 def test_the_estimate_of_a_sharded_base():
     """Llama 3 8B over 8: an eighth of the layers, the embeddings whole, two layers gathered."""
-    config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    model = {"name_or_path": "meta-llama/Llama-3.1-8B", "dtype": "bfloat16"}
+    base = known_base(Model.model_validate(model))
+    assert base is not None
     counts = ParameterCounts(0, 0, 0, 0, 0, 8_030_261_248)
-    model = {"name_or_path": "m", "dtype": "bfloat16"}
     recipe = {"model": model, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
-    whole = estimate_memory(Recipe.model_validate(recipe), config, counts, 512, 8)["base weights"]
+    whole = estimate_memory(Recipe.model_validate(recipe), skeleton(base), counts, 512, 8)["base weights"]
     shared = Recipe.model_validate(recipe | {"train": {"shard_base": True}})
-    sharded = estimate_memory(shared, config, counts, 512, 8)["base weights"]
+    sharded = estimate_memory(shared, skeleton(base), counts, 512, 8)["base weights"]
     assert whole == pytest.approx(14.96, abs=0.01)
     layers = 14.96 - 2 * 128256 * 4096 * 2 / 2**30
     assert sharded == pytest.approx(layers / 8 + 1.957 + 2 * layers / 32, abs=0.01)
