@@ -18,15 +18,20 @@ class Pool:
     """How the LoRAs of a pool are weighted and stored.
 
     `rule`: `constant` gives each active LoRA omega, `softmax` a share of the total weight; None: no router, every LoRA
-    is always on, at omega. `shares_a`: one A (r, D_in) for all of them.
+    is always on, at omega. `shares_a`: one A (r, D_in) for all of them. `of_modules`: the LoRAs of a decoder layer's
+    linears are its pool, one on each, and the layer's router says which of them are on; else each linear has n.
     """
 
     rule: Rule | None = None
     shares_a: bool = False
+    of_modules: bool = False
 
     def __post_init__(self) -> None:
-        if self.rule not in (None, *get_args(Rule)) or type(self.shares_a) is not bool:
-            raise ValueError(f"pool ({self.rule!r}, {self.shares_a!r}) must be a rule, or none, and true or false")
+        if self.rule not in (None, *get_args(Rule)) or {type(self.shares_a), type(self.of_modules)} != {bool}:
+            said = f"{self.rule!r}, {self.shares_a!r}, {self.of_modules!r}"
+            raise ValueError(f"pool ({said}) must be a rule, or none, and true or false")
+        if self.of_modules and (self.rule is None or self.shares_a):
+            raise ValueError("a pool of a layer's modules needs a rule, and cannot share A")
 
 
 # By the name of the method in an adapter folder. A folder of any other method with a pool says what it is.
@@ -34,6 +39,8 @@ POOLS = {
     "remix": Pool("constant"),
     "mixlora": Pool("softmax"),
     "hydralora": Pool("softmax", shares_a=True),
+    "milora": Pool("softmax", of_modules=True),
+    "remix_modules": Pool("constant", of_modules=True),
     "lora": Pool(),
     "rslora": Pool(),
 }
@@ -102,12 +109,18 @@ class AdapterConfig:
             raise ValueError(f"target_modules ({self.target_modules!r}) must be names")
         if min(self.virtual_tokens, self.vectors, self.vector_length) < 1:
             raise ValueError("virtual_tokens, vectors and vector_length must be 1 or more")
+        if self.pool is None:
+            object.__setattr__(self, "pool", POOLS.get(self.method))
+        if self.of_modules:  # one LoRA for each of the layer's linears, and each is named
+            if ALL_LINEAR in self.target_modules:
+                raise ValueError(f"target_modules ({ALL_LINEAR}) must name the linears of a layer, which are the pool")
+            if self.scope != "block":
+                raise ValueError(f"scope ({self.scope}) must be block: a layer's router chooses among its linears")
+            object.__setattr__(self, "pool_size", len(self.target_modules))
         if self.pool_size < 1 or self.rank < 1:
             raise ValueError(f"pool_size ({self.pool_size}) and rank ({self.rank}) must be 1 or more")
         if not 1 <= self.active <= self.pool_size:
             raise ValueError(f"active ({self.active}) must lie between 1 and pool_size ({self.pool_size})")
-        if self.pool is None:
-            object.__setattr__(self, "pool", POOLS.get(self.method))
         if self.scope == "model" and self.rule == "softmax":
             raise ValueError("scope model is one choice for all blocks: it needs a router of constant weights")
 
@@ -126,9 +139,20 @@ class AdapterConfig:
         return self.pool is not None and self.pool.shares_a
 
     @property
+    def of_modules(self) -> bool:
+        """Is the pool made of the LoRAs of a layer's linears, one on each?"""
+        return self.pool is not None and self.pool.of_modules
+
+    @property
+    def on_each(self) -> int:
+        """LoRAs on one linear: n, or 1 where they are spread over a layer's linears."""
+        return 1 if self.of_modules else self.pool_size
+
+    @property
     def scale(self) -> float:
-        """omega, the constant weight of an active LoRA: 2/(k r), or 2/sqrt(k r) for `rslora`."""
-        total_rank = self.active * self.rank
+        """omega, the constant weight of an active LoRA: 2/(k r), or 2/sqrt(k r) for `rslora`; k is 1 for LoRAs that are
+        alone on their linear."""
+        total_rank = self.rank if self.of_modules else self.active * self.rank
         return 2 / math.sqrt(total_rank) if self.omega == "rslora" else 2 / total_rank
 
     @property
@@ -147,7 +171,7 @@ class AdapterConfig:
         """Those of a pool's tensors, which must all be there; none for a method without a pool."""
         if self.pool is None:
             return {}
-        stacked = self.pool_size * self.rank
+        stacked = self.on_each * self.rank
         sizes: Sizes = {".lora_A": (self.rank if self.shares_a else stacked, None), ".lora_B": (None, stacked)}
         if self.routed:
             sizes[".router"] = (self.pool_size, None)
@@ -161,6 +185,8 @@ class AdapterConfig:
         values = asdict(self) | {"target_modules": list(self.target_modules)}
         if self.pool == POOLS.get(self.method):
             del values["pool"]
+        elif not self.of_modules:
+            del values["pool"]["of_modules"]
         if not self.settings:
             del values["settings"]
         return values

@@ -18,18 +18,27 @@ class RoutedLinear(nn.Module):
 
     The pool is stored stacked, `lora_A` (n r, D_in) and `lora_B` (D_out, n r), and the weights multiply
     the rank-r activations: two products whatever n, and every LoRA gets a (possibly zero) gradient. A shared A
-    is stored once, (r, D_in). Without a router every weight is omega.
+    is stored once, (r, D_in). Without a router every weight is omega. In a pool of a layer's modules it holds the LoRA
+    number `place` alone, n is 1 here, and w that LoRA's weight.
     """
 
-    def __init__(self, base_layer: nn.Module, config: AdapterConfig, router: Router | None, state: RoutingState):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        config: AdapterConfig,
+        router: Router | None,
+        state: RoutingState,
+        place: int | None = None,
+    ):
         super().__init__()
         self.base_layer = base_layer
-        self.pool_size = config.pool_size
+        self.pool_size = config.on_each
         self.rank = config.rank
         self.shares_a = config.shares_a
         self.state = state
+        self.place = place
         width_in, width_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
-        stacked = config.pool_size * config.rank
+        stacked = config.on_each * config.rank
         where = next(base_layer.parameters()).device
         rows = config.rank if config.shares_a else stacked
         self.lora_A = nn.Parameter(torch.zeros(rows, width_in, dtype=torch.float32, device=where))
@@ -84,4 +93,10 @@ class RoutedLinear(nn.Module):
                 f"adapter.target_modules: {self.router.name} is not called as a whole when its layers are, so no "
                 "router can choose at its input; set router.scope: module"
             )
-        return weighting
+        return weighting if self.place is None else self._share(weighting, self.place)
+
+    def _share(self, weighting: Weighting, place: int) -> Weighting:
+        """Of a layer's weighting, for n LoRAs, that of the one LoRA here."""
+        gates = weighting.gates[..., place * self.rank : (place + 1) * self.rank]
+        weights = None if weighting.weights is None else weighting.weights[..., place : place + 1]
+        return Weighting(gates, weights)

@@ -286,9 +286,14 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
     for name in targets:
         base = model.get_submodule(name)
         router = _router_of(name, base, adapter) if config.routed else None
-        linear = RoutedLinear(base, config, router, adapter.state)
+        place = None
+        if config.of_modules:
+            place = sum(linear.router is router for linear in adapter.linears.values())
+        linear = RoutedLinear(base, config, router, adapter.state, place)
         adapter.linears[name] = linear
         set_module(model, name, linear)
+    if config.of_modules:
+        _check_one_of_each(adapter)
     generator = torch.Generator().manual_seed(seed)
     parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
     for part in parts:
@@ -303,6 +308,8 @@ def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
     config = adapter.config
     by_block = config.scope != "module"
     owner = name.rpartition(".")[0] if by_block else name
+    if config.of_modules:
+        owner = _layer_of(name, adapter.model)
     if config.scope == "model":
         owner = next(iter(adapter.routers), owner)
     router = adapter.routers.get(owner)
@@ -314,6 +321,28 @@ def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
         if by_block:
             adapter.hooks += _attach_to_block(adapter.model.get_submodule(owner), router)
     return router
+
+
+def _layer_of(name: str, model: nn.Module) -> str:
+    """The decoder layer that the linear `name` is in. Raises TargetError."""
+    layers = list(decoder_layers(model))
+    parents = [other for other, module in model.named_modules() if any(module is layer for layer in layers)]
+    found = next((parent for parent in parents if name.startswith(f"{parent}.")), None)
+    if found is None:
+        raise TargetError(f"{name} is in no decoder layer, whose linears would be a pool; name others")
+    return found
+
+
+def _check_one_of_each(adapter: Adapter) -> None:
+    """Raises TargetError unless every layer has one linear for each name: a pool has the same LoRAs everywhere."""
+    names = adapter.config.target_modules
+    for owner, router in adapter.routers.items():
+        there = [name for name, linear in adapter.linears.items() if linear.router is router]
+        if len(there) != len(names):
+            raise TargetError(
+                f"{owner} has {len(there)} linears for the {len(names)} names {', '.join(names)}; "
+                "a pool of modules needs one for each name, in every layer"
+            )
 
 
 def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:

@@ -45,18 +45,18 @@ def precondition_gradients(adapter: Adapter, damping: float = DAMPING, *, unit: 
     linears = list(adapter.linears.values())
     if not linears:
         return
-    a = [_rows_by_lora(linear.lora_A, config.pool_size) for linear in linears]  # (n, r, D_in) each
-    b = [_columns_by_lora(linear.lora_B, config.pool_size) for linear in linears]  # (n, r, D_out) each
+    a = [_rows_by_lora(linear.lora_A, config.on_each) for linear in linears]  # (n, r, D_in) each
+    b = [_columns_by_lora(linear.lora_B, config.on_each) for linear in linears]  # (n, r, D_out) each
     grams = torch.cat([factor @ factor.mT for factor in a + b])
     inverses = damped_inverses(grams, damping)
     inverses = inverses * _mean_eigenvalues(grams)[:, None, None] if unit else inverses / config.scale**2
     of_a, of_b = inverses.unflatten(0, (2, len(linears), -1))  # (linears, n, r, r) each
     for linear, inverse_a, inverse_b in zip(linears, of_a, of_b, strict=True):
         if linear.lora_A.grad is not None:
-            gradient = _rows_by_lora(linear.lora_A.grad, config.pool_size)
+            gradient = _rows_by_lora(linear.lora_A.grad, config.on_each)
             gradient.copy_(inverse_b @ gradient)
         if linear.lora_B.grad is not None:
-            gradient = _columns_by_lora(linear.lora_B.grad, config.pool_size)
+            gradient = _columns_by_lora(linear.lora_B.grad, config.on_each)
             gradient.copy_(inverse_a @ gradient)
 
 

@@ -113,10 +113,12 @@ class Router(nn.Module):
         """What it has chosen for the blocks that it serves; None outside of them.
 
         Under checkpointing a later block is repeated before the first, at whose input the router sits, and perhaps
-        after another pass: what was chosen then is in the trace.
+        after another pass; and a decoder layer may be repeated without its hooks, one of which asks the router. What
+        was chosen then is in the trace.
         """
         trace = self.state.trace
-        if self.config.scope == "model" and trace is not None and trace.replay is not None:
+        unasked = self.config.scope == "model" or self.block.weighting is None
+        if trace is not None and trace.replay is not None and unasked:
             return self._recorded(trace.replay)
         return self.block.weighting
 

@@ -225,7 +225,9 @@ def collect(
 
 
 def _similarities(adapter: Adapter, router: str) -> Tensor:
-    """(linears, n, n): of all linears that the router serves."""
+    """(linears, n, n): of all linears that the router serves. LoRAs on linears of their own have nothing in common."""
+    if adapter.config.of_modules:
+        return torch.eye(adapter.config.pool_size).unsqueeze(0)
     similarities = []
     for linear in adapter.linears.values():
         if linear.router is not None and linear.router.name == router:

@@ -10,6 +10,8 @@ METHODS = {
     "remix": "remix_cli.methods.remix:Remix",
     "mixlora": "remix_cli.methods.mixlora:MixLora",
     "hydralora": "remix_cli.methods.hydralora:HydraLora",
+    "milora": "remix_cli.methods.milora:MiLora",
+    "remix_modules": "remix_cli.methods.remix_modules:RemixModules",
     "lora": "remix_cli.methods.lora:Lora",
     "rslora": "remix_cli.methods.rslora:RsLora",
     "dora": "remix_cli.methods.dora:Dora",

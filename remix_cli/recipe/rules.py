@@ -7,6 +7,7 @@ from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.methods.registry import METHODS, method_named
 
 if TYPE_CHECKING:
+    from remix_cli.methods.base import Method
     from remix_cli.recipe.schema import Router
 
 OF_TRAINING = ("selections", "estimator", "lora_gradient", "learning_rate", "max_grad_norm")  # keys of `router`
@@ -28,14 +29,16 @@ def fill_defaults(values: Any) -> Any:
     usual = dict(method.router_defaults)
     if method.router_rate_follows:
         usual["learning_rate"] = train["learning_rate"]
-    if "fixed" in method.router_settings and _chooses(adapter):
+    if "fixed" in method.router_settings and _chooses(method, adapter):
         usual["fixed"] = not _says_training(adapter, groups["router"])
     return values | {"adapter": adapter, "router": usual | groups["router"], "train": train}
 
 
-def _chooses(adapter: dict[str, Any]) -> bool:
+def _chooses(method: "Method", adapter: dict[str, Any]) -> bool:
     """Are there LoRAs to choose between?"""
     n, k = (adapter.get(key, getattr(AdapterConfig, key)) for key in ("pool_size", "active"))
+    if method.pool is not None and method.pool.of_modules:
+        n = len(adapter["target_modules"])
     return n != k
 
 

@@ -644,7 +644,7 @@ class Recipe(Strict):
         return AdapterConfig(
             method=self.adapter.method,
             pool=method.pool,
-            scope=router.scope,
+            scope=router.scope if "scope" in method.router_settings else "block",
             level=router.level,
             router_init_std=router.init_std,
             router_unit_input=router.unit_input,

@@ -96,7 +96,7 @@ def _config(recipe: Recipe, name: str) -> AdapterConfig:
     if recipe.adapter.method == name:
         return recipe.adapter_config()
     given = {key: getattr(recipe.adapter, key) for key in method.settings}
-    if "active" in given:
+    if {"active", "pool_size"} <= given.keys():
         given["active"] = min(given["active"], given["pool_size"])
     adapter = AdapterRecipe.model_validate({"method": name} | given | method.adapter_defaults)
     router = recipe.router.model_copy(update={"scope": method.router_defaults.get("scope", "block")})

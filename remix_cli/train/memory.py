@@ -71,7 +71,8 @@ def _kept_by_a_layer(recipe: Recipe, model: nn.Module) -> float:
     """
     config = _text_config(model)
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    stacked = recipe.adapter.pool_size * recipe.adapter.rank
+    adapter = recipe.adapter_config()
+    stacked = adapter.on_each * adapter.rank
     queries, keys = _attention_widths(config)
     kept = hidden + 2 * (queries + keys) + 4 * inner + 6 * stacked
     return 4 * _normed(model) + kept * _bytes_of(recipe)
