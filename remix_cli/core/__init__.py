@@ -7,6 +7,7 @@ quadrature.py   inclusion probabilities of large pools by numerical integration
 router.py       Router: what it reads, its scores, its choice; which path serves when
 rules.py        how logits become weights: constant ones, or a softmax
 layer.py        RoutedLinear: a linear layer and its pool
+residual.py     one LoRA that is joined to those of the layers before it
 product.py      their product, by hand with its backward pass and by autograd
 kernel.py       the router's choice in one GPU kernel, where it serves
 kernel_triton.py  the kernel

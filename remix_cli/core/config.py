@@ -20,18 +20,22 @@ class Pool:
     `rule`: `constant` gives each active LoRA omega, `softmax` a share of the total weight; None: no router, every LoRA
     is always on, at omega. `shares_a`: one A (r, D_in) for all of them. `of_modules`: the LoRAs of a decoder layer's
     linears are its pool, one on each, and the layer's router says which of them are on; else each linear has n.
+    `residual`: one LoRA, always on, and joined to those of the layers before it (residual.py).
     """
 
     rule: Rule | None = None
     shares_a: bool = False
     of_modules: bool = False
+    residual: bool = False
 
     def __post_init__(self) -> None:
-        if self.rule not in (None, *get_args(Rule)) or {type(self.shares_a), type(self.of_modules)} != {bool}:
-            said = f"{self.rule!r}, {self.shares_a!r}, {self.of_modules!r}"
-            raise ValueError(f"pool ({said}) must be a rule, or none, and true or false")
+        switches = self.shares_a, self.of_modules, self.residual
+        if self.rule not in (None, *get_args(Rule)) or {type(switch) for switch in switches} != {bool}:
+            raise ValueError(f"pool ({self.rule!r}, {switches}) must be a rule, or none, and true or false")
         if self.of_modules and (self.rule is None or self.shares_a):
             raise ValueError("a pool of a layer's modules needs a rule, and cannot share A")
+        if self.residual and (self.rule is not None or self.shares_a):
+            raise ValueError("LoRAs that are joined over layers have no rule and share no A")
 
 
 # By the name of the method in an adapter folder. A folder of any other method with a pool says what it is.
@@ -41,6 +45,7 @@ POOLS = {
     "hydralora": Pool("softmax", shares_a=True),
     "milora": Pool("softmax", of_modules=True),
     "remix_modules": Pool("constant", of_modules=True),
+    "reslora": Pool(residual=True),
     "lora": Pool(),
     "rslora": Pool(),
 }
@@ -185,8 +190,9 @@ class AdapterConfig:
         values = asdict(self) | {"target_modules": list(self.target_modules)}
         if self.pool == POOLS.get(self.method):
             del values["pool"]
-        elif not self.of_modules:
-            del values["pool"]["of_modules"]
+        elif self.pool is not None:
+            younger = {"of_modules": self.pool.of_modules, "residual": self.pool.residual}
+            values["pool"] = {key: value for key, value in values["pool"].items() if younger.get(key, True)}
         if not self.settings:
             del values["settings"]
         return values

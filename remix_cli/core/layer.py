@@ -75,6 +75,14 @@ class RoutedLinear(nn.Module):
         y = base(x)
         return pool_linear_by_autograd(self.dropout(x), y, self.lora_A, self.lora_B, weighting)
 
+    def reading(self) -> Tensor:
+        """All of A that x is read by, (n r, D_in), or (r, D_in) if it is shared."""
+        return self.lora_A
+
+    def outer(self) -> Tensor:
+        """All of B that adds to y, (D_out, n r)."""
+        return self.lora_B
+
     def _is_plain(self, x: Tensor, base: Any) -> bool:
         """Does the product by hand apply? Not to a quantised layer, under autocast, or with dropout."""
         if not self.plain or (self.training and self.drops):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from remix_cli.core.config import ALL_LINEAR, AdapterConfig
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.locality import local_linears
+from remix_cli.core.residual import ResidualLinear
 from remix_cli.core.router import Router
 from remix_cli.core.rules import make_rule
 from remix_cli.core.trace import RoutingState, Seed, Trace, selection_noise
@@ -289,11 +290,14 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
         place = None
         if config.of_modules:
             place = sum(linear.router is router for linear in adapter.linears.values())
-        linear = RoutedLinear(base, config, router, adapter.state, place)
+        kind = ResidualLinear if config.pool.residual else RoutedLinear
+        linear = kind(base, config, router, adapter.state, place)
         adapter.linears[name] = linear
         set_module(model, name, linear)
     if config.of_modules:
         _check_one_of_each(adapter)
+    if config.pool.residual:
+        _join_layers(adapter)
     generator = torch.Generator().manual_seed(seed)
     parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
     for part in parts:
@@ -343,6 +347,24 @@ def _check_one_of_each(adapter: Adapter) -> None:
                 f"{owner} has {len(there)} linears for the {len(names)} names {', '.join(names)}; "
                 "a pool of modules needs one for each name, in every layer"
             )
+
+
+def _join_layers(adapter: Adapter) -> None:
+    """Join each linear to those of its name in the layers before (residual.py). Raises TargetError."""
+    settings = adapter.config.settings
+    most = settings["previous"]
+    rows: dict[str, list[ResidualLinear]] = {}
+    for name, linear in adapter.linears.items():
+        assert isinstance(linear, ResidualLinear)
+        row = rows.setdefault(name.removeprefix(_layer_of(name, adapter.model)), [])
+        if row and (row[0].lora_A.shape, row[0].lora_B.shape) != (linear.lora_A.shape, linear.lora_B.shape):
+            raise TargetError(f"{name} has another size than its namesakes in the layers before, to which it is joined")
+        row.append(linear)
+    for row in rows.values():
+        for i, linear in enumerate(row):
+            earlier = tuple(reversed(row[max(0, i - most) : i]))
+            is_last = i + 1 == len(row)
+            linear.join(settings["shortcut"], earlier, earlier if is_last else earlier[most - 1 :], not is_last)
 
 
 def compile_unadapted(model: nn.Module, backend: str = "inductor") -> int:

@@ -42,6 +42,8 @@ def precondition_gradients(adapter: Adapter, damping: float = DAMPING, *, unit: 
     config = adapter.config
     if config.shares_a:
         raise ValueError(f"{config.method} has one A for the whole pool; preconditioned steps need one for each B")
+    if config.pool is not None and config.pool.residual:
+        raise ValueError(f"{config.method} joins LoRAs over layers; preconditioned steps need LoRAs that stand alone")
     linears = list(adapter.linears.values())
     if not linears:
         return

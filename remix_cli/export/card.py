@@ -56,6 +56,10 @@ rounding of its type. It can be converted and served like any other model of its
 pool. The trained model chooses its LoRAs anew for every token; this one applies their best fixed combination. What
 that costs is measured below. It can be converted and served like any other model of its architecture.
 """,
+    "merged-paths": """An APPROXIMATION: an ordinary checkpoint with one LoRA merged into the weights of each layer. The
+trained model also has paths from the layers before, which no weights of one layer hold; this is the nearest that does.
+What that costs is measured below. It can be converted and served like any other model of its architecture.
+""",
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from remix_cli.export.hf import export_hf
 from remix_cli.export.holds import check_holds, check_peft_loads
 from remix_cli.export.hub import check_push, push
-from remix_cli.export.merged_formats import export_merged, export_one_lora, export_selection
+from remix_cli.export.merged_formats import export_merged, export_one_lora, export_selection, is_one_lora
 from remix_cli.export.peft_experts import export_peft_experts
 from remix_cli.export.peft_folder import export_peft
 from remix_cli.export.request import Request
@@ -47,7 +47,7 @@ def _export(run: LoadedRun, request: Request, say: Say) -> None:
     elif request.form == "peft":
         difference = export_peft(run, request.output)
         say(f"checked: the folder was loaded again; logits differ by {difference:.1e}")
-    elif request.form == "merged" and run.adapter.linears and not run.adapter.routers:
+    elif request.form == "merged" and is_one_lora(run):
         request.refuse_fitting(run.stored.config.method)
         export_one_lora(run, request.output)
         say("exact: the LoRA is in the weights; the folder was loaded again and gives the run's logits")

@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM
 
 from remix_cli.compat.transformers import quiet
+from remix_cli.core.residual import ResidualLinear
 from remix_cli.data.batches import Batch, collate
 from remix_cli.data.rows import Rows
 from remix_cli.data.splits import evenly, training_examples
@@ -41,11 +42,21 @@ def export_merged(run: LoadedRun, target: Path, *, into_weights: bool, rank: int
     if rank > largest:
         raise RecipeError(f"--rank: {rank} is more than the pool itself has (n r = {largest})")
     train, held_out = _batches(run, rows)
+    kind, whole = "merged" if into_weights else "peft-merged", "routed"
+    if not config.routed:
+        kind, whole = "merged-paths", "trained"
     with run.adapter.unchanging():
         merged = merge_pool(run.model, run.adapter, train, rank)
-        cost = price(run.model, run.adapter, merged, held_out)
-    _publish(run, target, merged, "merged" if into_weights else "peft-merged", rank, cost)
+        cost = price(run.model, run.adapter, merged, held_out, whole)
+    _publish(run, target, merged, kind, rank, cost)
     return cost
+
+
+def is_one_lora(run: LoadedRun) -> bool:
+    """Is there for each linear a LoRA, perhaps of a higher rank, that is exactly what it adds?"""
+    linears = run.adapter.linears.values()
+    joined = any(isinstance(linear, ResidualLinear) and linear.kind != "block" for linear in linears)
+    return bool(linears) and not run.adapter.routers and not joined
 
 
 def export_one_lora(run: LoadedRun, target: Path) -> None:
@@ -53,7 +64,7 @@ def export_one_lora(run: LoadedRun, target: Path) -> None:
     check_pool(run, "merged")
     scale = run.stored.config.scale
     merged = {
-        name: Merged(linear.lora_A.detach(), linear.lora_B.detach() * scale)
+        name: Merged(linear.reading().detach(), linear.outer().detach() * scale)
         for name, linear in run.adapter.linears.items()
     }
     _publish(run, target, merged, "merged-exactly", run.stored.config.rank, {})

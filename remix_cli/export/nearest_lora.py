@@ -7,7 +7,8 @@ The matrix M of least mean square |D(x) - M x|^2 is
 
 and with S = L L^T the best of rank r' is the truncated singular value decomposition of M L, taken back by L^-1
 (Eckart-Young in the norm that the inputs define: E|N x|^2 = |N L|^2). Where every LoRA is always on (k = n), C = A S
-and M = omega B A, exactly.
+and M = omega B A, exactly. For LoRAs that are joined over layers (core/residual.py) what B is given stands in the place
+of z . A x.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.patch import Adapter
+from remix_cli.core.residual import ResidualLinear
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import Batch
 from remix_cli.errors import ArtefactError
@@ -52,7 +55,7 @@ def merge_pool(model: nn.Module, adapter: Adapter, batches: list[Batch], rank: i
     for names in _groups(adapter):
         for name, moments in calibrate(model, adapter, names, batches).items():
             linear = adapter.linears[name]
-            merged[name] = merge(moments, linear.lora_A, linear.lora_B, adapter.config.scale, rank)
+            merged[name] = merge(moments, linear.reading(), linear.outer(), adapter.config.scale, rank)
     return merged
 
 
@@ -73,24 +76,32 @@ def _groups(adapter: Adapter) -> list[list[str]]:
 def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: list[Batch]) -> dict[str, Moments]:
     """Moments of the layers `names` under top-k routing."""
     found: dict[str, Moments] = {}
-    hooks = []
+    hooks: list[Any] = []
     real = torch.empty(0)  # (B T,) bool, of the batch in hand: where a real token stands
     trace = Trace()  # of the batch in hand
 
     def adding_to(moments: Moments) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         def after(linear: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-            inputs = args[0]  # (B, T, D_in)
-            gates = trace.decisions[linear.router.name].gates.expand(*inputs.shape[:-1], -1)  # (B, T, n r)
-            x = inputs.flatten(0, -2)[real].float()
-            chosen = (gates != 0).flatten(0, -2)[real].float()
+            x = args[0].flatten(0, -2)[real].float()  # (S, D_in) from (B, T, D_in)
             moments.second += (x.T @ x).double()
-            moments.mixed += ((chosen * (x @ linear.lora_A.T)).T @ x).double()
+            moments.mixed += (given_to_b(linear, args[0])[real].float().T @ x).double()
 
         return after
 
+    def given_to_b(linear: Any, inputs: Tensor) -> Tensor:
+        """(B T, n r): z . A x, or with what other layers hand on."""
+        if isinstance(linear, ResidualLinear):
+            assert linear.inner is not None
+            return linear.inner.flatten(0, -2)
+        gates = trace.decisions[linear.router.name].gates.expand(*inputs.shape[:-1], -1)  # (B, T, n r)
+        down = F.linear(inputs.float(), linear.lora_A)
+        return ((gates != 0) * down).flatten(0, -2)
+
     for name in names:
         linear = adapter.linears[name]
-        wide = linear.lora_A.detach().double()
+        if isinstance(linear, ResidualLinear):
+            linear.keeps_inner = True
+        wide = linear.reading().detach().double()
         found[name] = Moments(wide.new_zeros(wide.shape[1], wide.shape[1]), torch.zeros_like(wide))
         hooks.append(linear.register_forward_hook(adding_to(found[name])))
     try:
@@ -101,7 +112,14 @@ def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: lis
     finally:
         for hook in hooks:
             hook.remove()
+        for name in names:
+            forget_inner(adapter.linears[name])
     return found
+
+
+def forget_inner(linear: RoutedLinear) -> None:
+    if isinstance(linear, ResidualLinear):
+        linear.keeps_inner, linear.inner = False, None
 
 
 def merge(moments: Moments, lora_a: Tensor, lora_b: Tensor, scale: float, rank: int) -> Merged:
@@ -156,8 +174,13 @@ def applied(adapter: Adapter, merged: dict[str, Merged]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def price(model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches: list[Batch]) -> dict[str, float]:
-    """Nats per supervised token: losses of the routed, the merged and the base model, and KL(routed || merged)."""
+def price(
+    model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches: list[Batch], whole: str = "routed"
+) -> dict[str, float]:
+    """Nats per supervised token: losses of the routed, the merged and the base model, and KL(routed || merged).
+
+    `whole`: what the first is called, where it is not routed.
+    """
     totals = dict.fromkeys(("routed", "merged", "base", "divergence"), 0.0)
     tokens = 0
     for batch in batches:
@@ -173,10 +196,10 @@ def price(model: nn.Module, adapter: Adapter, merged: dict[str, Merged], batches
                 totals[name] += value
         tokens += len(batch.targets)
     return {
-        "loss of the routed model": totals["routed"] / tokens,
+        f"loss of the {whole} model": totals["routed"] / tokens,
         "loss of this approximation": totals["merged"] / tokens,
         "loss of the base model": totals["base"] / tokens,
-        "KL(routed, approximation) in nats a token": totals["divergence"] / tokens,
+        f"KL({whole}, approximation) in nats a token": totals["divergence"] / tokens,
     }
 
 

@@ -12,6 +12,7 @@ METHODS = {
     "hydralora": "remix_cli.methods.hydralora:HydraLora",
     "milora": "remix_cli.methods.milora:MiLora",
     "remix_modules": "remix_cli.methods.remix_modules:RemixModules",
+    "reslora": "remix_cli.methods.reslora:ResLora",
     "lora": "remix_cli.methods.lora:Lora",
     "rslora": "remix_cli.methods.rslora:RsLora",
     "dora": "remix_cli.methods.dora:Dora",

@@ -496,6 +496,8 @@ class Recipe(Strict):
             unread["precondition"] = f"scales gradients of LoRAs of remix's own, and adapter.method {method} has none"
         elif pool.shares_a:
             unread["precondition"] = f"needs an A for each B, and adapter.method {method} has one for all"
+        elif pool.residual:
+            unread["precondition"] = f"is for LoRAs that stand alone, and adapter.method {method} joins them"
         if not self.adapter.train_loras:
             keys = ("learning_rate", "weight_decay", "max_grad_norm", "precondition")
             unread |= dict.fromkeys(keys, "says how the LoRAs learn, and adapter.train_loras is false")

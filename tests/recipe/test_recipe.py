@@ -311,7 +311,8 @@ def test_missing_recipe_file(tmp_path):
 ROUTED, LORA, ALL = {"pool_size": 4, "active": 2}, {"method": "lora"}, {"pool_size": 4, "active": 4}
 OTHER = {  # for each key a value that is not its default
     "adapter": {"pool_size": 9, "active": 3, "rank": 2, "omega": "lora", "target_modules": ["q_proj"], "dropout": 0.1}
-    | {"virtual_tokens": 3, "vectors": 3, "vector_length": 3, "use_rslora": True, "init_from": ["a", "b"]},
+    | {"virtual_tokens": 3, "vectors": 3, "vector_length": 3, "use_rslora": True, "init_from": ["a", "b"]}
+    | {"shortcut": "block", "previous": 2},
     "router": {"selections": 4, "estimator": "rtg", "fixed": True, "lora_gradient": "one", "scope": "module"}
     | {"level": "sequence", "learning_rate": 0.2, "init_std": 1.0, "unit_input": False, "max_grad_norm": 2.0}
     | {"balance": 0.5, "clusters": 3},
