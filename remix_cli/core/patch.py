@@ -351,7 +351,7 @@ def _check_one_of_each(adapter: Adapter) -> None:
 
 def _join_layers(adapter: Adapter) -> None:
     """Join each linear to those of its name in the layers before (residual.py). Raises TargetError."""
-    settings = adapter.config.settings
+    settings: dict[str, Any] = {"shortcut": "middle", "previous": 1} | adapter.config.settings
     most = settings["previous"]
     rows: dict[str, list[ResidualLinear]] = {}
     for name, linear in adapter.linears.items():

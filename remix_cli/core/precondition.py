@@ -22,6 +22,7 @@ and D_out for B, which is held as B^T.
 import torch
 from torch import Tensor
 
+from remix_cli.core.config import AdapterConfig
 from remix_cli.core.patch import Adapter
 
 DAMPING = 1e-4  # of the mean eigenvalue: float32 knows a Gram matrix to about 1e-6 of it
@@ -36,14 +37,11 @@ def precondition_gradients(adapter: Adapter, damping: float = DAMPING, *, unit: 
     same direction, and about as long as it was: the scaling knows neither w nor the size of the other factor.
 
     For whole gradients: after the last micro-batch, without a loss scale. A few launches for each linear and no wait
-    for the device. What is not finite, of a gradient or a LoRA, gives gradients that are not. Raises ValueError for
-    pools that share one A: which step of it is steepest depends on the weights of all LoRAs at each token.
+    for the device. What is not finite, of a gradient or a LoRA, gives gradients that are not. Raises ValueError as
+    `check_preconditioned` does.
     """
     config = adapter.config
-    if config.shares_a:
-        raise ValueError(f"{config.method} has one A for the whole pool; preconditioned steps need one for each B")
-    if config.pool is not None and config.pool.residual:
-        raise ValueError(f"{config.method} joins LoRAs over layers; preconditioned steps need LoRAs that stand alone")
+    check_preconditioned(config)
     linears = list(adapter.linears.values())
     if not linears:
         return
@@ -60,6 +58,15 @@ def precondition_gradients(adapter: Adapter, damping: float = DAMPING, *, unit: 
         if linear.lora_B.grad is not None:
             gradient = _columns_by_lora(linear.lora_B.grad, config.on_each)
             gradient.copy_(inverse_a @ gradient)
+
+
+def check_preconditioned(config: AdapterConfig) -> None:
+    """Raises ValueError for pools that share one A, or join LoRAs over layers: which step of one matrix is steepest
+    depends there on several others, and on the weights at each token."""
+    if config.shares_a:
+        raise ValueError(f"{config.method} has one A for the whole pool; preconditioned steps need one for each B")
+    if config.pool is not None and config.pool.residual:
+        raise ValueError(f"{config.method} joins LoRAs over layers; preconditioned steps need LoRAs that stand alone")
 
 
 def damped_inverses(grams: Tensor, damping: float) -> Tensor:

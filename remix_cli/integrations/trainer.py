@@ -14,7 +14,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from transformers.training_args import OptimizerNames
 from remix_cli.compat.accelerate import asks_for_deepspeed, take_fsdp_launch
 from remix_cli.compat.transformers import taken_for_adapted
 from remix_cli.core.estimators.registry import make_estimator
+from remix_cli.core.precondition import check_preconditioned, precondition_gradients
 from remix_cli.core.step import BatchInputs, LoraGradient, MicroResult, accumulate_gradients, plan_passes
 from remix_cli.core.step_routing import StepRouting
 from remix_cli.core.store import load_stored
@@ -82,16 +83,29 @@ class _Whole(nn.Module):
 class RemixTrainer(Trainer):
     """transformers.Trainer for a RemixModel: `RemixTrainer(get_remix_model(...), args, router=RouterTraining(...))`.
 
-    Without `router` it stays as it begins. All other arguments are the Trainer's. It makes a trainer of a Trainer's
-    subclass, too, as the base class named first: `class Mine(RemixTrainer, SomeTrainer)`. Raises ValueError for
-    settings of the Trainer that it cannot keep.
+    Without `router` it stays as it begins. `precondition`: `riemannian` or `riemannian_unit` scales the LoRAs'
+    gradients before they are clipped (core/precondition.py). All other arguments are the Trainer's. It makes a trainer
+    of a Trainer's subclass, too, as the base class named first: `class Mine(RemixTrainer, SomeTrainer)`. Raises
+    ValueError for settings of the Trainer that it cannot keep.
     """
 
-    def __init__(self, model: RemixModel, *args: Any, router: RouterTraining | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: RemixModel,
+        *args: Any,
+        router: RouterTraining | None = None,
+        precondition: Literal["riemannian", "riemannian_unit"] | None = None,
+        **kwargs: Any,
+    ):
         if not isinstance(model, RemixModel):
             raise ValueError("model: give what get_remix_model(model, config) returns")
         self.remix = model
         self.router = router or RouterTraining(fixed=True)
+        self.precondition = precondition
+        if precondition not in (None, "riemannian", "riemannian_unit"):
+            raise ValueError(f"precondition: {precondition!r} is not known; use riemannian or riemannian_unit")
+        if precondition:
+            check_preconditioned(model.adapter.config)
         self.estimator = make_estimator(self.router.estimator)
         self.launch = fsdp_launch()
         with taken_for_adapted(model.base_model):
@@ -268,6 +282,8 @@ class RemixTrainer(Trainer):
     def _end_step(self) -> None:
         """Sums over the processes: of gradients, and of what estimator and log need."""
         self._gradient_sums.finish()
+        if self.precondition:  # linear in the gradients, so a loss scale that is still in them does not matter
+            precondition_gradients(self.remix.adapter, unit=self.precondition == "riemannian_unit")
         config = self.remix.adapter.config
         nothing = StepRouting.none(len(self.routers), config.pool_size, self.accelerator.device)
         sums = StepSums.of(self._results, nothing, self.estimator.sums, tokens=0, signal=0)

@@ -31,6 +31,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from remix_cli.core import BatchInputs, accumulate_gradients, make_estimator, plan_passes
+from remix_cli.core.precondition import precondition_gradients
 from remix_cli.core.store import load_stored
 from remix_cli.core.trace import Trace
 from remix_cli.data.batches import Order, collate, micro_batches
@@ -128,6 +129,28 @@ def test_loras_and_routers_are_clipped_apart(tmp_path):
     loras = [g for name, g in trainer.gradients.items() if not name.endswith("router")]
     assert torch.nn.utils.get_total_norm(routers) == pytest.approx(1e-5, rel=0.01)
     assert torch.nn.utils.get_total_norm(loras) == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["riemannian", "riemannian_unit"])
+def test_preconditioned_gradients_are_those_of_the_plain_loop_scaled(kind, tmp_path):
+    class Preconditioned(FirstGradients):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, precondition=kind, **kwargs)
+
+    trainer = trainer_of(tmp_path, kind=Preconditioned, model=tiny_model(dtype=torch.float64))
+    adapter = trainer.remix.adapter
+    fill_adapter(adapter)
+    with pytest.raises(Stops):
+        trainer.train()
+    found = {name: gradient.clone() for name, gradient in trainer.gradients.items()}
+    plain = plain_gradients(4)
+    assert worst(found, plain) > 1e-2
+    for name, parameter in adapter.parameters().items():
+        parameter.grad = plain[name].to(parameter.dtype).clone()
+    precondition_gradients(adapter, unit=kind == "riemannian_unit")
+    assert worst(found, {name: parameter.grad for name, parameter in adapter.parameters().items()}) < 1e-4
+    with pytest.raises(ValueError, match="'newton' is not known"):
+        RemixTrainer(trainer.remix, precondition="newton")
 
 
 def recipe(folder):
