@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remix_cli.core.config import ALL_LINEAR, AdapterConfig
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.locality import local_linears
-from remix_cli.core.residual import ResidualLinear
+from remix_cli.core.residual import SHORTCUTS, ResidualLinear
 from remix_cli.core.router import Router
 from remix_cli.core.rules import make_rule
 from remix_cli.core.trace import RoutingState, Seed, Trace, selection_noise
@@ -284,9 +284,13 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
     targets = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     adapter = Adapter(model, config)
+    named = adapter.config.target_modules
+    if config.of_modules and named != config.target_modules:  # others than named would change the pool's size
+        raise TargetError(f"target_modules: name this model's linears, of which the pool is made: {', '.join(named)}")
+    layers = _names_of_layers(model)
     for name in targets:
         base = model.get_submodule(name)
-        router = _router_of(name, base, adapter) if config.routed else None
+        router = _router_of(name, base, adapter, layers) if config.routed else None
         place = None
         if config.of_modules:
             place = sum(linear.router is router for linear in adapter.linears.values())
@@ -297,7 +301,7 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
     if config.of_modules:
         _check_one_of_each(adapter)
     if config.pool.residual:
-        _join_layers(adapter)
+        _join_layers(adapter, layers)
     generator = torch.Generator().manual_seed(seed)
     parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
     for part in parts:
@@ -306,14 +310,14 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
     return adapter
 
 
-def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
+def _router_of(name: str, base: nn.Module, adapter: Adapter, layers: list[str]) -> Router:
     """The router that serves the linear `name`: that of its block or of the model, made for the first linear of it, or
     its own."""
     config = adapter.config
     by_block = config.scope != "module"
     owner = name.rpartition(".")[0] if by_block else name
     if config.of_modules:
-        owner = _layer_of(name, adapter.model)
+        owner = _layer_of(name, layers)
     if config.scope == "model":
         owner = next(iter(adapter.routers), owner)
     router = adapter.routers.get(owner)
@@ -327,13 +331,17 @@ def _router_of(name: str, base: nn.Module, adapter: Adapter) -> Router:
     return router
 
 
-def _layer_of(name: str, model: nn.Module) -> str:
-    """The decoder layer that the linear `name` is in. Raises TargetError."""
-    layers = list(decoder_layers(model))
-    parents = [other for other, module in model.named_modules() if any(module is layer for layer in layers)]
-    found = next((parent for parent in parents if name.startswith(f"{parent}.")), None)
+def _names_of_layers(model: nn.Module) -> list[str]:
+    """The decoder layers, in order; none if they cannot be told."""
+    layers = set(decoder_layers(model))
+    return [name for name, module in model.named_modules() if module in layers]
+
+
+def _layer_of(name: str, layers: list[str]) -> str:
+    """The one of `layers` that the linear `name` is in. Raises TargetError."""
+    found = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
     if found is None:
-        raise TargetError(f"{name} is in no decoder layer, whose linears would be a pool; name others")
+        raise TargetError(f"{name} is in none of the decoder layers; name linears that are")
     return found
 
 
@@ -349,14 +357,17 @@ def _check_one_of_each(adapter: Adapter) -> None:
             )
 
 
-def _join_layers(adapter: Adapter) -> None:
-    """Join each linear to those of its name in the layers before (residual.py). Raises TargetError."""
+def _join_layers(adapter: Adapter, layers: list[str]) -> None:
+    """Join each linear to those of its name in the layers before (residual.py). Raises TargetError, ValueError."""
     settings: dict[str, Any] = {"shortcut": "middle", "previous": 1} | adapter.config.settings
     most = settings["previous"]
+    if settings["shortcut"] not in SHORTCUTS or type(most) is not int or most < 1:
+        known = ", ".join(SHORTCUTS)
+        raise ValueError(f"shortcut ({settings['shortcut']!r}) must be one of {known}, previous ({most!r}) 1 or more")
     rows: dict[str, list[ResidualLinear]] = {}
     for name, linear in adapter.linears.items():
         assert isinstance(linear, ResidualLinear)
-        row = rows.setdefault(name.removeprefix(_layer_of(name, adapter.model)), [])
+        row = rows.setdefault(name.removeprefix(_layer_of(name, layers)), [])
         if row and (row[0].lora_A.shape, row[0].lora_B.shape) != (linear.lora_A.shape, linear.lora_B.shape):
             raise TargetError(f"{name} has another size than its namesakes in the layers before, to which it is joined")
         row.append(linear)

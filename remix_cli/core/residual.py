@@ -19,6 +19,8 @@ from torch import Tensor
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.errors import RecipeError
 
+SHORTCUTS = ("input", "block", "middle")
+
 
 class ResidualLinear(RoutedLinear):
     """A frozen linear layer and one LoRA that is joined to those of the layers before; see the module's formulas.
@@ -79,7 +81,7 @@ class ResidualLinear(RoutedLinear):
         if len(before) < len(self.earlier):
             raise RecipeError(
                 f"adapter.shortcut: {self.kind} needs the layers before, and one was run alone, as recomputed "
-                "activations are; leave gradient checkpointing out, or use block"
+                "activations are; leave gradient checkpointing out"
             )
         return before
 

@@ -46,6 +46,8 @@ def _arms(recipe: Recipe, values: dict[str, Any]) -> dict[str, Changes]:
     own, given = recipe.adapter.method, values.get("adapter", {})
     pool, is_recipes = _pool(recipe, given)
     alike = {key: given[key] for key in ("target_modules", "dropout") if key in given}
+    if recipe.method.pool is not None and "target_modules" in recipe.method.adapter_defaults:
+        alike["target_modules"] = list(recipe.adapter.target_modules)  # else places would be compared, not methods
     n, k, r = pool["pool_size"], pool["active"], pool["rank"]
     arms: dict[str, Changes] = {}
     if own not in ("remix", "rslora"):
@@ -88,9 +90,11 @@ def _routers(recipe: Recipe, chooses: bool) -> dict[str, Changes]:
     arms = {"fixed": by_token}
     if any(source.format != "text" for source in recipe.data.train):  # text has no prompts to tell apart
         arms["clusters"] = by_cluster
+    # What a method has by default is not in the file, so an arm of another method says it.
+    level: Changes = {} if recipe.adapter.method == "remix" else {"router.level": router.level}
     if router.fixed and router.level == "sequence" and not router.clusters:
-        arms["by-prompt"] = {}
-    arms["ReMix"] = {"router.fixed": False} if router.fixed else {}
+        arms["by-prompt"] = level and {"router.fixed": True} | level
+    arms["ReMix"] = {} if recipe.adapter.method == "remix" and not router.fixed else {"router.fixed": False} | level
     return arms
 
 

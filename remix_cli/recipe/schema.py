@@ -151,6 +151,9 @@ class AdapterSettings(Strict):
     @field_validator("active")
     @classmethod
     def _active_fits(cls, active: int, info: ValidationInfo) -> int:
+        method = info.data.get("method")
+        if method in METHODS and "pool_size" not in method_named(method).settings:
+            return active  # which AdapterConfig compares with what there is
         pool_size = info.data.get("pool_size", active)
         if active > pool_size:
             raise ValueError(f"k = {active} LoRAs cannot be active in a pool of n = {pool_size} (adapter.pool_size)")

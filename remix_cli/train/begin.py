@@ -143,9 +143,10 @@ def _unlike(theirs: AdapterConfig, recipe: Recipe) -> list[str]:
     if theirs.method != ours.method:
         return [f"is of method {theirs.method}, and adapter.method is {ours.method}"]
     differences = []
+    free = {*FREE, "pool_size"} if ours.of_modules else FREE  # which follows from target_modules
     for field in fields(AdapterConfig):
         his, mine = getattr(theirs, field.name), getattr(ours, field.name)
-        if field.name not in FREE and his != mine:
+        if field.name not in free and his != mine:
             differences.append(f"{_key_of(field.name)} was {his} there, and is {mine} here; set it to {his}")
     for name in sorted(theirs.settings.keys() | ours.settings.keys()):
         his, mine = theirs.settings.get(name), ours.settings.get(name)

@@ -91,7 +91,7 @@ def _kept(config: AdapterConfig, knob: str) -> str:
 
 
 def _config(recipe: Recipe, name: str) -> AdapterConfig:
-    """The method with those of the recipe's adapter settings that it reads, its own defaults otherwise."""
+    """The method with those of the recipe's adapter settings that it reads; its own defaults where it has some."""
     method = method_named(name)
     if recipe.adapter.method == name:
         return recipe.adapter_config()

@@ -79,8 +79,10 @@ def _kept_by_a_layer(recipe: Recipe, model: nn.Module) -> float:
 
 
 def _attention_widths(config: Any) -> tuple[int, int]:
-    """Numbers a token in the queries of one layer, and in the keys."""
-    heads = config.num_attention_heads
+    """Numbers a token in the queries of one layer, and in the keys; none without attention."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0, 0
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
 

@@ -7,6 +7,7 @@ import torch
 from helpers.common import close
 from helpers.steps import rows
 from helpers.tiny import backward_step, fill_adapter, recipe_text, tiny_model, write_recipe
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from remix_cli.core.config import POOLS, AdapterConfig
 from remix_cli.core.patch import TargetError, apply_adapter
@@ -174,6 +175,17 @@ def test_preconditioned_gradients_are_those_of_each_lora():
 def test_a_layer_must_have_one_linear_for_each_name(targets, message):
     with pytest.raises((ValueError, TargetError), match=message):
         apply_adapter(tiny_model(), pool_of("milora", target_modules=targets, active=1), seed=0)
+
+
+def test_names_that_stand_for_others_are_refused():
+    """They would change the pool's size after the recipe has said it."""
+    config = Phi3Config(
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1},
+    )
+    targets = ("gate_proj", "up_proj", "down_proj")
+    with pytest.raises(TargetError, match=r"name this model's linears, .*: gate_up_proj, down_proj"):
+        apply_adapter(Phi3ForCausalLM(config), pool_of("milora", target_modules=targets, active=1), seed=0)
 
 
 def test_a_pool_of_modules_describes_itself():

@@ -113,6 +113,29 @@ def test_recomputed_activations_are_refused_where_a_layer_alone_would_compute_so
         backward_step(adapter.model, adapter, batch, Router(), step=1)
 
 
+@pytest.mark.parametrize(("kind", "previous"), [("across", 1), ("middle", 0), ("middle", "2")])
+def test_settings_of_a_damaged_file_are_not_computed_with(kind, previous):
+    with pytest.raises(ValueError, match="must be one of input, block, middle"):
+        adapted(kind, previous)
+
+
+def test_its_folder_is_no_plain_lora(stage, tmp_path, verb):
+    """As one its paths would be dropped in silence."""
+    model, data, _ = stage
+    recipe = recipe_text(model, data, tmp_path / "run")
+    recipe["adapter"] = {"method": "reslora", "rank": RANK}
+    recipe["router"] = {}
+    verb("train", write_recipe(tmp_path / "recipe.yaml", recipe))
+    recipe["output_dir"] = str(tmp_path / "next")
+    for adapter in (
+        {"method": "rslora", "rank": RANK, "init_from": str(tmp_path / "run")},
+        {"pool_size": 2, "active": 1, "rank": RANK, "init_from": [str(tmp_path / "run")] * 2},
+    ):
+        recipe["adapter"] = adapter
+        _, err = verb("train", write_recipe(tmp_path / "recipe.yaml", recipe), expect=2)
+        assert "method is reslora, and one LoRA is needed here" in err.replace("\n", " ")
+
+
 def test_what_lies_in_no_layer_or_differs_in_size_is_refused():
     with pytest.raises(ValueError, match="stand alone"):
         precondition_gradients(adapted("middle"))

@@ -106,6 +106,26 @@ def test_another_method_stands_in_front_of_a_pool_of_its_size(plain, adapter, wa
     assert sweep.points[next(iter(wanted))][-1].recipe.method.trains == (adapter["method"] != "none")
 
 
+@pytest.mark.parametrize(
+    ("method", "ours"),
+    [("mixlora", "token"), ("milora", "sequence"), ("remix_modules", "sequence"), ("reslora", "token")],
+)
+def test_every_arm_beside_another_method_is_what_its_name_says(plain, method, ours):
+    """Whatever the method has by default, which the file does not say; and no two arms are the same run."""
+    sweep = load_sweep(plain(adapter={"method": method, "rank": 4}, router={}))
+    found = {name: points[0].recipe for name, points in sweep.points.items()}
+    learnt, fixed = found["ReMix"].router, found["fixed"].router
+    assert (learnt.fixed, learnt.level) == (False, ours)
+    assert (fixed.fixed, fixed.level) == (True, "token")
+    if method == "remix_modules":
+        by_prompt = found["by-prompt"]
+        assert (by_prompt.adapter.method, by_prompt.router.fixed, by_prompt.router.level) == ("remix", True, "sequence")
+    said = [recipe.model_dump_json(exclude={"output_dir", "train"}) for recipe in found.values()]
+    assert len(set(said)) == len(said)
+    targets = {tuple(recipe.adapter.target_modules) for recipe in found.values()}
+    assert len(targets) == 1, "methods are compared, not places"
+
+
 def test_rates_of_other_methods_are_as_far_apart_as_their_defaults(plain):
     points = load_sweep(plain(adapter={"method": "lora", "rank": 8}, router={})).points
     rates = {name: [point.recipe.train.learning_rate for point in some] for name, some in points.items()}

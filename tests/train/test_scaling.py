@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from helpers.common import ROOT, close
 from helpers.runs import PLAIN, launch, recipe_for, run
@@ -259,3 +261,12 @@ def test_the_estimate_of_a_sharded_base():
     assert whole == pytest.approx(14.96, abs=0.01)
     layers = 14.96 - 2 * 128256 * 4096 * 2 / 2**30
     assert sharded == pytest.approx(layers / 8 + 1.957 + 2 * layers / 32, abs=0.01)
+
+
+def test_a_base_without_attention_is_estimated_too():
+    shape = SimpleNamespace(hidden_size=16, num_hidden_layers=2, vocab_size=64)
+    base = torch.nn.Module()
+    base.config = SimpleNamespace(get_text_config=lambda: shape)
+    recipe = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
+    found = estimate_memory(Recipe.model_validate(recipe), base, ParameterCounts(0, 0, 0, 0, 0, 10_000_000), 512)
+    assert found["activations of one pass"] > 0
