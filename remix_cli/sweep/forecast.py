@@ -71,6 +71,11 @@ class Forecast:
             count = sum(many for _, many in self._scored.values())
         return seconds / count if count else 0.0
 
+    @property
+    def scores_unmeasured(self) -> bool:
+        """Are there tasks to score, and nothing is known of how long that takes?"""
+        return any(self.scorings.values()) and not self._scored
+
     def seconds_left(self) -> float | None:
         """None if nothing has been measured yet."""
         logged = self._in_hand()

@@ -1,5 +1,7 @@
 """Worker processes of a sweep, and what ends them."""
 
+import heapq
+import itertools
 import multiprocessing
 import os
 import signal
@@ -29,7 +31,9 @@ class Pool:
         threads = max(1, (os.cpu_count() or 1) // processes)
         self.ended = context.Event()
         self.executor = ProcessPoolExecutor(processes, context, set_up, (devices, threads, self.ended))
-        self.pending: dict[Future, Then] = {}
+        self.pending: dict[Future, Then] = {}  # that a worker has
+        self.waiting: list[tuple[int, int, Work, Recipe, Then]] = []  # a heap: the order asked for, then first come
+        self.came = itertools.count()
 
     def __enter__(self) -> "Pool":
         return self
@@ -39,15 +43,23 @@ class Pool:
             self.stop()
         self.executor.shutdown(cancel_futures=True)
 
-    def submit(self, job: Work, recipe: Recipe, then: Then) -> None:
-        self.pending[self.executor.submit(timed, job, recipe)] = then
+    def submit(self, job: Work, recipe: Recipe, then: Then, order: int = 0) -> None:
+        """Jobs of a lower `order` are begun first."""
+        heapq.heappush(self.waiting, (order, next(self.came), job, recipe, then))
+
+    def _feed(self) -> None:
+        """As many as there are workers: what is handed over has its turn for good."""
+        while self.waiting and len(self.pending) < self.processes:
+            _, _, job, recipe, then = heapq.heappop(self.waiting)
+            self.pending[self.executor.submit(timed, job, recipe)] = then
 
     def until_idle(self, look: Callable[[], None]) -> None:
         """`look` is called every few seconds."""
         heeded = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
         before = {s: signal.signal(s, _interrupt) for s in heeded}
         try:
-            while self.pending:
+            while self.pending or self.waiting:
+                self._feed()
                 look()
                 for future in wait(self.pending, LOOK, FIRST_COMPLETED).done:
                     then = self.pending.pop(future)
@@ -63,7 +75,7 @@ class Pool:
                 signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Ask the runs in hand to save and end; those that wait in a worker's queue are not begun."""
+        """Ask the runs in hand to save and end; those that wait are not begun."""
         self.ended.set()
         for future in self.pending:
             future.cancel()

@@ -42,20 +42,27 @@ class SweepRecord:
     metric: str
     seeds: list[int]
     arms: dict[str, ArmRecord]  # as the sweep's file orders them; the first is the reference
+    left: str | None = None  # what was still to be done when it was stopped, in words
 
     def to_dict(self) -> Document:
-        return asdict(self)
+        document = asdict(self)
+        if self.left is None:
+            del document["left"]
+        return document
 
     @classmethod
     def from_dict(cls, document: Any) -> "SweepRecord":
         """Raises Damaged."""
         found = check_kinds(document, {"metric": str, "seeds": list, "arms": dict})
         arms = {name: ArmRecord.from_dict(arm) for name, arm in found["arms"].items()}
-        return cls(found["metric"], found["seeds"], arms)
+        left = document.get("left")
+        if not isinstance(left, str | None):
+            raise Damaged("left is damaged")
+        return cls(found["metric"], found["seeds"], arms, left)
 
 
 def read_record(path: Path) -> SweepRecord:
-    """What `remix sweep` wrote when it ended. Raises ArtefactError."""
+    """What `remix sweep` wrote when it ended, or was stopped. Raises ArtefactError."""
     try:
         return SweepRecord.from_dict(read_object(path))
     except Damaged as error:

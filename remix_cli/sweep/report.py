@@ -125,12 +125,15 @@ def sweep_report(folder: Path) -> SweepReport:
         if arm.reports:
             runs_of[name] = [load_evaluated(folder / report) for report in arm.reports]
     if not runs_of:
-        raise ArtefactError(f"{folder}: no arm of this sweep has a finished run; see the logs beside the run folders")
+        said = "see the logs beside the run folders" if record.left is None else "the same `remix sweep` goes on"
+        raise ArtefactError(f"{folder}: no arm of this sweep has a run that is trained and scored; {said}")
     reference = next(iter(runs_of))
     runs = ArmsRuns(runs_of)
     arms = [_arm_report(name, record, runs, reference) for name in runs_of]
     decision = decide(record.metric, {arm.arm: arm.scores for arm in arms}, runs)
     skipped = [f"{name}: no finished run" for name in record.arms if name not in runs_of]
+    if record.left is not None:
+        skipped.append(f"stopped with {record.left} still to do; the same `remix sweep` goes on")
     if runs.skipped:
         skipped.append("; ".join(f"{task}: {why}" for task, why in runs.skipped.items()))
     rows = {result.task: result.rows for result in runs_of[reference][0].report.results if result.rows is not None}

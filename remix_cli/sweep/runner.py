@@ -64,6 +64,7 @@ class Job:
     work: Work
     recipe: Recipe
     then: Callable[[Failure | None, float], None]  # with the seconds that it took
+    order: int  # seed by seed, so that whoever stops early has all arms under the same seeds, and scored
 
 
 @dataclass
@@ -98,18 +99,26 @@ def run_sweep(
     _check(sweep, allow_code)
     sweep = with_one_date(sweep)
     with lock_folder(sweep.folder):
-        if os.path.lexists(sweep.folder / FILE):
-            read_record(sweep.folder / FILE)  # its other arms would be lost
+        earlier = read_record(sweep.folder / FILE) if os.path.lexists(sweep.folder / FILE) else None
         write_spelt_out(sweep)
         sizes = say_sizes(sweep, say)
-        done = _Sweep(sweep, sizes, processes, say, show, allow_code).run(hours)
-        record = done.record()
-        known = _other_arms(sweep, say) | record.arms
-        arms = {name: known[name] for name in sweep.arms if name in known}
-        write_json(sweep.folder / FILE, replace(record, arms=arms).to_dict())
+        done = _Sweep(sweep, sizes, processes, say, show, allow_code)
+        try:
+            done.run(hours)
+        except Interrupted:
+            if earlier is None or earlier.left is not None:  # `remix compare` shows what there is, or what there was
+                _write_record(sweep, done.record(), {})
+            raise
+        _write_record(sweep, done.record(), _other_arms(sweep, say))
     if done.failures:
         raise _failed(done.failures)
     return sweep.folder / FILE
+
+
+def _write_record(sweep: Sweep, record: SweepRecord, others: dict[str, ArmRecord]) -> None:
+    known = others | record.arms
+    arms = {name: known[name] for name in sweep.arms if name in known}
+    write_json(sweep.folder / FILE, replace(record, arms=arms).to_dict())
 
 
 def with_formats(sweep: Sweep) -> Sweep:
@@ -287,7 +296,8 @@ class _Sweep:
                 self._do(self._more_seeds(3600 * hours - (time.monotonic() - begun)))
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Asked) else signal.SIGINT
-            raise Interrupted(number, "interrupted; the same command goes on where every run was stopped") from None
+            so_far = f"remix compare {self.sweep.folder} shows what there is"
+            raise Interrupted(number, f"interrupted; the same command goes on, {so_far}") from None
         return self
 
     def _more_seeds(self, left: float) -> list[Job]:
@@ -326,7 +336,10 @@ class _Sweep:
         else:
             self.forecast.awaited[point.folder] = Awaited(arm.name, size, point.folder)
         arm.waiting += 1
-        return Job(train_run, point.recipe, functools.partial(self._trained, arm, point))
+        return Job(train_run, point.recipe, functools.partial(self._trained, arm, point), self._order(point))
+
+    def _order(self, point: Point) -> int:
+        return 2 * self.sweep.seeds.index(point.seed)
 
     def _await_seed(self, arm: _Arm, seed: int) -> None:
         """A run whose setting is not chosen yet is expected to be as large as any."""
@@ -375,7 +388,7 @@ class _Sweep:
             else:
                 job.then(problem, ended.seconds)
 
-        self.pool.submit(job.work, job.recipe, done)
+        self.pool.submit(job.work, job.recipe, done, job.order)
 
     def _look(self) -> None:
         """Every few seconds: how far the runs in hand are, and as soon as that is known, how long all will take."""
@@ -384,7 +397,8 @@ class _Sweep:
             return
         if not self.has_forecast and self.forecast.has_measured:
             self.has_forecast = True
-            self.say(f"     about {_until(left)} by the first steps, and what loading the model takes")
+            aside = f"and what loading the model takes{self._unknown_yet()}"
+            self.say(f"     about {_until(left)} by the first steps, {aside}")
         elif not self.has_forecast and not self.has_guess:
             self.has_guess = True
             self.say(f"     about {_until(left)} by what earlier runs took; said anew after the first step")
@@ -444,7 +458,10 @@ class _Sweep:
         if not left:
             return ""
         self.has_forecast = True
-        return f"; {_until(left)}"
+        return f"; {_until(left)}{self._unknown_yet()}"
+
+    def _unknown_yet(self) -> str:
+        return ", and scoring" if self.forecast.scores_unmeasured else ""
 
     def _follow(self, arm: _Arm, point: Point, problem: Failure | None) -> list[Job]:
         """What is to be done now that the point is trained."""
@@ -498,7 +515,8 @@ class _Sweep:
 
     def _scoring(self, point: Point) -> Job:
         work = functools.partial(score_run, allow_code=self.allow_code)
-        return Job(work, point.recipe, functools.partial(self._scored, point, is_scored(point.recipe)))
+        then = functools.partial(self._scored, point, is_scored(point.recipe))
+        return Job(work, point.recipe, then, self._order(point) + 1)
 
     def _scored(self, point: Point, was_scored: bool, problem: Failure | None, seconds: float) -> None:
         said = ""
@@ -513,7 +531,8 @@ class _Sweep:
     def record(self) -> SweepRecord:
         """Of the arms that were run."""
         arms = {name: self._record_of(arm) for name, arm in self.arms.items()}
-        return SweepRecord(self.sweep.metric, self.sweep.seeds, arms)
+        left = self.total - self.count
+        return SweepRecord(self.sweep.metric, self.sweep.seeds, arms, how_many([left], "run") if left else None)
 
     def _record_of(self, arm: _Arm) -> ArmRecord:
         searched = []

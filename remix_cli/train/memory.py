@@ -73,18 +73,27 @@ def _kept_by_a_layer(recipe: Recipe, model: nn.Module) -> float:
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
     adapter = recipe.adapter_config()
     stacked = adapter.on_each * adapter.rank
-    queries, keys = _attention_widths(config)
+    queries, keys = _attention_widths(model)
     kept = hidden + 2 * (queries + keys) + 4 * inner + 6 * stacked
     return 4 * _normed(model) + kept * _bytes_of(recipe)
 
 
-def _attention_widths(config: Any) -> tuple[int, int]:
-    """Numbers a token in the queries of one layer, and in the keys; none without attention."""
-    heads = getattr(config, "num_attention_heads", None)
+def _attention_widths(model: nn.Module) -> tuple[int, int]:
+    """Numbers a token in the queries of the first layer, and in the keys; none without attention.
+
+    Of the layer itself, where it has them by name: in some families the layers' widths differ, and configs do not say.
+    """
+    config, layers = _text_config(model), decoder_layers(model)
+    parts = {name.rpartition(".")[2]: part for name, part in layers[0].named_modules()} if len(layers) else {}
+    if {"q_proj", "k_proj"} <= parts.keys():
+        queries, keys = (getattr(parts[name], "base_layer", parts[name]) for name in ("q_proj", "k_proj"))
+        return int(queries.out_features), int(keys.out_features)
+    said = config.to_dict()
+    heads = said.get("num_attention_heads")
     if not heads:
         return 0, 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+    width = said.get("head_dim") or config.hidden_size // heads
+    return heads * width, (said.get("num_key_value_heads") or heads) * width
 
 
 def _normed(model: nn.Module) -> int:
@@ -93,7 +102,7 @@ def _normed(model: nn.Module) -> int:
     Those of queries and keys have one weight for all heads (Qwen3, Gemma 3) or one for each (OLMo 2).
     """
     config = _text_config(model)
-    queries, keys = _attention_widths(config)
+    queries, keys = _attention_widths(model)
     layers = decoder_layers(model)
     if not len(layers):
         return 2 * config.hidden_size

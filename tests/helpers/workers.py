@@ -20,13 +20,14 @@ def in_this_process(monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def submit(self, job, recipe, then):
-            self.queue.append((job, recipe, then))
+        def submit(self, job, recipe, then, order=0):
+            self.queue.append((order, job, recipe, then))
+            self.queue.sort(key=lambda entry: entry[0])  # stable: first come, first served
 
         def until_idle(self, look):
             while self.queue:
                 look()
-                job, recipe, then = self.queue.pop(0)
+                _, job, recipe, then = self.queue.pop(0)
                 ran.append((getattr(job, "func", job).__name__, Path(recipe.output_dir)))
                 then(work.timed(job, recipe))
 

@@ -21,6 +21,7 @@ from remix_cli.recipe.sweep_grammar import describe, load_sweep
 from remix_cli.runs import RunFolder
 from remix_cli.sweep import runner as sweep_run
 from remix_cli.sweep import work
+from remix_cli.sweep.pool import Asked
 from remix_cli.sweep.record import SearchedPoint
 from remix_cli.sweep.report import edges
 
@@ -429,7 +430,47 @@ def test_a_damaged_sweep_file_is_named_by_every_verb_and_nothing_is_trained(stag
         assert "sweep.json: " in verb("sweep", path, *asked, expect=5)[1]
     assert not ran
     (tmp_path / "out" / "sweep.json").write_text(json.dumps(WHOLE))
-    assert "no arm of this sweep has a finished run" in verb("compare", tmp_path / "out", expect=5)[1]
+    assert "no arm of this sweep has a run that is trained and scored" in verb("compare", tmp_path / "out", expect=5)[1]
+
+
+def stopping_after(monkeypatch, count):
+    """A sweep in this process that SIGTERM reaches after so many jobs; what they did is noted."""
+    ran = in_this_process(monkeypatch)
+    pool = sweep_run.Pool
+
+    class Stopped(pool):
+        def until_idle(self, look):
+            def looks():
+                look()
+                if len(ran) == count:
+                    raise Asked(signal.SIGTERM)
+
+            super().until_idle(looks)
+
+    monkeypatch.setattr(sweep_run, "Pool", Stopped)
+    return ran
+
+
+def test_a_sweep_that_is_stopped_shows_what_there_is(stage, tmp_path, verb, monkeypatch):
+    """Seed by seed, scores before the next seed: all arms stand under the first when it is stopped in the second."""
+    path = sweep_file(stage, tmp_path, {"arms": ARMS, "seeds": [0, 1, 2]})
+    ran = stopping_after(monkeypatch, 6)
+    _, err = verb("sweep", path, expect=143)
+    assert f"remix compare {tmp_path / 'out'}" in err.replace("\n", " ").replace("  ", " ")
+    seeds = [folder.name.rpartition("seed")[2] for _, folder in ran]
+    assert seeds == ["0"] * 5 + ["1"]
+    assert [job for job, _ in ran] == ["train_run"] * 3 + ["score_run"] * 2 + ["train_run"]
+    report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
+    assert [arm["arm"] for arm in report["arms"]] == list(ARMS)
+    assert report["skipped"] == ["stopped with 3 runs still to do; the same `remix sweep` goes on"]
+    # a whole one stays when a further command is stopped
+    in_this_process(monkeypatch)
+    verb("sweep", path)
+    whole = (tmp_path / "out" / "sweep.json").read_bytes()
+    assert json.loads(whole).get("left") is None
+    stopping_after(monkeypatch, 0)
+    verb("sweep", path, expect=143)
+    assert (tmp_path / "out" / "sweep.json").read_bytes() == whole
 
 
 @pytest.fixture
@@ -491,7 +532,8 @@ def test_budget_meets_its_target_for_every_method(stage, tmp_path, verb):
     found = json.loads(verb("budget", path, "--parameters", "20000", "--count", "trained", "--json")[0])
     sizes = {(size["method"], size["knob"]): size for size in found["methods"]}
     assert {method for method, _ in sizes} == {
-        *("remix", "mixlora", "hydralora", "lora", "rslora", "dora", "ia3", "vblora", "prefix", "prompt", "p_tuning")
+        *("remix", "mixlora", "hydralora", "milora", "remix_modules", "lora", "rslora", "reslora"),
+        *("dora", "ia3", "vblora", "prefix", "prompt", "p_tuning"),
     }
     for (method, knob), size in sizes.items():
         if knob and not size["problem"]:

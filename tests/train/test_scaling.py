@@ -266,6 +266,7 @@ def test_the_estimate_of_a_sharded_base():
 def test_a_base_without_attention_is_estimated_too():
     shape = SimpleNamespace(hidden_size=16, num_hidden_layers=2, vocab_size=64)
     base = torch.nn.Module()
+    shape.to_dict = lambda: vars(shape)
     base.config = SimpleNamespace(get_text_config=lambda: shape)
     recipe = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "r.jsonl"}]}, "output_dir": "o"}
     found = estimate_memory(Recipe.model_validate(recipe), base, ParameterCounts(0, 0, 0, 0, 0, 10_000_000), 512)
