@@ -68,6 +68,6 @@ def _print_advice(found: "RateRange", recipe: Path, console: Console) -> None:
     if found.suggested is None:
         say("the loss never fell: more --steps, or look at the rows with `remix validate`")
         return
-    say(f"steepest at {found.steepest:.2g}, lowest at {found.lowest:.2g}")
-    say(f"suggestion: train.learning_rate={found.suggested:g}")
+    say(f"steepest at {found.steepest:.2g}, lowest at {found.lowest:.2g}, of all steps; the lines show some of them")
+    say(f"suggestion: train.learning_rate={found.suggested:g}, half way between")
     say(f"\nremix sweep {recipe} train.learning_rate={found.suggested:g}  # tries a third and three times as much, too")

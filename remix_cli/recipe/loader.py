@@ -19,6 +19,7 @@ KeyPath = tuple[str | int, ...]
 # More than any recipe needs, and read in a second: a longer file, or one whose aliases unfold to more, is none.
 MAX_BYTES, MAX_ENTRIES = 200_000, 20_000
 MAX_PROBLEMS = 50
+ITEMS = {"eval.tasks": "task", "data.train": "path", "data.validation": "path"}  # lists, and their items' first key
 POSITION = re.compile(r"[0-9]{1,9}")  # in a list
 
 
@@ -284,7 +285,11 @@ def _explain(problem: Any, raw: RawRecipe) -> str:
     message = re.sub(r"(a valid dictionary or )?(instance of|an instance of) [A-Za-z]+", "a mapping of keys", message)
     message = message.replace("Input should be", "should be")
     message = re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), message)  # as YAML has them
-    return f"{where}: {dotted}: {message}, got {_kind(value)}"
+    line = f"{where}: {dotted}: {message}, got {_kind(value)}"
+    key = ITEMS.get(".".join(map(str, at[:-1])))
+    if key and isinstance(value, str) and message.endswith("a mapping of keys"):
+        return f"{line}; write {{{key}: {shortened(value)}}}"
+    return line
 
 
 def _kind(value: Any) -> str:

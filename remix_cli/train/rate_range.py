@@ -44,7 +44,11 @@ class RatePoint:
 
 @dataclass(frozen=True)
 class RateRange:
-    """What a range test has found. `steepest`: where the smoothed loss falls fastest against the rate's logarithm."""
+    """What a range test has found. `steepest`: where the smoothed loss falls fastest against the rate's logarithm.
+
+    `suggested`: half way from there to the lowest on a logarithmic scale. The former is too low for a run that is longer
+    than the test, the latter about to fail.
+    """
 
     points: list[RatePoint]
     steps: int  # that were planned; a loss that has run away ends the test
@@ -94,7 +98,8 @@ def read_off(changes: list[float], rates: list[float], steps: int, router_rate: 
         return RateRange(points, steps, router_rate, None, None, None)
     slopes = np.gradient(smoothed, np.log(rates))
     steepest = int(slopes[: lowest + 1].argmin())
-    return RateRange(points, steps, router_rate, rates[steepest], rates[lowest], float(f"{rates[steepest]:.2g}"))
+    between = math.sqrt(rates[steepest] * rates[lowest])
+    return RateRange(points, steps, router_rate, rates[steepest], rates[lowest], float(f"{between:.2g}"))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ def test_the_steepest_descent_of_the_smoothed_loss_is_suggested():
     found = read_off(noisy.tolist(), RATES, 101, router_rate=0.3)
     assert 2e-3 < found.steepest < 4.5e-3
     assert 5e-3 < found.lowest < 0.2
-    assert found.suggested == float(f"{found.steepest:.2g}")
+    assert found.suggested == float(f"{(found.steepest * found.lowest) ** 0.5:.2g}")
+    assert found.steepest < found.suggested < found.lowest
 
 
 def test_a_loss_that_never_falls_suggests_nothing():
@@ -114,7 +115,7 @@ def test_the_verb_prints_curve_suggestion_and_what_next(stage, tmp_path, verb):
     path = write_recipe(tmp_path / "recipe.yaml", recipe_text(model, rows, tmp_path / "run"))
     out, _ = verb("find-rate", path, "--steps", 30, "--plot", tmp_path / "figures")
     assert "the router's rate was 0.3 throughout" in out
-    suggested = out.split("suggestion: train.learning_rate=")[1].split()[0]
+    suggested = out.split("suggestion: train.learning_rate=")[1].split(",")[0]
     assert f"remix sweep {path} train.learning_rate={suggested}  #" in out
     assert out.count("\n") < 40
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"rates.png", "rates.svg"}
