@@ -2,7 +2,8 @@
 
 import string
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import regex
 from pydantic import AfterValidator, Field
@@ -11,6 +12,9 @@ from remix_cli.data.formats import Example, RowError, to_example
 from remix_cli.errors import DataError
 from remix_cli.own_settings import Setting
 from remix_cli.tasks.base import Generating, Line, Measure
+
+if TYPE_CHECKING:
+    from remix_cli.evaluation.generate import Decoding
 
 
 def _expression(text: str) -> str:
@@ -44,12 +48,32 @@ class ExactMatch(Generating):
         "references": Setting(str | None, None, "column of right answers, one or a list; by default the row's answer."),
     }
 
+    enough: int | None = None  # tokens of an answer that can still be right, where all of it counts
+
+    def decoding(self) -> "Decoding":
+        usual = super().decoding()
+        if self.enough is None or self.task.max_new_tokens:
+            return usual
+        return replace(usual, max_new_tokens=min(usual.max_new_tokens, self.enough))
+
     def load(self) -> None:
         examples = self._read()
+        if self.own("extract") is None:
+            self.enough = self._enough(references for _, references in examples)
         self.ask([self.prompt_ids(example) for example, _ in examples])
         self.data = [[*example.messages, *references] for example, references in examples]
         self.names = [example.task for example, _ in examples]
         self.gold = [self._looked_for(references) for _, references in examples]
+
+    def _enough(self, references: Iterable[list[str]]) -> int:
+        """Tokens after which a whole answer can no longer be a reference.
+
+        Twice the longest reference, for an answer may be spelt otherwise, and some for white space; a power of two, so
+        that fewer rows ask for the same.
+        """
+        texts = [text for one in references for text in one]
+        longest = max(map(len, self.subject.tokenizer(texts, add_special_tokens=False)["input_ids"]), default=0)
+        return 1 << (2 * longest + 7).bit_length()
 
     def _read(self) -> list[tuple[Example, list[str]]]:
         """Each example with its references: the answer of its row, or the texts of the column `references`."""

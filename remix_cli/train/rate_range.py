@@ -46,8 +46,8 @@ class RatePoint:
 class RateRange:
     """What a range test has found. `steepest`: where the smoothed loss falls fastest against the rate's logarithm.
 
-    `suggested`: half way from there to the lowest on a logarithmic scale. The former is too low for a run that is longer
-    than the test, the latter about to fail.
+    `suggested`: half way from there to the lowest on a logarithmic scale. The former is too low for a run that is
+    longer than the test, the latter about to fail.
     """
 
     points: list[RatePoint]

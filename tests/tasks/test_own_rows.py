@@ -11,7 +11,7 @@ from helpers.tiny import WORDS, recipe_text, write_recipe
 from remix_cli.data.formats import RowError
 from remix_cli.recipe.schema import Task
 from remix_cli.tasks.choice import options_of
-from remix_cli.tasks.exact_match import plain, references_in
+from remix_cli.tasks.exact_match import ExactMatch, plain, references_in
 
 SUMS = [("w1 w2", "w5 #### 3"), ("w2 w3", "w6 #### 5"), ("w3 w4", "w5 #### 7"), ("w1 w4", "w6 #### 5")] * 4
 QUESTIONS = [("w1 ?", "w4", "w5", "w6", "B"), ("w2 ?", "w7", "w4", "w5", "A"), ("w3 ?", "w5", "w4", "w7", "C")] * 5
@@ -64,6 +64,20 @@ def test_word_problems_are_scored_by_what_an_expression_finds(verb, stage, tmp_p
         assert all("sums/accuracy" in line for line in metrics if "eval_loss" in line)
         found.append(result["scores"])
     assert found[0] == found[1], "csv and jsonl are the same rows"
+
+
+def test_a_whole_answer_is_cut_where_it_can_no_longer_be_right(verb, stage, tmp_path, monkeypatch):
+    """References have three tokens, so nothing longer than 16 is one; an expression may look further on."""
+    monkeypatch.setattr(ExactMatch, "max_new_tokens", 200)  # the tiny model reads no more than 256
+    _, rows = tables(tmp_path, ("question", "answer"), SUMS)
+    read = 'prompt: "{question}", completion: "{answer}"'
+    lengths = []
+    for more in ("", ", extract: '#### (.+)'", ", max_new_tokens: 5"):
+        task = f"{{task: exact_match{more}, source: {{path: {rows}, {read}}}}}"
+        result, _ = scored(verb, stage, tmp_path, rows, read, task)
+        lengths.append(result["protocol"]["decoding"])
+        shutil.rmtree(tmp_path / "out-jsonl")
+    assert lengths == [f"greedy, at most {length} new tokens" for length in (16, 200, 5)]
 
 
 def test_questions_with_options_are_scored_by_likelihood(verb, stage, tmp_path):
