@@ -1,6 +1,6 @@
 """Does the order of a LoRA's products matter? The one that is used, beside W + s B A added up first.
 
-    python scripts/bench_orders.py [--repeats 15]        CPU: float32; with a GPU: bfloat16, and larger layers
+    python scripts/bench_orders.py [--repeats 15] [--tokens 512 2048]      CPU: float32; GPU: bfloat16, larger layers, too
 
 RunLoRA (arXiv 2312.03415) chooses the order of products by counted operations. Forward and backward of one adapted
 layer, x (T, D_in), W (D_out, D_in), A (r, D_in), B (D_out, r), can be
@@ -98,7 +98,9 @@ def lost(y: Tensor, exact: Tensor, added: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    repeats: int = parser.parse_args().repeats
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    args = parser.parse_args()
+    repeats: int = args.repeats
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -106,7 +108,7 @@ def main() -> None:
     for column in ("layer", "tokens", "r", "counted", "time", "lost: used", "lost: merged"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for name, (width_in, width_out) in (SMALL | (LARGE if gpu else {})).items():
-        for tokens in (512, 2048, 8192):
+        for tokens in args.tokens:
             for rank in (8, 32, 64):
                 used, merged, x, layer, a, b = both(width_in, width_out, rank, tokens, device, dtype)
                 gradient = torch.randn(tokens, width_out, device=device).to(dtype)

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-from helpers.common import ROOT
+from helpers.common import ROOT, close
 from helpers.tiny import recipe_text, tiny_model, write_recipe
 
 from remix_cli.cli import app
@@ -174,6 +175,21 @@ def test_the_benchmarks_run(name, arguments, row, tmp_path, monkeypatch, capsys)
     tiny_model(vocab_size=40_000).save_pretrained(tmp_path)  # they draw tokens below that
     printed = script(monkeypatch, capsys, name, "--model", tmp_path, "--repeats", 1, *arguments)
     assert row in " ".join(printed.split())  # a title with a long folder wraps
+
+
+def test_the_order_of_products_is_measured_and_both_are_the_same(monkeypatch, capsys):
+    printed = script(monkeypatch, capsys, "bench_orders.py", "--repeats", 3, "--tokens", 8)
+    (row,) = [line.split() for line in printed.splitlines() if "576 x 1536" in line and " 32 " in line]
+    assert [float(value) < 1e-3 for value in row[-2:]] == [True, True], "what rounding loses of float32"
+    bench = runpy.run_path("scripts/bench_orders.py")
+    used, merged, x, _, a, b = bench["both"](24, 16, 4, 8, torch.device("cpu"), torch.float32)
+    gradients = []
+    for order in (used, merged):
+        order(x).square().sum().backward()
+        gradients.append([tensor.grad.clone() for tensor in (x, a, b)])
+        for tensor in (x, a, b):
+            tensor.grad = None
+    assert all(close(m, u, 1e-5) for u, m in zip(*gradients, strict=True))
 
 
 def test_the_synthetic_study_writes_a_sweep_that_loads(tmp_path, monkeypatch, capsys):

@@ -124,10 +124,10 @@ def test_validate_takes_them_without_the_base_and_gives_the_same_estimate(path, 
 @pytest.mark.slow
 def test_the_benchmark_measures_recipes_at_two_sizes(tmp_path, monkeypatch, capsys):
     """In 4 bits, too; the weights are random, and on a CPU there is no peak."""
-    tiny_model(vocab_size=40_000, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    tiny_model(vocab_size=40_000, hidden_size=64, intermediate_size=512).save_pretrained(tmp_path / "base")
     recipes = []
     for name, bits in (("plain", "none"), ("packed", "4bit")):
-        text = recipe_text(tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "out", data={"max_length": 16})
+        text = recipe_text(tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "out", data={"max_length": 64})
         text["model"]["quantization"] = bits
         text["train"] |= {"gradient_checkpointing": bits == "4bit"}
         recipes.append(write_recipe(tmp_path / f"{name}.yaml", text))
@@ -145,4 +145,4 @@ def test_the_benchmark_measures_recipes_at_two_sizes(tmp_path, monkeypatch, caps
     kinds = {name: type(module).__name__ for name, module in packed.named_modules()}
     assert kinds["model.layers.0.mlp.up_proj"] == "Linear4bit"
     assert kinds["lm_head"] == "Linear"
-    assert packed.model.layers[0].mlp.up_proj.weight.numel() == 64 * 128 // 2
+    assert packed.model.layers[0].mlp.up_proj.weight.numel() == 64 * 512 // 2
