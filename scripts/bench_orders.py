@@ -1,6 +1,6 @@
 """Does the order of a LoRA's products matter? The one that is used, beside W + s B A added up first.
 
-    python scripts/bench_orders.py [--repeats 15] [--tokens 512 2048]      CPU: float32; GPU: bfloat16, larger layers, too
+    python scripts/bench_orders.py [--repeats 15] [--tokens 512 2048]   CPU: float32; GPU: bfloat16, larger layers, too
 
 RunLoRA (arXiv 2312.03415) chooses the order of products by counted operations. Forward and backward of one adapted
 layer, x (T, D_in), W (D_out, D_in), A (r, D_in), B (D_out, r), can be
