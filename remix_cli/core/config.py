@@ -8,6 +8,8 @@ Omega = Literal["rslora", "lora"]
 Scope = Literal["block", "module", "model"]
 Level = Literal["token", "sequence"]
 Rule = Literal["constant", "softmax"]
+Shortcut = Literal["input", "block", "middle"]  # of LoRAs that are joined over layers, see residual.py
+Precondition = Literal["riemannian", "riemannian_unit"]  # see precondition.py
 Sizes = dict[str, tuple[int | None, ...]]  # by the end of a tensor's name its dimensions; None: the base model's to say
 # settings that adapters of the first release do not name
 YOUNGER = {"virtual_tokens", "vectors", "vector_length", "clusters", "pool", "settings"}
@@ -147,6 +149,11 @@ class AdapterConfig:
     def of_modules(self) -> bool:
         """Is the pool made of the LoRAs of a layer's linears, one on each?"""
         return self.pool is not None and self.pool.of_modules
+
+    @property
+    def residual(self) -> bool:
+        """Is its LoRA joined to those of the layers before?"""
+        return self.pool is not None and self.pool.residual
 
     @property
     def on_each(self) -> int:

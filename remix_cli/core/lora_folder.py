@@ -64,7 +64,7 @@ def read_lora(folder: Path) -> LoraFolder:
 def _read_ours(folder: Path) -> LoraFolder:
     described = read_description(folder)
     config = described.config
-    if config.pool is None or config.routed or config.pool.residual:
+    if config.pool is None or config.routed or config.residual:
         raise ArtefactError(
             f"{folder / CONFIG_FILE}: method is {config.method}, and one LoRA is needed here: a PEFT folder, or a run "
             "of lora or rslora"

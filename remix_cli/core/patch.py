@@ -5,16 +5,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import regex
 import torch
 from torch import Tensor, nn
 
-from remix_cli.core.config import ALL_LINEAR, AdapterConfig
+from remix_cli.core.config import ALL_LINEAR, AdapterConfig, Shortcut
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.locality import local_linears
-from remix_cli.core.residual import SHORTCUTS, ResidualLinear
+from remix_cli.core.residual import ResidualLinear
 from remix_cli.core.router import Router
 from remix_cli.core.rules import make_rule
 from remix_cli.core.trace import RoutingState, Seed, Trace, selection_noise
@@ -294,13 +294,13 @@ def apply_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adap
         place = None
         if config.of_modules:
             place = sum(linear.router is router for linear in adapter.linears.values())
-        kind = ResidualLinear if config.pool.residual else RoutedLinear
+        kind = ResidualLinear if config.residual else RoutedLinear
         linear = kind(base, config, router, adapter.state, place)
         adapter.linears[name] = linear
         set_module(model, name, linear)
     if config.of_modules:
         _check_one_of_each(adapter)
-    if config.pool.residual:
+    if config.residual:
         _join_layers(adapter, layers)
     generator = torch.Generator().manual_seed(seed)
     parts: list[RoutedLinear | Router] = [*adapter.linears.values(), *adapter.routers.values()]
@@ -361,8 +361,8 @@ def _join_layers(adapter: Adapter, layers: list[str]) -> None:
     """Join each linear to those of its name in the layers before (residual.py). Raises TargetError, ValueError."""
     settings: dict[str, Any] = {"shortcut": "middle", "previous": 1} | adapter.config.settings
     most = settings["previous"]
-    if settings["shortcut"] not in SHORTCUTS or type(most) is not int or most < 1:
-        known = ", ".join(SHORTCUTS)
+    if settings["shortcut"] not in get_args(Shortcut) or type(most) is not int or most < 1:
+        known = ", ".join(get_args(Shortcut))
         raise ValueError(f"shortcut ({settings['shortcut']!r}) must be one of {known}, previous ({most!r}) 1 or more")
     rows: dict[str, list[ResidualLinear]] = {}
     for name, linear in adapter.linears.items():

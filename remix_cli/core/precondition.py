@@ -65,7 +65,7 @@ def check_preconditioned(config: AdapterConfig) -> None:
     depends there on several others, and on the weights at each token."""
     if config.shares_a:
         raise ValueError(f"{config.method} has one A for the whole pool; preconditioned steps need one for each B")
-    if config.pool is not None and config.pool.residual:
+    if config.residual:
         raise ValueError(f"{config.method} joins LoRAs over layers; preconditioned steps need LoRAs that stand alone")
 
 

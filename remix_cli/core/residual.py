@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from remix_cli.core.layer import RoutedLinear
 from remix_cli.errors import RecipeError
-
-SHORTCUTS = ("input", "block", "middle")
 
 
 class ResidualLinear(RoutedLinear):
@@ -36,8 +34,7 @@ class ResidualLinear(RoutedLinear):
         self.hands_on = False  # is there a later layer?
         self.forgets: tuple[ResidualLinear, ...] = ()  # those of `earlier` that no later layer needs
         self.handed: Tensor | None = None
-        self.keeps_inner = False  # for the merge: leave what B is given in `inner`
-        self.inner: Tensor | None = None
+        self.to_b = nn.Identity()  # what B is given goes through it, so that a hook can see it
 
     def join(
         self, kind: str, earlier: tuple["ResidualLinear", ...], forgets: tuple["ResidualLinear", ...], hands_on: bool
@@ -46,9 +43,7 @@ class ResidualLinear(RoutedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D_out) from x (B, T, D_in). Raises RecipeError where the layers before have not run."""
-        inner = self._inner(x)  # (B, T, r), or (B, T, (m + 1) r)
-        if self.keeps_inner:
-            self.inner = inner.detach()
+        inner = self.to_b(self._inner(x))  # (B, T, r), or (B, T, (m + 1) r)
         omega = self.gates[..., :1].to(x.dtype)
         added = F.linear(inner * omega, self.outer().to(x.dtype))
         return self.base_layer(x) + added

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remix_cli.core.layer import RoutedLinear
 from remix_cli.core.patch import Adapter
 from remix_cli.core.residual import ResidualLinear
 from remix_cli.core.trace import Trace
@@ -80,27 +79,26 @@ def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: lis
     real = torch.empty(0)  # (B T,) bool, of the batch in hand: where a real token stands
     trace = Trace()  # of the batch in hand
 
+    handed: dict[nn.Module, Tensor] = {}  # to the B of linears that are joined over layers, (B, T, columns)
+
     def adding_to(moments: Moments) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         def after(linear: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-            x = args[0].flatten(0, -2)[real].float()  # (S, D_in) from (B, T, D_in)
+            inputs = args[0]  # (B, T, D_in)
+            x = inputs.flatten(0, -2)[real].float()
             moments.second += (x.T @ x).double()
-            moments.mixed += (given_to_b(linear, args[0])[real].float().T @ x).double()
+            if isinstance(linear, ResidualLinear):
+                given = handed.pop(linear.to_b).flatten(0, -2)[real].float()
+            else:
+                gates = trace.decisions[linear.router.name].gates.expand(*inputs.shape[:-1], -1)  # (B, T, n r)
+                given = (gates != 0).flatten(0, -2)[real].float() * (x @ linear.lora_A.T)
+            moments.mixed += (given.T @ x).double()
 
         return after
-
-    def given_to_b(linear: Any, inputs: Tensor) -> Tensor:
-        """(B T, n r): z . A x, or with what other layers hand on."""
-        if isinstance(linear, ResidualLinear):
-            assert linear.inner is not None
-            return linear.inner.flatten(0, -2)
-        gates = trace.decisions[linear.router.name].gates.expand(*inputs.shape[:-1], -1)  # (B, T, n r)
-        down = F.linear(inputs.float(), linear.lora_A)
-        return ((gates != 0) * down).flatten(0, -2)
 
     for name in names:
         linear = adapter.linears[name]
         if isinstance(linear, ResidualLinear):
-            linear.keeps_inner = True
+            hooks.append(linear.to_b.register_forward_hook(lambda to_b, _, given: handed.update({to_b: given})))
         wide = linear.reading().detach().double()
         found[name] = Moments(wide.new_zeros(wide.shape[1], wide.shape[1]), torch.zeros_like(wide))
         hooks.append(linear.register_forward_hook(adding_to(found[name])))
@@ -112,14 +110,7 @@ def calibrate(model: nn.Module, adapter: Adapter, names: list[str], batches: lis
     finally:
         for hook in hooks:
             hook.remove()
-        for name in names:
-            forget_inner(adapter.linears[name])
     return found
-
-
-def forget_inner(linear: RoutedLinear) -> None:
-    if isinstance(linear, ResidualLinear):
-        linear.keeps_inner, linear.inner = False, None
 
 
 def merge(moments: Moments, lora_a: Tensor, lora_b: Tensor, scale: float, rank: int) -> Merged:

@@ -14,7 +14,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames
 
 from remix_cli.compat.accelerate import asks_for_deepspeed, take_fsdp_launch
 from remix_cli.compat.transformers import taken_for_adapted
+from remix_cli.core.config import Precondition
 from remix_cli.core.estimators.registry import make_estimator
 from remix_cli.core.precondition import check_preconditioned, precondition_gradients
 from remix_cli.core.step import BatchInputs, LoraGradient, MicroResult, accumulate_gradients, plan_passes
@@ -94,7 +95,7 @@ class RemixTrainer(Trainer):
         model: RemixModel,
         *args: Any,
         router: RouterTraining | None = None,
-        precondition: Literal["riemannian", "riemannian_unit"] | None = None,
+        precondition: Precondition | None = None,
         **kwargs: Any,
     ):
         if not isinstance(model, RemixModel):
@@ -102,9 +103,10 @@ class RemixTrainer(Trainer):
         self.remix = model
         self.router = router or RouterTraining(fixed=True)
         self.precondition = precondition
-        if precondition not in (None, "riemannian", "riemannian_unit"):
-            raise ValueError(f"precondition: {precondition!r} is not known; use riemannian or riemannian_unit")
-        if precondition:
+        if precondition is not None:
+            known = get_args(Precondition)
+            if precondition not in known:
+                raise ValueError(f"precondition: {precondition!r} is not known; use {' or '.join(known)}")
             check_preconditioned(model.adapter.config)
         self.estimator = make_estimator(self.router.estimator)
         self.launch = fsdp_launch()

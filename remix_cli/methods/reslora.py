@@ -1,8 +1,8 @@
 """ResLoRA: a LoRA for each linear, joined to those of the layers before it while it is trained (core/residual.py)."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from remix_cli.core.config import POOLS
+from remix_cli.core.config import POOLS, Shortcut
 from remix_cli.methods.base import LINEARS, Count
 from remix_cli.methods.pooled import Pooled
 from remix_cli.own_settings import Setting
@@ -15,7 +15,7 @@ class ResLora(Pooled):
     title = "ResLoRA"
     own_settings: ClassVar = {
         "shortcut": Setting(
-            Literal["input", "block", "middle"],
+            Shortcut,
             "middle",
             "what a layer is given of the ones before: their inputs, their whole LoRAs, or what their A make.",
         ),

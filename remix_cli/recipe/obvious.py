@@ -90,11 +90,10 @@ def _routers(recipe: Recipe, chooses: bool) -> dict[str, Changes]:
     arms = {"fixed": by_token}
     if any(source.format != "text" for source in recipe.data.train):  # text has no prompts to tell apart
         arms["clusters"] = by_cluster
-    # What a method has by default is not in the file, so an arm of another method says it.
-    level: Changes = {} if recipe.adapter.method == "remix" else {"router.level": router.level}
+    # Said in full: what the recipe's method has by default is not in the file, and an arm's method has other defaults.
     if router.fixed and router.level == "sequence" and not router.clusters:
-        arms["by-prompt"] = level and {"router.fixed": True} | level
-    arms["ReMix"] = {} if recipe.adapter.method == "remix" and not router.fixed else {"router.fixed": False} | level
+        arms["by-prompt"] = {"router.fixed": True, "router.level": "sequence"}
+    arms["ReMix"] = {"router.fixed": False, "router.level": router.level}
     return arms
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from remix_cli.core.config import ALL_LINEAR, AdapterConfig, Level, Omega, Scope
+from remix_cli.core.config import ALL_LINEAR, AdapterConfig, Level, Omega, Precondition, Scope
 from remix_cli.core.estimators.registry import ESTIMATORS
 from remix_cli.methods.registry import METHODS, method_named, methods_by_name
 from remix_cli.own_settings import fields_of, listed
@@ -229,7 +229,7 @@ class Train(Strict):
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precondition: Literal["riemannian", "riemannian_unit"] | None = Field(
+    precondition: Precondition | None = Field(
         None,
         description="riemannian: before clipping and AdamW, scale the gradient of each LoRA's A by the inverse of "
         "B^T B and that of B by the inverse of A A^T; riemannian_unit: by these at unit mean eigenvalue.",

@@ -107,16 +107,16 @@ def run_sweep(
             done.run(hours)
         except Interrupted:
             if earlier is None or earlier.left is not None:  # `remix compare` shows what there is, or what there was
-                _write_record(sweep, done.record(), {})
+                _write_record(sweep, replace(done.record(), left=done.left()), say)
             raise
-        _write_record(sweep, done.record(), _other_arms(sweep, say))
+        _write_record(sweep, done.record(), say)
     if done.failures:
         raise _failed(done.failures)
     return sweep.folder / FILE
 
 
-def _write_record(sweep: Sweep, record: SweepRecord, others: dict[str, ArmRecord]) -> None:
-    known = others | record.arms
+def _write_record(sweep: Sweep, record: SweepRecord, say: Say) -> None:
+    known = _other_arms(sweep, say) | record.arms
     arms = {name: known[name] for name in sweep.arms if name in known}
     write_json(sweep.folder / FILE, replace(record, arms=arms).to_dict())
 
@@ -531,8 +531,12 @@ class _Sweep:
     def record(self) -> SweepRecord:
         """Of the arms that were run."""
         arms = {name: self._record_of(arm) for name, arm in self.arms.items()}
-        left = self.total - self.count
-        return SweepRecord(self.sweep.metric, self.sweep.seeds, arms, how_many([left], "run") if left else None)
+        return SweepRecord(self.sweep.metric, self.sweep.seeds, arms)
+
+    def left(self) -> str:
+        """What is still to be done, in words."""
+        runs = self.total - self.count
+        return how_many([runs], "run") if runs else "scoring"
 
     def _record_of(self, arm: _Arm) -> ArmRecord:
         searched = []

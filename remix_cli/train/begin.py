@@ -179,7 +179,7 @@ def _check_method(recipe: Recipe) -> None:
     config = recipe.adapter_config()
     if config.pool is None:
         reason = "is no LoRA of ours: name a run of the same method"
-    elif config.pool.residual:
+    elif config.residual:
         reason = "would join LoRAs that were trained apart: name a run of the same method"
     elif config.of_modules:
         reason = "has one LoRA on each linear, and a choice among linears: name a run of the same method"

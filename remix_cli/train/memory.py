@@ -75,7 +75,7 @@ def _kept_by_a_layer(recipe: Recipe, model: nn.Module) -> float:
     stacked = adapter.on_each * adapter.rank
     queries, keys = _attention_widths(model)
     kept = hidden + 2 * (queries + keys) + 4 * inner + 6 * stacked
-    return 4 * _normed(model) + kept * _bytes_of(recipe)
+    return 4 * _normed(model, queries, keys) + kept * _bytes_of(recipe)
 
 
 def _attention_widths(model: nn.Module) -> tuple[int, int]:
@@ -96,14 +96,12 @@ def _attention_widths(model: nn.Module) -> tuple[int, int]:
     return heads * width, (said.get("num_key_value_heads") or heads) * width
 
 
-def _normed(model: nn.Module) -> int:
+def _normed(model: nn.Module, queries: int, keys: int) -> int:
     """Numbers a token that go through the norms of one layer; two norms of the hidden state if the layer is unknown.
 
-    Those of queries and keys have one weight for all heads (Qwen3, Gemma 3) or one for each (OLMo 2).
+    Those of queries and keys, so wide in all, have one weight for all heads (Qwen3, Gemma 3) or one for each (OLMo 2).
     """
-    config = _text_config(model)
-    queries, keys = _attention_widths(model)
-    layers = decoder_layers(model)
+    config, layers = _text_config(model), decoder_layers(model)
     if not len(layers):
         return 2 * config.hidden_size
     through = 0

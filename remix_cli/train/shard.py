@@ -92,7 +92,7 @@ def shard_base(model: nn.Module, adapter: Adapter, device: torch.device, process
     processes' models are not alike.
     """
     layers = decoder_layers(model)
-    if adapter.config.of_modules or (adapter.config.pool is not None and adapter.config.pool.residual):
+    if adapter.config.of_modules or adapter.config.residual:
         raise RecipeError(f"adapter.method: {adapter.config.method} was not tried with a base that is shared out")
     if not len(layers):
         raise RecipeError("train.shard_base: cannot tell this model's decoder layers")

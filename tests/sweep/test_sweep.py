@@ -463,6 +463,12 @@ def test_a_sweep_that_is_stopped_shows_what_there_is(stage, tmp_path, verb, monk
     report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
     assert [arm["arm"] for arm in report["arms"]] == list(ARMS)
     assert report["skipped"] == ["stopped with 3 runs still to do; the same `remix sweep` goes on"]
+    # with all runs trained and the last not scored it is not whole either, and says so
+    ran = stopping_after(monkeypatch, 11)  # of 13: what is there counts again
+    verb("sweep", path, expect=143)
+    assert ran[-1][0] == "train_run"
+    report = json.loads(verb("compare", tmp_path / "out", "--json")[0])
+    assert report["skipped"] == ["stopped with scoring still to do; the same `remix sweep` goes on"]
     # a whole one stays when a further command is stopped
     in_this_process(monkeypatch)
     verb("sweep", path)
